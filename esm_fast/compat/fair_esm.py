@@ -1,0 +1,115 @@
+"""fair-esm's face of the model: padded token batches in, a dictionary out. Padding exists only in this file's edges."""
+
+from argparse import Namespace
+
+import torch
+
+from ..alphabet import EOS, TOKENS, Alphabet
+from ..models.esm1 import ESM1, Config
+from ..packing import PackedBatch, pack_padded, unpack_rows
+
+
+class ProteinBertModel(ESM1):
+    """ESM-1b / ESM-1v as `esm.pretrained` returns it, computing on the packed tokens only.
+
+    Differences from fair-esm, all on rows that hold no data: representations and logits of padded rows are 0.
+    """
+
+    def __init__(self, config: Config, *, backend: str | None = None):
+        super().__init__(config, backend=backend)
+        self.alphabet = Alphabet.from_architecture("ESM-1b")
+        self.args = Namespace(arch="roberta_large", **vars(config))
+        self.alphabet_size = len(self.alphabet)
+        for name in ("padding_idx", "mask_idx", "cls_idx", "eos_idx", "prepend_bos", "append_eos"):
+            setattr(self, name, getattr(self.alphabet, name))
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.layers
+
+    def forward(self, tokens, repr_layers=(), need_head_weights=False, return_contacts=False) -> dict:
+        """Runs a padded batch.
+
+        Args:
+            tokens: (B, T) integers, padded with <pad>, T <= 1024 for ESM-1b.
+            repr_layers: layers to return, 0 to num_layers; numbers outside are ignored, as fair-esm does.
+            need_head_weights: return all attention maps. return_contacts: return contact probabilities, streamed over
+                the heads: the maps themselves are only stored (and returned) with need_head_weights.
+
+        Returns:
+            "logits" (B, T, 33); "representations" {layer: (B, T, E)}; with need_head_weights "attentions"
+            (B, layers, heads, T, T); with return_contacts "contacts" (B, T-2, T-2).
+
+        Raises:
+            ValueError: tokens of wrong shape, type, length or value; contacts asked of a model without a regression.
+        """
+        check_tokens(tokens, self.config.max_positions)
+        tokens = tokens.to(self.device)
+        batch, rows = pack_padded(tokens)
+        layers = {layer for layer in repr_layers if 0 <= layer <= self.num_layers}
+        out = self.forward_packed(
+            batch,
+            layers=layers,
+            logits=self.lm_head is not None,
+            attentions=need_head_weights,
+            contacts=return_contacts,
+            keep=contact_tokens(tokens).flatten()[rows],
+        )
+        shape = tokens.shape
+        representations = {k: unpack_rows(x.to(self.dtype), rows, *shape) for k, x in out.representations.items()}
+        result = {"representations": representations}
+        if out.logits is not None:
+            result["logits"] = unpack_rows(out.logits, rows, *shape)
+        if need_head_weights:
+            result["attentions"] = _pad_attentions(out.attentions, self.config, batch, rows, shape)
+        if return_contacts:
+            fill = torch.sigmoid(self.contact_head.regression.bias.detach().float()).item()
+            result["contacts"] = pad_contacts(out.contacts, batch, rows, shape, fill)
+        return result
+
+    def predict_contacts(self, tokens) -> torch.Tensor:
+        """Contact probabilities (B, T-2, T-2) of a padded batch."""
+        return self(tokens, return_contacts=True)["contacts"]
+
+
+def check_tokens(tokens: torch.Tensor, max_positions: int) -> None:
+    """Raises ValueError for tokens no ESM-1b takes: on a GPU a bad index would only show as a device assertion."""
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise ValueError(f"tokens must be (batch, length) integers, got {tuple(tokens.shape)} {tokens.dtype}")
+    if tokens.shape[1] > max_positions:
+        raise ValueError(
+            f"Sequence length {tokens.shape[1]} above maximum  sequence length of {max_positions}: a protein may have "
+            f"{max_positions - 2} residues; give truncation_seq_length to the batch converter, or use esm_fast.embed"
+        )
+    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < len(TOKENS)):
+        raise ValueError(f"token ids must be 0 to {len(TOKENS) - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+
+
+def contact_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: the tokens whose attention counts for contacts. The first and the last column are dropped."""
+    keep = tokens != EOS
+    keep[:, :1] = False
+    keep[:, -1:] = False
+    return keep
+
+
+def _positions(batch: PackedBatch, rows: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """Per sequence, the columns of the padded batch its tokens stand in."""
+    return list((rows % width).split(batch.lengths.tolist()))
+
+
+def _pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tensor:
+    count, width = shape
+    padded = attentions[0].new_zeros(count, config.layers, config.attention_heads, width, width)
+    for i, (maps, at) in enumerate(zip(attentions, _positions(batch, rows, width), strict=True)):
+        padded[i, :, :, at[:, None], at] = maps
+    return padded
+
+
+def pad_contacts(contacts, batch, rows, shape, fill: float) -> torch.Tensor:
+    """(B, T-2, T-2) from per-sequence maps; outside the sequences stands `fill`, the regression's bias alone."""
+    count, width = shape
+    padded = contacts[0].new_full((count, width, width), fill)
+    for i, (probabilities, at) in enumerate(zip(contacts, _positions(batch, rows, width), strict=True)):
+        padded[i, at[:, None], at] = probabilities
+    return padded[:, 1:-1, 1:-1]

@@ -1,0 +1,127 @@
+"""Names of published models -> files: in torch-hub's and Hugging Face's caches, or by a resumable download."""
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .models.esm1 import CONFIGS
+
+FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
+ALIASES = {"facebook/esm-1b": "esm1b_t33_650M_UR50S", "esm1v_t33_650M_UR90S": "esm1v_t33_650M_UR90S_1"}
+_CHUNK = 1 << 20
+
+
+def canonical_name(name: str) -> str:
+    """'facebook/esm-1b', 'facebook/esm1b_t33_650M_UR50S' ... -> fair-esm's name; anything else is returned as it is."""
+    return ALIASES.get(name, name.removeprefix("facebook/") if name.startswith("facebook/esm1") else name)
+
+
+def published_names() -> list[str]:
+    return [name for name in CONFIGS if not name.endswith("_demo")]
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The file or folder of a checkpoint: a path that exists, a cached model, or one downloaded now.
+
+    Raises:
+        FileNotFoundError: for a path or name that leads nowhere, saying which file to put where.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = canonical_name(str(name_or_path))
+    if name not in published_names():
+        raise FileNotFoundError(
+            f"{name_or_path} is neither a file nor a model esm_fast knows; names are {', '.join(published_names())}, "
+            f"their 'facebook/' forms, and random:NAME[:seed]"
+        )
+    return cached(name) or _download(name)
+
+
+def cached(name: str) -> Path | None:
+    """A published model in torch-hub's cache (fair-esm's files), else in Hugging Face's, else None."""
+    file = _torch_hub() / f"{name}.pt"
+    if file.exists():
+        return file
+    for repository in (f"facebook/{name}", *(alias for alias, of in ALIASES.items() if of == name and "/" in alias)):
+        for snapshot in sorted(_hf_cache().glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
+            if (snapshot / "config.json").exists() and any(snapshot.glob("*model*")):
+                return snapshot
+    return None
+
+
+def fetch(url: str, target: Path) -> None:
+    """Downloads into target.part and renames it; an interrupted download continues where it stopped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with _open(request) as reply:
+        if reply is not None:  # None: the server has no byte beyond what is already here
+            resumed = reply.status == 206
+            total = int(reply.headers.get("Content-Length", 0)) + (have if resumed else 0)
+            _copy(reply, part, "ab" if resumed else "wb", target.name, have if resumed else 0, total)
+    part.replace(target)
+
+
+class _open:
+    """urlopen, with 416 (range not satisfiable: the part is complete) turned into None."""
+
+    def __init__(self, request):
+        self.request, self.reply = request, None
+
+    def __enter__(self):
+        try:
+            self.reply = urllib.request.urlopen(self.request, timeout=30)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise
+        return self.reply
+
+    def __exit__(self, *_):
+        if self.reply is not None:
+            self.reply.close()
+
+
+def _copy(reply, part: Path, mode: str, name: str, start: int, total: int) -> None:
+    with part.open(mode) as out, tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=name) as bar:
+        while chunk := reply.read(_CHUNK):
+            out.write(chunk)
+            bar.update(len(chunk))
+        out.flush()
+        os.fsync(out.fileno())
+    if total and part.stat().st_size < total:
+        raise ConnectionError(f"the connection closed after {part.stat().st_size} of {total} bytes")
+
+
+def _download(name: str) -> Path:
+    target = _torch_hub() / f"{name}.pt"
+    files = [(f"{FAIR_ESM_URL}/models/{name}.pt", target)]
+    if name.startswith("esm1b"):  # ESM-1v was published without a contact regression
+        side = f"{name}-contact-regression.pt"
+        files.insert(0, (f"{FAIR_ESM_URL}/regression/{side}", target.with_name(side)))
+    try:
+        for url, file in files:
+            if not file.exists():
+                fetch(url, file)
+    except OSError as error:  # urllib's and the socket's errors are OSErrors
+        wanted = " and ".join(str(file) for _, file in files)
+        raise FileNotFoundError(
+            f"{name} is in no cache and could not be downloaded ({error}). On a machine with a network get "
+            f"{' and '.join(url for url, _ in files)}, and put them here as {wanted}; or give a path to "
+            f"esm_fast.load"
+        ) from None
+    return target
+
+
+def _torch_hub() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _hf_cache() -> Path:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()

@@ -1,0 +1,185 @@
+"""ESM-1b (Rives et al. 2021) and ESM-1v (Meier et al. 2021): pre-LN transformers with learned positions.
+
+The model works on packed batches: rows of all sequences one after the other, no padding. `compat` gives it the faces
+that fair-esm and Hugging Face users know.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..alphabet import EOS, PAD, TOKENS
+from ..modules import ContactHead, LayerNorm, LMHead, TransformerLayer
+from ..ops.common import spans
+from ..packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one model. max_positions counts tokens, <cls> and <eos> included."""
+
+    layers: int
+    embed_dim: int
+    ffn_embed_dim: int
+    attention_heads: int
+    max_positions: int = 1024
+    token_dropout: bool = True
+    emb_layer_norm_before: bool = True
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.embed_dim % self.attention_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of {self.attention_heads} attention heads")
+
+    @property
+    def max_residues(self) -> int:
+        """The longest protein the model takes: 1,022 for ESM-1b."""
+        return self.max_positions - 2
+
+
+_ESM1B = Config(33, 1280, 5120, 20)
+_ESM1V = Config(33, 1280, 5120, 20, emb_layer_norm_before=False)
+CONFIGS: dict[str, Config] = {
+    "esm1b_t33_650M_UR50S": _ESM1B,
+    **{f"esm1v_t33_650M_UR90S_{i}": _ESM1V for i in range(1, 6)},
+    "esm1b_t6_demo": Config(6, 192, 768, 12),  # the embedded default, ESM-1b in small
+}
+
+
+@dataclass
+class Outputs:
+    """What was asked for, in packed order. T is a sequence's length in tokens, <cls> and <eos> included.
+
+    representations: {layer: (n, embed_dim)}, layer 0 the embedding, k < layers the stream after block k, the last after
+        the final layer norm; in fp32 (fp64) even for half weights.
+    logits: (n, 33). attentions: per sequence (layers, heads, T, T).
+    contacts: per sequence (T, T) probabilities; rows and columns of <cls> and <eos> hold the regression's bias alone.
+    """
+
+    representations: dict[int, torch.Tensor] = field(default_factory=dict)
+    logits: torch.Tensor | None = None
+    attentions: list[torch.Tensor] | None = None
+    contacts: list[torch.Tensor] | None = None
+
+
+class ESM1(nn.Module):
+    """ESM-1b or ESM-1v on packed batches; parameter names are fair-esm's.
+
+    backend: name of the backend for every op it implements, or None for the best one that can run.
+    """
+
+    def __init__(self, config: Config, *, backend: str | None = None):
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        width, eps = config.embed_dim, config.layer_norm_eps
+        self.embed_tokens = nn.Embedding(len(TOKENS), width, padding_idx=PAD)
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, config.ffn_embed_dim, config.attention_heads, eps) for _ in range(config.layers)
+        )
+        self.contact_head = ContactHead(config.layers * config.attention_heads)
+        self.embed_positions = nn.Embedding(config.max_positions + PAD + 1, width, padding_idx=PAD)
+        self.emb_layer_norm_before = LayerNorm(width, eps) if config.emb_layer_norm_before else None
+        self.emb_layer_norm_after = LayerNorm(width, eps)
+        self.lm_head = LMHead(width, self.embed_tokens.weight, eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def forward_packed(
+        self, batch: PackedBatch, *, layers=(), logits=False, attentions=False, contacts=False, scale=None, keep=None
+    ) -> Outputs:
+        """Runs the model on a packed batch and returns only what is asked for; unneeded last layers are not run.
+
+        Args:
+            batch: on the model's device.
+            layers: which representations, 0 to config.layers.
+            scale: (sequences,) token-dropout factors in place of the model's own count (see `ops.embedding`).
+            keep: (n,) bool, the tokens that are residues for `contacts`; by default all but each sequence's first and
+                every <eos>.
+        """
+        if contacts:
+            self.contact_head.require_fitted()
+        depth = self.config.layers if logits or attentions or contacts else max(layers, default=0)
+        out = Outputs(attentions=[] if attentions else None)
+        x = self._embed(batch, scale)
+        if 0 in layers:
+            out.representations[0] = x
+        maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
+        for number, layer in enumerate(self.layers[:depth], start=1):
+            if attentions or contacts:
+                x, q, k = layer(x, batch, return_qk=True, backend=self.backend)
+                maps.add(number - 1, q, k)
+            else:
+                x = layer(x, batch, backend=self.backend)
+            if number in layers and number < self.config.layers:
+                out.representations[number] = x
+        if depth == self.config.layers:
+            x = self.emb_layer_norm_after(x)
+            if depth in layers:
+                out.representations[depth] = x
+        if logits:
+            out.logits, _ = self.lm_head(x, backend=self.backend)
+        out.attentions, out.contacts = maps.finish()
+        return out
+
+    def _embed(self, batch: PackedBatch, scale) -> torch.Tensor:
+        norm = self.emb_layer_norm_before
+        return ops.embedding(
+            batch.tokens,
+            batch.positions,
+            batch.cu_seqlens,
+            self.embed_tokens.weight,
+            self.embed_positions.weight,
+            ln_weight=None if norm is None else norm.weight,
+            ln_bias=None if norm is None else norm.bias,
+            token_dropout=self.config.token_dropout,
+            scale=scale,
+            eps=self.config.layer_norm_eps,
+            backend=self.backend,
+        )
+
+
+class _Maps:
+    """Collects attention maps, or only their sum for contacts, while the layers go by."""
+
+    def __init__(self, model: ESM1, batch: PackedBatch, *, attentions: bool, contacts: bool, keep):
+        self.model, self.batch = model, batch
+        self.scale = (model.config.embed_dim // model.config.attention_heads) ** -0.5
+        self.attentions = [[] for _ in range(len(batch))] if attentions else None
+        self.contacts = 0.0 if contacts else None
+        if contacts and keep is None:
+            keep = batch.tokens != EOS
+            keep[batch.cu_seqlens[:-1][batch.lengths > 0].long()] = False
+        self.keep = keep
+        self.spans = spans(batch.cu_seqlens) if attentions else []
+
+    def add(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
+        backend, heads = self.model.backend, q.shape[1]
+        if self.attentions is not None:
+            for maps, (start, end) in zip(self.attentions, self.spans, strict=True):
+                scores = (q[start:end] * self.scale).transpose(0, 1) @ k[start:end].permute(1, 2, 0)
+                lengths = torch.tensor([end - start], device=q.device)
+                maps.append(ops.masked_softmax(scores[None], lengths, backend=backend)[0])
+        if self.contacts is not None:
+            weight = self.model.contact_head.regression.weight[0, layer * heads : (layer + 1) * heads]
+            share = ops.contact_map(q, k, self.batch.cu_seqlens, self.keep, weight, self.scale, backend=backend)
+            self.contacts = self.contacts + share
+
+    def finish(self):
+        attentions = contacts = None
+        if self.attentions is not None:
+            attentions = [torch.stack(maps) for maps in self.attentions]
+        if self.contacts is not None:
+            lengths = self.batch.lengths.tolist()
+            bias = self.model.contact_head.regression.bias.to(self.contacts.dtype)
+            flat = torch.sigmoid(self.contacts + bias).split([length**2 for length in lengths])
+            contacts = [piece.view(length, length) for piece, length in zip(flat, lengths, strict=True)]
+        return attentions, contacts

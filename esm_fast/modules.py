@@ -1,0 +1,123 @@
+"""The layers of ESM-1b as nn.Modules that hold parameters and call ops; the same for inference and training.
+
+Parameter names are fair-esm's, so a state_dict goes either way.
+"""
+
+import torch
+from torch import nn
+
+from . import ops
+from .ops.common import layer_norm
+from .packing import PackedBatch
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm with fp32 statistics and an fp32 result, whatever the weights are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """The projections of one attention block; `TransformerLayer` calls the op."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+
+class TransformerLayer(nn.Module):
+    """One pre-LN layer: attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, width: int, hidden: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.self_attn = SelfAttention(width)
+        self.self_attn_layer_norm = LayerNorm(width, eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.final_layer_norm = LayerNorm(width, eps)
+
+    def forward(self, x, batch: PackedBatch, *, return_qk=False, backend=None):
+        """x (n, width) -> (n, width), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them."""
+        attn, norm = self.self_attn, self.self_attn_layer_norm
+        attended = ops.pre_ln_attention(
+            x,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            norm.weight,
+            norm.bias,
+            attn.q_proj.weight,
+            attn.q_proj.bias,
+            attn.k_proj.weight,
+            attn.k_proj.bias,
+            attn.v_proj.weight,
+            attn.v_proj.bias,
+            attn.out_proj.weight,
+            attn.out_proj.bias,
+            heads=self.heads,
+            eps=norm.eps,
+            return_qk=return_qk,
+            backend=backend,
+        )
+        x, *qk = attended if return_qk else (attended,)
+        norm = self.final_layer_norm
+        x = ops.gelu_ffn(
+            x,
+            norm.weight,
+            norm.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            eps=norm.eps,
+            backend=backend,
+        )
+        return (x, *qk) if return_qk else x
+
+
+class LMHead(nn.Module):
+    """RoBERTa's head; its projection is the token table, the very same Parameter."""
+
+    def __init__(self, width: int, token_table: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight = token_table
+        self.bias = nn.Parameter(torch.zeros(token_table.shape[0]))
+        self.dense = nn.Linear(width, width)
+        self.layer_norm = LayerNorm(width, eps)
+
+    def forward(self, x, rows=None, targets=None, *, backend=None):
+        """(logits, loss) of `ops.masked_lm_head`."""
+        dense, norm = self.dense, self.layer_norm
+        return ops.masked_lm_head(
+            x,
+            dense.weight,
+            dense.bias,
+            norm.weight,
+            norm.bias,
+            self.weight,
+            self.bias,
+            rows=rows,
+            targets=targets,
+            eps=norm.eps,
+            backend=backend,
+        )
+
+
+class ContactHead(nn.Module):
+    """Logistic regression over all attention maps, as coefficients: (1, layers * heads) and one bias."""
+
+    def __init__(self, maps: int):
+        super().__init__()
+        self.regression = nn.Linear(maps, 1)
+
+    def require_fitted(self) -> None:
+        """Raises ValueError when no regression was loaded (all zero): ESM-1v and bare ESM-1b files have none."""
+        if not bool(self.regression.weight.detach().any()):
+            raise ValueError(
+                "this checkpoint holds no contact regression (ESM-1v never had one; for ESM-1b put "
+                "<name>-contact-regression.pt beside <name>.pt and load again), so contacts cannot be predicted"
+            )

@@ -1,0 +1,24 @@
+"""The ops, one contract a file. Calling an op selects a kernel; see `registry`."""
+
+from .attention_varlen import attention_varlen
+from .contact_map import contact_map
+from .embedding import embedding
+from .gelu_ffn import gelu_ffn
+from .masked_lm_head import masked_lm_head
+from .masked_softmax import masked_softmax
+from .pre_ln_attention import pre_ln_attention
+from .registry import OPS, BackendError, explain, select
+
+__all__ = [
+    "OPS",
+    "BackendError",
+    "attention_varlen",
+    "contact_map",
+    "embedding",
+    "explain",
+    "gelu_ffn",
+    "masked_lm_head",
+    "masked_softmax",
+    "pre_ln_attention",
+    "select",
+]

@@ -1,0 +1,68 @@
+"""attention_varlen: softmax(scale q k^T) v within each packed sequence, all heads, no padding."""
+
+import torch
+import torch.nn.functional as F
+
+from .common import AWKWARD_LENGTHS, Maker, require, spans
+from .registry import Case, Cost, op
+
+
+def check(q, k, v, cu_seqlens, max_seqlen, scale):
+    require(
+        q.ndim == 3 and q.shape == k.shape == v.shape,
+        "attention_varlen",
+        "q, k, v must be (n, heads, head_dim)",
+        q=q,
+        k=k,
+        v=v,
+    )
+    require(
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1,
+        "attention_varlen",
+        "cu_seqlens must be int32",
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _case(name, lengths, heads, head_dim) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        # Scores of spread ~4 make the softmax far from uniform.
+        q, k, v = (make.normal(sum(lengths), heads, head_dim, scale=s) for s in (2.0, 2.0, 1.0))
+        return dict(q=q, k=k, v=v, cu_seqlens=make.cu_seqlens(lengths), max_seqlen=max(lengths), scale=head_dim**-0.5)
+
+    return Case(name, build)
+
+
+def cases() -> list[Case]:
+    ragged = [_case(name, lengths, 2, 64) for name, lengths in AWKWARD_LENGTHS.items()]
+    widths = [_case(f"head_dim_{d}", [5, 33, 18], 3, d) for d in (8, 16, 20, 32, 128)]
+    return ragged + widths
+
+
+def bench_cases() -> list[Case]:
+    return [_case("8x256", [256] * 8, 20, 64), _case("natural", [103, 187, 264, 351, 460, 683], 20, 64)]
+
+
+def cost(q, k, v, cu_seqlens, max_seqlen, scale) -> Cost:
+    pairs = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
+    return Cost(4 * pairs * q.shape[1] * q.shape[2], 4 * q.numel() * q.element_size())
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q")
+def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
+    """Bidirectional attention (Vaswani et al. 2017) within each sequence.
+
+    Args:
+        q, k, v: (n, heads, head_dim), the rows of all sequences one after the other.
+        cu_seqlens: (sequences + 1,) int32, where each begins; max_seqlen: the longest.
+        scale: factor on q k^T, head_dim ** -0.5 in ESM-1b.
+
+    Returns:
+        (n, heads, head_dim) in q's dtype. The softmax is in fp32 or better.
+    """
+    out = []
+    for start, end in spans(cu_seqlens):
+        qkv = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        out.append(F.scaled_dot_product_attention(*qkv, scale=scale)[0].transpose(0, 1))
+    return torch.cat(out) if out else torch.zeros_like(q)

@@ -1,0 +1,89 @@
+"""contact_map: one layer's share of the contact logits, streamed over its heads in O(T^2) memory.
+
+The contact head (Rao et al. 2020) is a logistic regression over all attention maps A_c, each symmetrised, S = A + A^T,
+and corrected by its average product, S - r r^T / t with r = S 1 and t = 1^T r. Its logit is linear in the maps:
+
+    sum_c w_c S_c - sum_c w_c r_c r_c^T / t_c
+
+so a layer adds its heads to one T x T sum; the 660 maps of ESM-1b never exist together.
+"""
+
+import torch
+
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, spans
+from .registry import Case, Cost, op
+
+
+def check(q, k, cu_seqlens, keep, weight, scale):
+    require(q.ndim == 3 and q.shape == k.shape, "contact_map", "q and k must be (n, heads, head_dim)", q=q, k=k)
+    require(
+        keep.shape == q.shape[:1] and keep.dtype == torch.bool, "contact_map", "keep must be (n,) bool", q=q, keep=keep
+    )
+    require(weight.shape == q.shape[1:2], "contact_map", "weight must be (heads,)", q=q, weight=weight)
+
+
+def _case(name, lengths, heads, head_dim) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        n = sum(lengths)
+        cu_seqlens = make.cu_seqlens(lengths)
+        keep = torch.ones(n, dtype=torch.bool, device=device)
+        for start, end in spans(cu_seqlens):
+            keep[start : start + 1] = False  # <cls>
+            keep[max(start, end - 1) : end] = False  # <eos>
+        q, k = (make.normal(n, heads, head_dim, scale=2.0) for _ in range(2))
+        weight = make.normal(heads)
+        return dict(q=q, k=k, cu_seqlens=cu_seqlens, keep=keep, weight=weight, scale=head_dim**-0.5)
+
+    return Case(name, build)
+
+
+def cases() -> list[Case]:
+    return [_case(name, lengths, 3, 16) for name, lengths in AWKWARD_LENGTHS.items()]
+
+
+def bench_cases() -> list[Case]:
+    return [_case("512", [512], 20, 64)]
+
+
+def cost(q, k, cu_seqlens, keep, weight, scale) -> Cost:
+    pairs = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
+    return Cost(pairs * q.shape[1] * (2 * q.shape[2] + 8), 2 * q.numel() * q.element_size() + 4 * pairs)
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q")
+def contact_map(q, k, cu_seqlens, keep, weight, scale):
+    """One layer's contribution to the contact logits, bias not included.
+
+    Args:
+        q, k: (n, heads, head_dim) as `pre_ln_attention` returns them.
+        cu_seqlens: (sequences + 1,) int32.
+        keep: (n,) bool, false for the tokens that are no residues (<cls>, <eos>): they are attended to, but their rows
+            and columns are left out of the maps.
+        weight: (heads,), the regression's coefficients for this layer; scale: factor on q k^T.
+
+    Returns:
+        (sum of T^2,) in fp32 (fp64): one T x T map per sequence, row-major, one after the other; 0 where not kept.
+    """
+    wide = accumulate_dtype(q.dtype)
+    maps = [
+        _sequence_map(q[start:end], k[start:end], keep[start:end], weight.to(wide), scale, wide).flatten()
+        for start, end in spans(cu_seqlens)
+    ]
+    return torch.cat(maps) if maps else q.new_zeros(0, dtype=wide)
+
+
+def _sequence_map(q, k, keep, weight, scale, wide):
+    valid = keep.to(wide)
+    total = torch.zeros(len(q), len(q), dtype=wide, device=q.device)
+    if not bool(keep.any()):
+        return total
+    sums = []
+    for head in range(q.shape[1]):
+        scores = (q[:, head] * scale) @ k[:, head].T
+        attention = scores.to(wide).softmax(-1) * valid[:, None] * valid
+        sums.append(attention.sum(0) + attention.sum(1))
+        total = total + weight[head] * attention
+    row_sums = torch.stack(sums)  # (heads, T): r of each symmetrised map
+    average_product = row_sums.T @ ((weight / row_sums.sum(1))[:, None] * row_sums)
+    return total + total.T - average_product

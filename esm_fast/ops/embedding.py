@@ -1,0 +1,114 @@
+"""embedding: token and position tables, token-dropout scale per sequence, optional layer norm."""
+
+import torch
+import torch.nn.functional as F
+
+from ..alphabet import MASK, PAD
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, require
+from .registry import Case, Cost, op
+
+# Of the tokens seen in pretraining, 15 % were selected and 80 % of these shown as <mask>, whose embedding is zero.
+KEPT_IN_TRAINING = 1 - 0.15 * 0.8
+
+
+def check(tokens, positions, cu_seqlens, token_table, position_table, ln_weight, ln_bias, token_dropout, scale, eps):
+    require(
+        tokens.ndim == 1 and tokens.shape == positions.shape,
+        "embedding",
+        "tokens and positions must be (n,)",
+        tokens=tokens,
+        positions=positions,
+    )
+    require(
+        token_table.shape[1] == position_table.shape[1],
+        "embedding",
+        "the tables must have one width",
+        token_table=token_table,
+        position_table=position_table,
+    )
+
+
+def _case(name, lengths, width, *, norm=True, token_dropout=True) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        n = sum(lengths)
+        tokens = make.integers(4, 33, n)  # 32 is <mask>
+        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+        starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        tokens[[start for start, length in zip(starts, lengths, strict=True) if length]] = 0
+        positions = torch.cat([torch.arange(2, 2 + length) for length in lengths]).to(device, torch.int32)
+        return dict(
+            tokens=tokens,
+            positions=positions,
+            cu_seqlens=make.cu_seqlens(lengths),
+            token_table=make.normal(33, width),
+            position_table=make.normal(max(lengths) + 2, width),
+            ln_weight=make.gain(width) if norm else None,
+            ln_bias=make.normal(width, scale=0.1) if norm else None,
+            token_dropout=token_dropout,
+        )
+
+    return Case(name, build)
+
+
+def cases() -> list[Case]:
+    ragged = [_case(name, lengths, 32) for name, lengths in AWKWARD_LENGTHS.items()]
+    return [
+        *ragged,
+        _case("no_norm", [5, 9], 24, norm=False),
+        _case("no_token_dropout", [5, 9], 24, token_dropout=False),
+    ]
+
+
+def bench_cases() -> list[Case]:
+    return [_case("2048_rows", [512] * 4, 1280)]
+
+
+def cost(tokens, token_table, **_) -> Cost:
+    elements = tokens.numel() * token_table.shape[1]
+    return Cost(10 * elements, elements * (2 * token_table.element_size() + 4))
+
+
+def token_dropout_scale(tokens, cu_seqlens):
+    """What embeddings are multiplied by, per sequence, to make up for the <mask> tokens it shows: (sequences,) fp32."""
+    lengths = cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
+    masked = torch.zeros(len(lengths), device=tokens.device).index_add_(0, owner, (tokens == MASK).float())
+    return KEPT_IN_TRAINING / (1 - masked / lengths)
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="token_table")
+def embedding(
+    tokens,
+    positions,
+    cu_seqlens,
+    token_table,
+    position_table,
+    ln_weight=None,
+    ln_bias=None,
+    token_dropout=True,
+    scale=None,
+    eps=1e-5,
+):
+    """ESM-1b's input embedding: LN(scale * E[token] + P[position]).
+
+    Args:
+        tokens, positions: (n,) int32; positions index the table directly (the first token of a sequence has 2).
+        cu_seqlens: (sequences + 1,) int32.
+        token_table: (33, width); position_table: (max_positions + 2, width).
+        ln_weight, ln_bias: (width,), or None for ESM-1v, which has no layer norm here.
+        token_dropout: zero <mask> embeddings and scale each sequence by 0.88 / (1 - its share of <mask> tokens).
+        scale: (sequences,), to replace that factor where a caller counts tokens in its own way.
+
+    Returns:
+        (n, width) in fp32 (fp64 for fp64): the residual stream.
+    """
+    wide = accumulate_dtype(token_table.dtype)
+    x = F.embedding(tokens, token_table, padding_idx=PAD).to(wide)
+    if token_dropout:
+        if scale is None:
+            scale = token_dropout_scale(tokens, cu_seqlens)
+        per_token = torch.repeat_interleave(scale.to(wide), cu_seqlens.diff().long())
+        x = (x * per_token[:, None]).masked_fill((tokens == MASK)[:, None], 0.0)
+    x = x + F.embedding(positions, position_table, padding_idx=PAD).to(wide)
+    return x if ln_weight is None else layer_norm(x, ln_weight, ln_bias, eps)

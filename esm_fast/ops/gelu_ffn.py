@@ -1,0 +1,70 @@
+"""gelu_ffn: x + fc2(gelu(fc1(LN(x)))), the second half of a transformer layer, row by row."""
+
+import torch.nn.functional as F
+
+from .common import Maker, gelu, layer_norm, require
+from .registry import Case, Cost, op
+
+
+def check(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
+    require(x.ndim == 2, "gelu_ffn", "x must be (n, width)", x=x)
+    hidden, width = fc1_weight.shape
+    fits = x.shape[1] == width and fc2_weight.shape == (width, hidden)
+    require(
+        fits,
+        "gelu_ffn",
+        "fc1 must be (hidden, width) and fc2 (width, hidden)",
+        x=x,
+        fc1_weight=fc1_weight,
+        fc2_weight=fc2_weight,
+    )
+
+
+def _case(name, n, width, hidden) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        return dict(
+            x=make.residual(n, width),
+            ln_weight=make.gain(width),
+            ln_bias=make.normal(width, scale=0.1),
+            fc1_weight=make.weight(hidden, width),
+            fc1_bias=make.normal(hidden, scale=0.1),
+            fc2_weight=make.weight(width, hidden),
+            fc2_bias=make.normal(width, scale=0.1),
+        )
+
+    return Case(name, build)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("one_row", 1, 64, 256),
+        _case("rows_33", 33, 64, 256),
+        _case("odd_hidden", 7, 32, 37),
+        _case("prime_rows", 127, 40, 160),
+        _case("no_rows", 0, 32, 64),
+    ]
+
+
+def bench_cases() -> list[Case]:
+    return [_case("1024_rows", 1024, 1280, 5120), _case("64_rows", 64, 1280, 5120)]
+
+
+def cost(x, fc1_weight, **_) -> Cost:
+    weights = 2 * fc1_weight.numel()
+    return Cost(2 * x.shape[0] * weights, 2 * x.numel() * x.element_size() + weights * fc1_weight.element_size())
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="fc1_weight")
+def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=1e-5):
+    """Feed-forward block of a pre-LN transformer, with the exact GELU.
+
+    Args:
+        x: (n, width), the residual stream, fp32 (fp64) even when the weights are half.
+        ln_weight, ln_bias: (width,); fc1: (hidden, width) and (hidden,); fc2: (width, hidden) and (width,).
+
+    Returns:
+        (n, width) in x's dtype.
+    """
+    normed = layer_norm(x, ln_weight, ln_bias, eps).to(fc1_weight.dtype)
+    return x + F.linear(gelu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)

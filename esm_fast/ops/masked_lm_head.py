@@ -1,0 +1,81 @@
+"""masked_lm_head: dense, GELU, LN, projection on the tied token table; and the loss, on the masked rows only."""
+
+import torch
+import torch.nn.functional as F
+
+from .common import Maker, accumulate_dtype, gelu, layer_norm, require
+from .registry import Case, Cost, op
+
+
+def check(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
+    width = x.shape[-1]
+    fits = dense_weight.shape == (width, width) and token_table.shape[1] == width
+    require(
+        x.ndim == 2 and fits,
+        "masked_lm_head",
+        "x (n, width), dense (width, width), token_table (vocabulary, width)",
+        x=x,
+        dense_weight=dense_weight,
+        token_table=token_table,
+    )
+    require(targets is None or rows is not None, "masked_lm_head", "targets need the rows they belong to", x=x)
+
+
+def _case(name, n, width, masked=None) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        return dict(
+            x=make.normal(n, width),
+            dense_weight=make.weight(width, width),
+            dense_bias=make.normal(width, scale=0.1),
+            ln_weight=make.gain(width),
+            ln_bias=make.normal(width, scale=0.1),
+            token_table=make.weight(33, width),
+            bias=make.normal(33, scale=0.1),
+            rows=None if masked is None else make.integers(0, n, masked).long(),
+            targets=None if masked is None else make.integers(4, 29, masked).long(),
+        )
+
+    return Case(name, build)
+
+
+def cases() -> list[Case]:
+    return [_case("one_row", 1, 32), _case("all_rows", 33, 64), _case("masked_rows", 65, 40, masked=9)]
+
+
+def bench_cases() -> list[Case]:
+    return [_case("1024_rows", 1024, 1280), _case("150_of_1024", 1024, 1280, masked=150)]
+
+
+def cost(x, dense_weight, token_table, rows, **_) -> Cost:
+    n = x.shape[0] if rows is None else rows.numel()
+    weights = dense_weight.numel() + token_table.numel()
+    moved = n * (x.shape[1] + token_table.shape[0]) * x.element_size()
+    return Cost(2 * n * weights, moved + weights * dense_weight.element_size())
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="dense_weight")
+def masked_lm_head(
+    x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows=None, targets=None, eps=1e-5
+):
+    """RoBERTa's language-model head (Liu et al. 2019).
+
+    Args:
+        x: (n, width), the final representation.
+        dense_weight (width, width), dense_bias, ln_weight, ln_bias (width,), token_table (vocabulary, width), bias.
+        rows: (m,) int64, the rows to compute; None for all.
+        targets: (m,) int64, the right token of each of these rows.
+
+    Returns:
+        (logits, loss): logits (m or n, vocabulary) in the weights' dtype; loss the SUM of the cross-entropies in fp32
+        (divide by the number of masked tokens over all workers), or None without targets.
+    """
+    if rows is not None:
+        x = x[rows]
+    hidden = gelu(F.linear(x.to(dense_weight.dtype), dense_weight, dense_bias))
+    normed = layer_norm(hidden, ln_weight, ln_bias, eps).to(token_table.dtype)
+    logits = F.linear(normed, token_table, bias)
+    if targets is None:
+        return logits, None
+    wide = logits.to(accumulate_dtype(logits.dtype))
+    return logits, F.cross_entropy(wide, targets, reduction="sum").to(torch.promote_types(wide.dtype, torch.float32))

@@ -1,0 +1,56 @@
+"""masked_softmax: padded attention scores -> attention maps. Only where a caller wants the maps themselves."""
+
+import torch
+
+from .common import Maker, accumulate_dtype, require
+from .registry import Case, Cost, op
+
+
+def check(scores, lengths):
+    require(
+        scores.ndim == 4 and scores.shape[-1] == scores.shape[-2],
+        "masked_softmax",
+        "scores must be (batch, heads, T, T)",
+        scores=scores,
+    )
+    require(
+        lengths.shape == scores.shape[:1], "masked_softmax", "lengths must be (batch,)", scores=scores, lengths=lengths
+    )
+
+
+def _case(name, lengths, heads) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        scores = make.normal(len(lengths), heads, max(lengths), max(lengths), scale=4.0)
+        return dict(scores=scores, lengths=torch.tensor(lengths, dtype=torch.int32, device=device))
+
+    return Case(name, build)
+
+
+def cases() -> list[Case]:
+    return [_case("one", [1], 1), _case("full", [33, 33], 2), _case("ragged", [1, 31, 64, 2], 3)]
+
+
+def bench_cases() -> list[Case]:
+    return [_case("4x20x512", [512, 400, 300, 200], 20)]
+
+
+def cost(scores, lengths) -> Cost:
+    return Cost(5 * scores.numel(), 2 * scores.numel() * scores.element_size())
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="scores")
+def masked_softmax(scores, lengths):
+    """Row-wise softmax over the valid keys of each sequence.
+
+    Args:
+        scores: (batch, heads, T, T), already scaled.
+        lengths: (batch,) integers; rows and columns from there on are padding.
+
+    Returns:
+        (batch, heads, T, T) in fp32 (fp64 for fp64); padded rows and columns are exactly 0.
+    """
+    valid = torch.arange(scores.shape[-1], device=scores.device) < lengths[:, None]
+    scores = scores.to(accumulate_dtype(scores.dtype))
+    weights = scores.masked_fill(~valid[:, None, None, :], float("-inf")).softmax(-1)
+    return weights.masked_fill(~(valid[:, None, :, None] & valid[:, None, None, :]), 0.0)

@@ -1,0 +1,182 @@
+"""pre_ln_attention: x + out(attention(q, k, v of LN(x))), the first half of a transformer layer, packed."""
+
+import torch
+import torch.nn.functional as F
+
+from .attention_varlen import attention_varlen
+from .common import AWKWARD_LENGTHS, Maker, layer_norm, require, spans
+from .registry import Case, Cost, op
+
+
+def check(
+    x,
+    cu_seqlens,
+    max_seqlen,
+    ln_weight,
+    ln_bias,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    v_weight,
+    v_bias,
+    out_weight,
+    out_bias,
+    heads,
+    eps,
+    rotary,
+    return_qk,
+):
+    width = x.shape[-1]
+    require(x.ndim == 2, "pre_ln_attention", "x must be (n, width)", x=x)
+    require(width % heads == 0, "pre_ln_attention", f"width must be a multiple of {heads} heads", x=x)
+    for name, weight in dict(q=q_weight, k=k_weight, v=v_weight, out=out_weight).items():
+        require(
+            weight.shape == (width, width),
+            "pre_ln_attention",
+            f"{name}_weight must be (width, width)",
+            x=x,
+            weight=weight,
+        )
+    require(cu_seqlens.dtype == torch.int32, "pre_ln_attention", "cu_seqlens must be int32", cu_seqlens=cu_seqlens)
+
+
+def _case(name, lengths, heads, head_dim, rotary=False) -> Case:
+    def build(dtype, device, seed):
+        make = Maker(dtype, device, seed)
+        n, width = sum(lengths), heads * head_dim
+        arguments = dict(
+            x=make.residual(n, width),
+            cu_seqlens=make.cu_seqlens(lengths),
+            max_seqlen=max(lengths),
+            ln_weight=make.gain(width),
+            ln_bias=make.normal(width, scale=0.1),
+            heads=heads,
+            rotary=_rotary_tables(make, lengths, head_dim) if rotary else None,
+        )
+        for projection in ("q", "k", "v", "out"):
+            arguments[f"{projection}_weight"] = make.weight(width, width)
+            arguments[f"{projection}_bias"] = make.normal(width, scale=0.1)
+        return arguments
+
+    return Case(name, build)
+
+
+def _rotary_tables(make: Maker, lengths, head_dim):
+    positions = torch.cat([torch.arange(length) for length in lengths]).double()
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()]).to(make.device, make.dtype)
+
+
+def cases() -> list[Case]:
+    ragged = [_case(name, lengths, 2, 16) for name, lengths in AWKWARD_LENGTHS.items()]
+    widths = [_case(f"head_dim_{d}", [5, 33], 2, d) for d in (8, 20, 64, 128)]
+    return [*ragged, *widths, _case("rotary", [5, 33], 2, 16, rotary=True)]
+
+
+def bench_cases() -> list[Case]:
+    return [_case("natural", [103, 187, 264, 351, 460, 683], 20, 64)]
+
+
+def cost(x, cu_seqlens, heads, q_weight, **_) -> Cost:
+    n, width = x.shape
+    pairs = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
+    weights = 4 * width * width
+    return Cost(
+        2 * n * weights + 4 * pairs * width, 2 * x.numel() * x.element_size() + weights * q_weight.element_size()
+    )
+
+
+def _rotate(x, rotary):
+    """Rotary position embedding (Su et al. 2021) in ESM-2's half-split form; rotary is (2, n, head_dim): cos, sin."""
+    cos, sin = rotary.unsqueeze(2)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def compose(
+    x,
+    cu_seqlens,
+    max_seqlen,
+    ln_weight,
+    ln_bias,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    v_weight,
+    v_bias,
+    out_weight,
+    out_bias,
+    heads,
+    eps,
+    rotary,
+    return_qk,
+    *,
+    attention,
+):
+    """The op around any `attention_varlen`: what a backend uses that brings only an attention kernel."""
+    n, width = x.shape
+    normed = layer_norm(x, ln_weight, ln_bias, eps).to(q_weight.dtype)
+    projections = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
+    q, k, v = (F.linear(normed, w, b).view(n, heads, width // heads) for w, b in projections)
+    if rotary is not None:
+        q, k = _rotate(q, rotary), _rotate(k, rotary)
+    mixed = attention(q, k, v, cu_seqlens, max_seqlen, (width // heads) ** -0.5)
+    out = x + F.linear(mixed.reshape(n, width), out_weight, out_bias)
+    return (out, q, k) if return_qk else out
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q_weight")
+def pre_ln_attention(
+    x,
+    cu_seqlens,
+    max_seqlen,
+    ln_weight,
+    ln_bias,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    v_weight,
+    v_bias,
+    out_weight,
+    out_bias,
+    heads,
+    eps=1e-5,
+    rotary=None,
+    return_qk=False,
+):
+    """Self-attention block of a pre-LN transformer (Xiong et al. 2020).
+
+    Args:
+        x: (n, width), the residual stream, in fp32 (fp64) even when the weights are half: it is where errors add up.
+        cu_seqlens: (sequences + 1,) int32; max_seqlen: the longest sequence.
+        ln_weight, ln_bias: (width,); {q,k,v,out}_weight: (width, width); {q,k,v,out}_bias: (width,).
+        rotary: None, or (2, n, head_dim) cosines and sines for rotary positions.
+        return_qk: also return q and k as the attention saw them, from which attention maps are made.
+
+    Returns:
+        (n, width) in x's dtype; with return_qk also q and k, each (n, heads, head_dim).
+    """
+    return compose(
+        x,
+        cu_seqlens,
+        max_seqlen,
+        ln_weight,
+        ln_bias,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        v_weight,
+        v_bias,
+        out_weight,
+        out_bias,
+        heads,
+        eps,
+        rotary,
+        return_qk,
+        attention=attention_varlen.reference,
+    )

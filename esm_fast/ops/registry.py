@@ -1,0 +1,228 @@
+"""Ops and the kernels that implement them.
+
+An op is its contract: a signature, a check, a differentiable pure-PyTorch reference, test cases and a cost. A kernel is
+one backend's implementation of one op. `select` chooses a kernel by priority; every kernel that cannot run says why,
+and a backend asked for by name runs or raises those reasons. `reference` is always the last choice.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+REFERENCE = "reference"
+OPS: dict[str, "Op"] = {}
+_KERNELS: dict[str, list["Kernel"]] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message lists why."""
+
+
+class Request(NamedTuple):
+    """What a selection may depend on: nothing that changes from batch to batch.
+
+    device: torch device type; arch: CUDA compute capability or None; dtype: of the weights (or of q for attention);
+    head_dim: of the attention ops, else None; grad: whether a gradient will be asked for.
+    """
+
+    device: str
+    arch: tuple[int, int] | None
+    dtype: torch.dtype
+    head_dim: int | None
+    grad: bool
+
+
+class Cost(NamedTuple):
+    """Floating point operations, and the bytes an ideal kernel must read and write."""
+
+    flops: int
+    bytes: int
+
+
+class Case(NamedTuple):
+    """One test or bench input. `build(dtype, device, seed)` returns the op's keyword arguments."""
+
+    name: str
+    build: Callable[[torch.dtype, str, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of one op, with the op's own signature.
+
+    backward(arguments, outputs, grad_outputs) returns one gradient (or None) per argument, in signature order; without
+    it, the gradient is the reference's, recomputed from the inputs.
+    """
+
+    op: str
+    backend: str
+    forward: Callable
+    backward: Callable | None = None
+    priority: int = 0
+    why_not: Callable[[Request], list[str]] = lambda request: []
+
+
+@dataclass(frozen=True)
+class Op:
+    """A contract. Calling it checks the arguments, selects a kernel and runs it, with gradients where they are due."""
+
+    name: str
+    reference: Callable
+    check: Callable[..., None]
+    cases: Callable[[], list[Case]]
+    bench_cases: Callable[[], list[Case]]
+    cost: Callable[..., Cost]
+    dtype_of: str  # the argument whose dtype is the compute dtype
+    signature: inspect.Signature = field(repr=False)
+
+    def __call__(self, *args, backend: str | None = None, **kwargs):
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.check(**bound.arguments)
+        kernel = select(self.name, self.request(bound.arguments), backend)
+        values = tuple(bound.arguments.values())
+        if kernel.backend == REFERENCE:
+            return kernel.forward(*values)
+        return _WithBackward.apply(self, kernel, *values) if _needs_grad(values) else kernel.forward(*values)
+
+    def request(self, arguments: dict[str, Any]) -> Request:
+        lead = arguments[self.dtype_of]
+        arch = torch.cuda.get_device_capability(lead.device) if lead.device.type == "cuda" else None
+        grad = _needs_grad(arguments.values())
+        return Request(lead.device.type, arch, lead.dtype, _head_dim(arguments), grad)
+
+
+def _needs_grad(values) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def _head_dim(arguments: dict[str, Any]) -> int | None:
+    if "heads" in arguments:
+        return arguments["x"].shape[-1] // arguments["heads"]
+    return arguments["q"].shape[-1] if "q" in arguments else None
+
+
+def op(*, check, cases, cost, dtype_of, bench_cases=None):
+    """Decorates a reference: its name and signature become the op's."""
+
+    def decorate(reference: Callable) -> Op:
+        name = reference.__name__
+        signature = inspect.signature(reference)
+        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature)
+        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=-1)]
+        return OPS[name]
+
+    return decorate
+
+
+def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None):
+    """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position."""
+
+    def decorate(forward: Callable) -> Callable:
+        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, priority, why_not))
+        _KERNELS[op_name].sort(key=lambda kernel: -kernel.priority)
+        select.cache_clear()
+        return forward
+
+    return decorate
+
+
+@functools.cache
+def backends() -> dict[str, str | None]:
+    """Every backend's name -> None, or why its module could not be imported. Importing it registers its kernels."""
+    import esm_fast.kernels as package
+
+    found: dict[str, str | None] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        try:
+            importlib.import_module(f"{package.__name__}.{module.name}")
+            found[module.name] = None
+        except ImportError as error:
+            found[module.name] = str(error)
+    return found | {REFERENCE: None}
+
+
+def kernels(op_name: str) -> list[Kernel]:
+    """The kernels of an op, best first; the reference is last."""
+    backends()
+    return list(_KERNELS[op_name])
+
+
+def require_backend(name: str | None) -> None:
+    """Raises ValueError for a name that is no backend, BackendError for one whose module cannot be imported."""
+    if name is None:
+        return
+    known = backends()
+    if name not in known:
+        raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(sorted(known))}")
+    if known[name] is not None:
+        raise BackendError(f"backend {name!r} cannot be loaded: {known[name]}")
+
+
+@functools.lru_cache(maxsize=1024)
+def select(op_name: str, request: Request, backend: str | None = None) -> Kernel:
+    """The kernel to run. A backend asked for by name runs the ops it implements, or raises BackendError with its
+    reasons; the ops it does not implement at all are selected as if no backend had been named."""
+    require_backend(backend)
+    candidates = kernels(op_name)
+    named = [kernel for kernel in candidates if kernel.backend == backend]
+    for kernel in named or candidates:
+        reasons = kernel.why_not(request)
+        if not reasons:
+            return kernel
+        if named:
+            raise BackendError(f"{op_name} cannot run on backend {backend!r} here: {'; '.join(reasons)}")
+    raise AssertionError("the reference kernel never declines")
+
+
+def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
+    """(backend, reasons it cannot run this request) for every kernel of an op, best first."""
+    return [(kernel.backend, kernel.why_not(request)) for kernel in kernels(op_name)]
+
+
+class _WithBackward(torch.autograd.Function):
+    """Any kernel, differentiable: by its own backward, or by the reference's on recomputed inputs."""
+
+    @staticmethod
+    def forward(ctx, op: Op, kernel: Kernel, *values):
+        outputs = kernel.forward(*values)
+        ctx.op, ctx.kernel = op, kernel
+        ctx.plain = [None if isinstance(v, torch.Tensor) else v for v in values]
+        ctx.where = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
+        ctx.inputs = len(ctx.where)
+        ctx.several = isinstance(outputs, tuple)
+        kept = outputs if ctx.several else (outputs,)
+        ctx.save_for_backward(*(values[i] for i in ctx.where), *(o for o in kept if o is not None))
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grad_outputs):
+        saved = ctx.saved_tensors
+        values = list(ctx.plain)
+        for i, tensor in zip(ctx.where, saved[: ctx.inputs], strict=True):
+            values[i] = tensor
+        needs = ctx.needs_input_grad[2:]
+        if ctx.kernel.backward is not None:
+            grads = ctx.kernel.backward(values, saved[ctx.inputs :], grad_outputs)
+        else:
+            grads = _reference_grads(ctx.op.reference, values, needs, grad_outputs)
+        return (None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
+
+
+def _reference_grads(reference: Callable, values: list, needs, grad_outputs) -> list:
+    with torch.enable_grad():
+        leaves = [v.detach().requires_grad_() if need else v for v, need in zip(values, needs, strict=True)]
+        outputs = reference(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o is not None and g is not None]
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    grads = iter(got)
+    return [next(grads) if need else None for need in needs]

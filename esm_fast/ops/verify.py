@@ -1,0 +1,100 @@
+"""Does a kernel compute its op? The rule every backend is held to, in tests and before every benchmark.
+
+truth = the reference in fp64, plain = the reference in the tested dtype, got = the kernel. The kernel's largest error
+may be twice the plain one's (three times for gradients), its root-mean-square error one and a half times, plus a floor
+of a few roundings of the values' own scale. So the tolerance follows from the arithmetic, not from taste.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .registry import Case, Kernel, Op
+
+FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+class Check(NamedTuple):
+    """One output (or gradient): its name, and its errors as shares of what is allowed; at most 1 passes."""
+
+    name: str
+    largest: float
+    rms: float
+
+    @property
+    def ok(self) -> bool:
+        return self.largest <= 1 and self.rms <= 1
+
+
+def forward(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[Check]:
+    """Compares every floating-point output of a kernel on one case."""
+    arguments = bound(op, case.build(dtype, device, seed))
+    got = outputs_of(kernel.forward(*arguments.values()))
+    plain = outputs_of(op.reference(**arguments))
+    truth = outputs_of(op.reference(**_widened(arguments)))
+    return _compare([f"output {i}" for i in range(len(got))], got, plain, truth, dtype, 2.0)
+
+
+def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[Check]:
+    """Compares the gradient of a random projection of the outputs, for every floating-point input."""
+    arguments = bound(op, case.build(dtype, device, seed))
+    names = [name for name, value in arguments.items() if differentiable(value)]
+
+    def through(run, values) -> list[torch.Tensor]:
+        values = {n: v.detach().requires_grad_() if n in names else v for n, v in values.items()}
+        outputs = [out for out in outputs_of(run(values)) if out.requires_grad]
+        generator = torch.Generator().manual_seed(seed)
+        seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
+        found = torch.autograd.grad(outputs, [values[n] for n in names], seeds, allow_unused=True)
+        return [torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)]
+
+    got = through(lambda values: op(**values, backend=kernel.backend), arguments)
+    plain = through(lambda values: op.reference(**values), arguments)
+    truth = through(lambda values: op.reference(**values), _widened(arguments))
+    return _compare([f"gradient of {name}" for name in names], got, plain, truth, dtype, 3.0)
+
+
+def _compare(names, got, plain, truth, dtype, factor) -> list[Check]:
+    checks = []
+    for name, g, p, t in zip(names, got, plain, truth, strict=True):
+        if g.shape != t.shape:
+            raise AssertionError(f"{name} has shape {tuple(g.shape)}, the reference {tuple(t.shape)}")
+        if not t.numel():
+            continue
+        wrong, unavoidable = (g.double() - t).abs(), (p.double() - t).abs()
+        scale, rms_scale = t.abs().max(), _rms(t)
+        allowed = factor * unavoidable.max() + FLOOR[dtype] * scale
+        allowed_rms = 1.5 * _rms(unavoidable) + FLOOR[dtype] * rms_scale
+        checks.append(Check(name, _share(wrong.max(), allowed), _share(_rms(wrong), allowed_rms)))
+    return checks
+
+
+def _share(wrong: torch.Tensor, allowed: torch.Tensor) -> float:
+    """wrong / allowed, where exact agreement is fine even if nothing is allowed; NaN counts as infinitely wrong."""
+    if not bool(torch.isfinite(wrong)):
+        return float("inf")
+    return 0.0 if wrong == 0 else float(wrong / allowed)
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.double().square().mean().sqrt()
+
+
+def bound(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
+    filled = op.signature.bind(**arguments)
+    filled.apply_defaults()
+    op.check(**filled.arguments)
+    return dict(filled.arguments)
+
+
+def _widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.double() if differentiable(v) else v for n, v in arguments.items()}
+
+
+def differentiable(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def outputs_of(outputs) -> list[torch.Tensor]:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [out for out in outputs if out is not None]

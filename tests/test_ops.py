@@ -1,0 +1,150 @@
+"""Every op on every backend that can run here, on every case of its contract, against fp64."""
+
+import itertools
+
+import pytest
+import torch
+
+from esm_fast.ops import OPS, BackendError, registry, select, verify
+from esm_fast.ops.registry import REFERENCE, Kernel, Request
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def runs():
+    """(op, kernel, case, dtype, device) for the whole registry."""
+    for op, device in itertools.product(OPS.values(), DEVICES):
+        for kernel, case, dtype in itertools.product(registry.kernels(op.name), op.cases(), DTYPES):
+            name = f"{op.name}-{kernel.backend}-{case.name}-{str(dtype)[6:]}-{device}"
+            yield pytest.param(op, kernel, case, dtype, device, id=name)
+
+
+def require_runnable(op, kernel, case, dtype, device):
+    arguments = verify.bound(op, case.build(dtype, device, 0))
+    if reasons := kernel.why_not(op.request(arguments)):
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.mark.parametrize("op, kernel, case, dtype, device", list(runs()))
+def test_forward(op, kernel, case, dtype, device):
+    require_runnable(op, kernel, case, dtype, device)
+    for check in verify.forward(op, kernel, case, dtype, device):
+        assert check.ok, check
+
+
+@pytest.mark.parametrize("op, kernel, case, dtype, device", [p for p in runs() if p.values[3] == torch.float32])
+def test_gradients(op, kernel, case, dtype, device):
+    require_runnable(op, kernel, case, dtype, device)
+    for check in verify.gradients(op, kernel, case, dtype, device):
+        assert check.ok, check
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_reference_gradient_is_the_functions(op):
+    """Finite differences in fp64, on the smallest case that has rows."""
+    build = {"masked_lm_head": "one_row", "gelu_ffn": "one_row", "masked_softmax": "one"}.get(op.name, "tiny")
+    case = next(case for case in op.cases() if case.name == build)
+    arguments = verify.bound(op, case.build(torch.float64, "cpu", 0))
+    leaves = {n: v.requires_grad_() for n, v in arguments.items() if verify.differentiable(v)}
+
+    def function(*values):
+        return tuple(verify.outputs_of(op.reference(**{**arguments, **dict(zip(leaves, values, strict=True))})))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_cost_is_stated(op):
+    for case in op.cases() + op.bench_cases()[:0]:
+        cost = op.cost(**verify.bound(op, case.build(torch.float32, "cpu", 0)))
+        assert cost.flops >= 0 and cost.bytes >= 0
+    assert cost.bytes > 0
+
+
+# --- attention against the formula, since the reference leans on torch's own kernel ---------------------------------
+
+
+def test_attention_is_the_textbook_formula():
+    op = OPS["attention_varlen"]
+    arguments = op.cases()[3].build(torch.float64, "cpu", 0)
+    q, k, v = (arguments[name].transpose(0, 1) for name in "qkv")
+    out = op(**arguments).transpose(0, 1)
+    for start, end in itertools.pairwise(arguments["cu_seqlens"].tolist()):
+        scores = q[:, start:end] @ k[:, start:end].transpose(1, 2) * arguments["scale"]
+        torch.testing.assert_close(out[:, start:end], scores.softmax(-1) @ v[:, start:end])
+
+
+def test_gelu_is_the_exact_one():
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    from esm_fast.ops.common import gelu
+
+    torch.testing.assert_close(gelu(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)), rtol=1e-14, atol=1e-15)
+
+
+# --- contracts and selection -----------------------------------------------------------------------------------------
+
+
+def test_a_wrong_shape_is_named_with_all_shapes():
+    arguments = OPS["gelu_ffn"].cases()[0].build(torch.float32, "cpu", 0)
+    arguments["fc2_weight"] = arguments["fc2_weight"].T
+    with pytest.raises(ValueError, match=r"gelu_ffn: .*x \(1, 64\).*fc2_weight \(256, 64\)"):
+        OPS["gelu_ffn"](**arguments)
+
+
+def cpu_request(dtype=torch.float32):
+    return Request("cpu", None, dtype, 64, False)
+
+
+def test_a_backend_asked_for_by_name_raises_its_reasons():
+    with pytest.raises(BackendError, match="pre_ln_attention cannot run on backend 'xformers' here: .*CUDA"):
+        select("pre_ln_attention", cpu_request(), "xformers")
+
+
+def test_an_unknown_backend_lists_the_known_ones():
+    with pytest.raises(ValueError, match="no backend 'tpu'; choose one of .*reference"):
+        select("gelu_ffn", cpu_request(), "tpu")
+
+
+def test_unnamed_selection_ends_at_the_reference():
+    for name in OPS:
+        assert select(name, cpu_request()).backend == REFERENCE
+        assert registry.explain(name, cpu_request())[-1] == (REFERENCE, [])
+
+
+@pytest.fixture
+def toy_backend(monkeypatch):
+    """A second backend for gelu_ffn: right or wrong on demand, without a backward of its own."""
+    op = OPS["gelu_ffn"]
+    state = {"factor": 1.0, "calls": 0}
+
+    def forward(*values):
+        state["calls"] += 1
+        return op.reference(*values) * state["factor"]
+
+    kernel = Kernel("gelu_ffn", "toy", forward, priority=5)
+    monkeypatch.setitem(registry._KERNELS, "gelu_ffn", [kernel, *registry._KERNELS["gelu_ffn"]])
+    select.cache_clear()
+    yield kernel, state
+    select.cache_clear()
+
+
+def test_the_check_catches_a_wrong_kernel(toy_backend):
+    kernel, state = toy_backend
+    case = OPS["gelu_ffn"].cases()[1]
+    assert all(c.ok for c in verify.forward(OPS["gelu_ffn"], kernel, case, torch.float32, "cpu"))
+    state["factor"] = 1 + 1e-4
+    assert not all(c.ok for c in verify.forward(OPS["gelu_ffn"], kernel, case, torch.float32, "cpu"))
+
+
+def test_a_kernel_without_backward_trains_by_recomputation(toy_backend):
+    _, state = toy_backend
+    op = OPS["gelu_ffn"]
+    arguments = {n: v.requires_grad_() for n, v in op.cases()[1].build(torch.float64, "cpu", 0).items()}
+    arguments["fc1_bias"].requires_grad_(False)
+    wanted = [v for v in arguments.values() if v.requires_grad]
+    ours = torch.autograd.grad(op(**arguments).square().sum(), wanted)
+    assert state["calls"] == 1
+    reference = torch.autograd.grad(op.reference(**arguments).square().sum(), wanted)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b)
