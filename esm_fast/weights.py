@@ -191,6 +191,8 @@ _HF_LAYER = {
     "output.dense.": "fc2.",
     "LayerNorm.": "final_layer_norm.",
 }
+# TensorFlow's names of the layer-norm parameters, which transformers still writes for some modules.
+_HF_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _HF_IGNORED = ("embeddings.position_ids", "pooler.")
 
 
@@ -200,6 +202,8 @@ def from_hf_key(key: str) -> str | None:
     An unknown name is returned as it is, so that the check of the tensors names it.
     """
     bare = key.removeprefix("esm.")
+    for old, new in _HF_RENAMED.items():
+        bare = bare.replace(old, new)
     if bare.startswith(_HF_IGNORED):
         return None
     prefix, names = "", _HF_TOP
