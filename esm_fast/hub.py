@@ -44,11 +44,11 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def cached(name: str) -> Path | None:
     """A published model in torch-hub's cache (fair-esm's files), else in Hugging Face's, else None."""
-    file = _torch_hub() / f"{name}.pt"
+    file = torch_hub_folder() / f"{name}.pt"
     if file.exists():
         return file
     for repository in (f"facebook/{name}", *(alias for alias, of in ALIASES.items() if of == name and "/" in alias)):
-        for snapshot in sorted(_hf_cache().glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
+        for snapshot in sorted(hf_cache_folder().glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
             if (snapshot / "config.json").exists() and any(snapshot.glob("*model*")):
                 return snapshot
     return None
@@ -99,7 +99,7 @@ def _copy(reply, part: Path, mode: str, name: str, start: int, total: int) -> No
 
 
 def _download(name: str) -> Path:
-    target = _torch_hub() / f"{name}.pt"
+    target = torch_hub_folder() / f"{name}.pt"
     files = [(f"{FAIR_ESM_URL}/models/{name}.pt", target)]
     if name.startswith("esm1b"):  # ESM-1v was published without a contact regression
         side = f"{name}-contact-regression.pt"
@@ -118,10 +118,10 @@ def _download(name: str) -> Path:
     return target
 
 
-def _torch_hub() -> Path:
+def torch_hub_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _hf_cache() -> Path:
+def hf_cache_folder() -> Path:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()

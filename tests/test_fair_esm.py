@@ -213,3 +213,16 @@ def test_contacts_without_a_regression_say_so(fair_model, tmp_path):
 def test_a_row_of_masks_alone_stays_finite():
     model = trained_like(esm_fast.ProteinBertModel(Config(2, 16, 32, 2)), 0)
     assert torch.isfinite(model(torch.tensor([[MASK, MASK]]))["logits"]).all()
+
+
+def test_the_batched_dataset_equals_fair_esms(tmp_path):
+    esm = pytest.importorskip("esm")
+    file = tmp_path / "x.fasta"
+    lengths = [5, 900, 3, 40, 41, 40, 1, 300, 299]
+    file.write_text("".join(f">protein {i}\n{'ACDEF' * n}\n" for i, n in enumerate(lengths)))
+    ours, theirs = (kind.from_file(file) for kind in (esm_fast.FastaBatchedDataset, esm.FastaBatchedDataset))
+    assert len(ours) == len(theirs) and all(ours[i] == theirs[i] for i in range(len(ours)))
+    for budget in (1, 250, 4096):
+        assert ours.get_batch_indices(budget, 1) == theirs.get_batch_indices(budget, 1)
+    with pytest.raises(ValueError, match="duplicate sequence labels: 'a'"):
+        esm_fast.FastaBatchedDataset(["a", "b", "a"], ["A", "B", "C"])

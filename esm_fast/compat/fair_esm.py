@@ -5,6 +5,7 @@ from argparse import Namespace
 import torch
 
 from ..alphabet import EOS, TOKENS, Alphabet
+from ..data import read_fasta
 from ..models.esm1 import ESM1, Config
 from ..packing import PackedBatch, pack_padded, unpack_rows
 
@@ -61,7 +62,7 @@ class ProteinBertModel(ESM1):
         if out.logits is not None:
             result["logits"] = unpack_rows(out.logits, rows, *shape)
         if need_head_weights:
-            result["attentions"] = _pad_attentions(out.attentions, self.config, batch, rows, shape)
+            result["attentions"] = pad_attentions(out.attentions, self.config, batch, rows, shape)
         if return_contacts:
             fill = torch.sigmoid(self.contact_head.regression.bias.detach().float()).item()
             result["contacts"] = pad_contacts(out.contacts, batch, rows, shape, fill)
@@ -98,7 +99,8 @@ def _positions(batch: PackedBatch, rows: torch.Tensor, width: int) -> list[torch
     return list((rows % width).split(batch.lengths.tolist()))
 
 
-def _pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tensor:
+def pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tensor:
+    """(B, layers, heads, T, T) from per-sequence maps; rows and columns of padding are 0."""
     count, width = shape
     padded = attentions[0].new_zeros(count, config.layers, config.attention_heads, width, width)
     for i, (maps, at) in enumerate(zip(attentions, _positions(batch, rows, width), strict=True)):
@@ -113,3 +115,36 @@ def pad_contacts(contacts, batch, rows, shape, fill: float) -> torch.Tensor:
     for i, (probabilities, at) in enumerate(zip(contacts, _positions(batch, rows, width), strict=True)):
         padded[i, at[:, None], at] = probabilities
     return padded[:, 1:-1, 1:-1]
+
+
+class FastaBatchedDataset:
+    """fair-esm's data set of (label, sequence) pairs, for code written against it; `esm_fast.embed` needs none."""
+
+    def __init__(self, sequence_labels, sequence_strs):
+        self.sequence_labels = list(sequence_labels)
+        self.sequence_strs = list(sequence_strs)
+        if len(set(self.sequence_labels)) < len(self.sequence_labels):
+            twice = next(label for label in self.sequence_labels if self.sequence_labels.count(label) > 1)
+            raise ValueError(f"Found duplicate sequence labels: {twice!r}")
+
+    @classmethod
+    def from_file(cls, fasta_file) -> "FastaBatchedDataset":
+        """Reads a whole FASTA file into memory, compressed or not; residues are upper-cased."""
+        records = [record for chunk in read_fasta(fasta_file) for record in chunk]
+        return cls(*zip(*records, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.sequence_labels)
+
+    def __getitem__(self, index) -> tuple[str, str]:
+        return self.sequence_labels[index], self.sequence_strs[index]
+
+    def get_batch_indices(self, toks_per_batch: int, extra_toks_per_seq: int = 0) -> list[list[int]]:
+        """Batches of indices, shortest first, whose padded size stays within toks_per_batch (or of one sequence)."""
+        lengths = [len(sequence) + extra_toks_per_seq for sequence in self.sequence_strs]
+        batches: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+            if not batches or lengths[index] * (len(batches[-1]) + 1) > toks_per_batch:
+                batches.append([])
+            batches[-1].append(index)
+        return batches

@@ -94,7 +94,16 @@ class ESM1(nn.Module):
         return self.embed_tokens.weight.device
 
     def forward_packed(
-        self, batch: PackedBatch, *, layers=(), logits=False, attentions=False, contacts=False, scale=None, keep=None
+        self,
+        batch: PackedBatch,
+        *,
+        layers=(),
+        logits=False,
+        attentions=False,
+        contacts=False,
+        scale=None,
+        keep=None,
+        embedded=None,
     ) -> Outputs:
         """Runs the model on a packed batch and returns only what is asked for; unneeded last layers are not run.
 
@@ -104,12 +113,13 @@ class ESM1(nn.Module):
             scale: (sequences,) token-dropout factors in place of the model's own count (see `ops.embedding`).
             keep: (n,) bool, the tokens that are residues for `contacts`; by default all but each sequence's first and
                 every <eos>.
+            embedded: (n, embed_dim), the residual stream to begin with in place of the embedding of `batch.tokens`.
         """
         if contacts:
             self.contact_head.require_fitted()
         depth = self.config.layers if logits or attentions or contacts else max(layers, default=0)
         out = Outputs(attentions=[] if attentions else None)
-        x = self._embed(batch, scale)
+        x = self._embed(batch, scale) if embedded is None else embedded
         if 0 in layers:
             out.representations[0] = x
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)

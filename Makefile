@@ -1,0 +1,39 @@
+# Two commands do everything: `make embed` runs the main job, `make test` passes the tests. Each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: embed test lint bench clean
+
+embed: .venv/core
+	$(BIN)/esm-fast embed examples/uniprot_sample.fasta.gz -o out/uniprot_sample.h5 --overlength window --force
+
+test: .venv/test
+	$(BIN)/pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Full-size ESM-1b against its peers, side by side: about 8 GB of packages, 12 GB of memory, tens of minutes.
+bench: .venv/bench
+	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
+	$(BIN)/python benches/bench_peers.py --out out/peers
+
+.venv/core: $(SOURCES) | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/test: $(SOURCES) | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ .venv/core
+
+.venv/bench: $(SOURCES) | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable '.[test,bench]'
+	touch $@ .venv/core .venv/test
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build out
