@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _FROM = {
     "Alphabet": ".alphabet",
     "BatchConverter": ".alphabet",
+    "FastaBatchedDataset": ".compat.fair_esm",
     "ProteinBertModel": ".compat.fair_esm",
     "accelerate": ".compat.accelerate",
     "embed": ".engine",

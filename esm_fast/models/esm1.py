@@ -44,7 +44,7 @@ _ESM1V = Config(33, 1280, 5120, 20, emb_layer_norm_before=False)
 CONFIGS: dict[str, Config] = {
     "esm1b_t33_650M_UR50S": _ESM1B,
     **{f"esm1v_t33_650M_UR90S_{i}": _ESM1V for i in range(1, 6)},
-    "esm1b_t6_demo": Config(6, 192, 768, 12),  # the embedded default, ESM-1b in small
+    "esm1b_t6_demo": Config(6, 192, 768, 3),  # the embedded default: ESM-1b in small
 }
 
 

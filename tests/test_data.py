@@ -1,0 +1,515 @@
+"""FASTA to Records to Tokens: the C++ parser against its definition, damaged streams, policies and their counts."""
+
+import bz2
+import gzip
+import io
+import lzma
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from esm_fast import _C
+from esm_fast.alphabet import TOKENS, X, encode_definition
+from esm_fast.data import (
+    FastaError,
+    Policy,
+    Records,
+    Report,
+    _decompress,
+    accession,
+    identifier,
+    parse_definition,
+    read_fasta,
+    records_from,
+    tokenize,
+)
+
+LENIENT = Policy(unknown="x", empty="skip", overlength="window")
+
+
+def zst(data, checksum=True):
+    return zstandard.ZstdCompressor(write_checksum=checksum).compress(data)
+
+
+COMPRESS = {
+    "gz": lambda data: gzip.compress(data, mtime=0),
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zst,
+}
+kinds = pytest.mark.parametrize("kind", COMPRESS)
+
+
+def read(data, **options):
+    """All (header, residues) of FASTA bytes."""
+    return [record for records in read_fasta(io.BytesIO(data), **options) for record in records]
+
+
+def proteins(count, length=80, seed=0):
+    """A FASTA of random proteins: it does not compress to nothing."""
+    draw = random.Random(seed).choices
+    return b"".join(b">p%d\n%s\n" % (i, bytes(draw(b"ACDEFGHIKLMNPQRSTVWY", k=length))) for i in range(count))
+
+
+# ---- parsing
+
+LINES = [b">", b"a", b"b c", b"MKT", b"mkt", b" ", b"\t", b"*", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xc3", b"<mask>"]
+ENDS = [b"\n", b"\r", b"\r\n"]
+fastas = st.lists(st.sampled_from([*LINES, *ENDS, b"\n>", b"\r>"]), max_size=25).map(b"".join)
+
+
+@given(fastas | st.binary(max_size=20), st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 20))
+@example(b"\xef\xbb\xbf>a\r\nMK\r\nT\r\n", [1], 1)
+@example(b"\xef\xbb\xbf", [1], 1)
+@example(b"\xef\xbb", [1], 1)
+@example(b"\xef>a", [1], 1)
+@example(b">a\rMK\r>b\r\r\nT", [1], 1)
+def test_pieces_give_the_records_of_the_definition(data, sizes, chunk_bytes):
+    class Pieces(io.BytesIO):
+        """Returns less than it is asked for, as a pipe does."""
+
+        def read(self, size=-1):
+            sizes.append(sizes.pop(0))
+            return super().read(min(size, sizes[-1]))
+
+    try:
+        expected = parse_definition(data)
+    except FastaError:
+        with pytest.raises(FastaError):
+            list(read_fasta(Pieces(data), chunk_bytes=chunk_bytes))
+        return
+    batches = list(read_fasta(Pieces(data), chunk_bytes=chunk_bytes))
+    assert [record for records in batches for record in records] == expected
+    assert [records.first for records in batches] == list(np.cumsum([0, *map(len, batches)])[:-1])
+    lines = [int(line) for records in batches for line in records.lines]
+    text = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+    assert lines == [number for number, line in enumerate(text, 1) if line.startswith(b">")]
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_every_byte(byte):
+    one = bytes([byte])
+    for data in (b">a\nMK" + one + b"T\n>b\nA", b">a" + one + b"x\nMK\n", b">" + one + b"\n" + one + b"\n"):
+        assert read(data) == parse_definition(data)
+    for data in (one, one + b">a\nMK\n"):
+        try:
+            expected = parse_definition(data)
+        except FastaError:
+            with pytest.raises(FastaError):
+                read(data)
+        else:
+            assert read(data) == expected
+
+
+def test_forms():
+    data = b"\xef\xbb\xbf>  first one \r\nmk t\r\n\r\n\tVRQG \r\n>\nA\n\n>sp|P1|N\rMK\r\rLA\n>last"
+    assert read(data) == [("first one", "MKTVRQG"), ("seqnum000000004", "A"), ("sp|P1|N", "MKLA"), ("last", "")]
+
+
+def test_records_know_where_they_are():
+    (records,) = read_fasta(io.BytesIO(b"\n>a\nMK\nT\n>b\n\n>c\nA\n"))
+    assert records.headers == ["a", "b", "c"]
+    assert records.lines.tolist() == [2, 5, 7] and records.lines.dtype == np.int64
+    assert bytes(records.residues) == b"MKTA" and records.residues.dtype == np.uint8
+    assert records.offsets.tolist() == [0, 3, 3, 4] and records.offsets.dtype == np.int64
+    assert (records.first, records.source, len(records)) == (0, "<stream>", 3)
+
+
+def test_well_formed_fasta_is_read_as_fair_esm_reads_it(tmp_path):
+    esm = pytest.importorskip("esm", reason="fair-esm is not installed")
+    path = tmp_path / "x.fasta"
+    path.write_bytes(b">sp|P1|N Some name OS=x\nMKT\nVRQ \n\n> b\r\nACD\r\n>\nWWW\n>c\tt\nAC\nDE")
+    theirs = esm.FastaBatchedDataset.from_file(path)
+    assert read(path.read_bytes()) == list(zip(theirs.sequence_labels, theirs.sequence_strs, strict=True))
+
+
+def test_headers_that_are_not_utf8_and_long_ones():
+    long = "h" * 300_000
+    data = b">caf\xe9\nM\n>caf\xc3\xa9\nK\n>" + long.encode() + b"\nT"
+    headers = [header for header, _ in read(data, chunk_bytes=1000)]
+    assert headers == ["caf\ufffd", "café", long]
+
+
+@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b"\n \r\n"])
+def test_no_record(data):
+    with pytest.raises(FastaError, match="no FASTA record"):
+        read(data)
+
+
+@pytest.mark.parametrize("data, line", [(b"MKT\n>a\nMK", 1), (b"\r\n\n; note\n>a", 3), (b" >a", 1), (b"\xef\xbb>a", 1)])
+def test_text_before_the_first_record(data, line):
+    with pytest.raises(FastaError, match=f"^<stream>: line {line}: .* before the first '>'"):
+        read(data)
+
+
+def test_one_line_of_megabytes():
+    sequence = b"ACDEFGHIKLMNPQRSTVWY" * 150_000
+    batches = list(read_fasta(io.BytesIO(b">a\nMK\n>long\n" + sequence + b"\n>b\nMK\n"), chunk_bytes=1 << 16))
+    records = [record for batch in batches for record in batch]
+    assert records == [("a", "MK"), ("long", sequence.decode()), ("b", "MK")]
+
+
+def test_memory_is_bounded_by_the_chunk():
+    data = proteins(5000, 100)
+    batches = list(read_fasta(io.BytesIO(data), chunk_bytes=10_000))
+    assert len(batches) > 40
+    assert max(batch.residues.nbytes for batch in batches) < 2 * 10_000
+    assert [record for batch in batches for record in batch] == parse_definition(data)
+
+
+# ---- sources
+
+
+def test_path_and_compression_by_content(tmp_path):
+    data = proteins(20)
+    for kind, contents in {"plain": data, **{kind: compress(data) for kind, compress in COMPRESS.items()}}.items():
+        path = tmp_path / f"{kind}.txt"
+        path.write_bytes(contents)
+        batches = list(read_fasta(path))
+        assert [record for batch in batches for record in batch] == parse_definition(data)
+        assert {batch.source for batch in batches} == {str(path)}
+
+
+@pytest.mark.parametrize("compress", [bytes, *COMPRESS.values()], ids=["plain", *COMPRESS])
+def test_standard_input(compress):
+    script = "from esm_fast.data import read_fasta; print([r for b in read_fasta('-') for r in b])"
+    data = proteins(3)
+    done = subprocess.run([sys.executable, "-c", script], input=compress(data), capture_output=True, timeout=120)
+    assert done.stdout.decode().strip() == str(parse_definition(data)), done.stderr.decode()
+
+
+def test_files_of_others_stay_open_and_ours_are_closed(tmp_path):
+    path = tmp_path / "x.fasta"
+    path.write_bytes(b">a\nMK\n")
+    with open(path, "rb") as stream:
+        list(read_fasta(stream))
+        assert not stream.closed
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(read_fasta(tmp_path / "nowhere"))
+    with open(path) as stream, pytest.raises(TypeError, match="'rb'"):
+        list(read_fasta(stream))
+
+
+# ---- compressed streams
+
+
+@kinds
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 1 << 20])
+def test_members_are_read_as_one(kind, chunk_bytes):
+    data = proteins(30)
+    for cuts in ([0], [0, 1000], [0, 0, 3, 1000, len(data)]):
+        members = [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True)]
+        stream = b"".join(map(COMPRESS[kind], members))
+        assert read(stream, chunk_bytes=chunk_bytes) == parse_definition(data)
+        assert read(stream + bytes(512), chunk_bytes=chunk_bytes) == parse_definition(data)  # padding, as on tapes
+
+
+@kinds
+def test_what_follows_the_last_member_is_an_error(kind):
+    stream = COMPRESS[kind](proteins(3))
+    for rest in (b"x", b"\0\0junk", b">b\nMKT\n"):
+        with pytest.raises(FastaError, match="last complete record is 2 .*'p1'"):
+            read(stream + rest)
+
+
+@kinds
+def test_cut_anywhere(kind):
+    data = proteins(12)
+    stream = COMPRESS[kind](data)
+    for end in range(len(stream)):
+        with pytest.raises(FastaError):
+            read(stream[:end])
+    two = stream + stream
+    for end in range(len(stream) + 1, len(two)):
+        with pytest.raises(FastaError, match=f"{kind} stream is cut short"):
+            read(two[:end])
+
+
+@kinds
+def test_a_flipped_bit_is_never_silent(kind):
+    data = proteins(12)
+    stream = COMPRESS[kind](data)
+    errors = 0
+    for at in range(len(stream)):
+        damaged = bytearray(stream)
+        damaged[at] ^= 1 << at % 8
+        try:
+            assert read(bytes(damaged)) == parse_definition(data)  # a bit of no meaning: the time in a gz header
+        except FastaError:
+            errors += 1
+    assert errors > 0.9 * len(stream)
+
+
+def test_wrong_checksum():
+    stream = bytearray(COMPRESS["gz"](proteins(2)))
+    stream[-5] ^= 1
+    with pytest.raises(FastaError, match="gz stream is corrupt"):
+        read(bytes(stream))
+
+
+@kinds
+def test_records_before_the_damage_are_yielded_and_named(kind):
+    data = proteins(3000, seed=1)
+    stream = COMPRESS[kind](data)
+    seen = []
+    with pytest.raises(FastaError) as caught:
+        for records in read_fasta(io.BytesIO(stream + stream[: len(stream) // 2]), chunk_bytes=1000):
+            seen += records
+    assert len(seen) >= 2999
+    assert seen == parse_definition(data + data)[: len(seen)]
+    last = f"last complete record is {len(seen)} (line {2 * len(seen) - 1}, {seen[-1][0]!r})"
+    assert str(caught.value).startswith(f"<stream>: the {kind} stream is cut short") and last in str(caught.value)
+
+
+def test_output_of_a_dense_stream_is_bounded():
+    data = b">a\n" + b"A" * 20_000_000  # 1,000 times its compressed size
+    for kind in ("gz", "bz2", "xz"):
+        pieces = list(_decompress(io.BytesIO(COMPRESS[kind](data)), 1 << 16))
+        assert max(map(len, pieces)) <= 1 << 16
+        assert b"".join(pieces) == data
+
+
+def test_zst_frames_without_checksum_or_size_and_with_skippable_frames():
+    data = proteins(10)
+    writer = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    stream = writer.compress(data[:100]) + writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    stream += writer.compress(data[100:]) + writer.flush()
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0note"
+    assert read(stream) == read(stream + skippable) == read(skippable + stream) == parse_definition(data)
+    assert read(zst(data[:500], False) + skippable + zst(data[500:], False)) == parse_definition(data)
+
+
+# ---- sequences in memory
+
+
+def test_records_from_strings_and_pairs():
+    (records,) = records_from(["mk t", ("b", "KALTA<mask>ISQP"), ["c", ""]])
+    assert list(records) == [("0", "MKT"), ("b", "KALTA<MASK>ISQP"), ("c", "")]
+    assert records.lines.tolist() == [0, 0, 0]
+    tokens = tokenize(records, LENIENT, Report())
+    assert tokens.headers == ["0", "b"]
+    assert tokens.ids.tolist() == encode_definition("MKT" + "KALTA<mask>ISQP")
+
+
+def test_records_from_is_streamed():
+    batches = list(records_from("A" * 500_000 for _ in range(10)))
+    assert [(len(batch), batch.first) for batch in batches] == [(3, 0), (3, 3), (3, 6), (1, 9)]
+    assert [label for batch in batches for label, _ in batch] == [str(i) for i in range(10)]
+    assert list(records_from([])) == []
+
+
+@pytest.mark.parametrize("text", ["é", "Ｌ", "\ud800", "ß", "ſ", "\xa0", "😀"])
+def test_characters_that_are_not_ascii_are_one_unknown_residue(text):
+    (records,) = records_from([f"MK{text}T"])
+    report = Report()
+    assert tokenize(records, LENIENT, report).ids.tolist() == encode_definition("MKXT")
+    assert report.unknown == 1
+
+
+@pytest.mark.parametrize("sequences", ["MKT", b"MKT", [b"MKT"], [("a", "b", "c")], [("a", None)], [3]])
+def test_records_from_mistakes(sequences):
+    with pytest.raises(TypeError):
+        list(records_from(sequences))
+
+
+# ---- tokens and policies
+
+
+def some_records(*residues, source="x.fasta"):
+    offsets = np.cumsum([0, *map(len, residues)])
+    headers = [f"id{i} rest" for i in range(len(residues))]
+    lines = 1 + 2 * np.arange(len(residues))
+    return Records(headers, lines, np.frombuffer(b"".join(residues), np.uint8), offsets, 0, source)
+
+
+def tokenize_definition(residues):
+    """(ids, columns of the unknown residues) of a record's bytes."""
+    specials = {token.upper().encode(): i for i, token in enumerate(TOKENS) if token[0] == "<" and token != "<pad>"}
+    residues = residues.removesuffix(b"*")
+    ids, unknown, at = [], [], 0
+    while at < len(residues):
+        special = next((s for s in specials if residues.startswith(s, at)), None)
+        letter = chr(residues[at])
+        if special:
+            ids.append(specials[special])
+        elif letter in TOKENS:
+            ids.append(TOKENS.index(letter))
+        else:
+            ids.append(X)
+            unknown.append(at)
+        at += len(special) if special else 1
+    return ids, unknown
+
+
+PARTS = [b"MKTVRQGLLS", b"X", b".", b"-", b"J", b"*", b"<MASK>", b"<UNK>", b"<PAD>", b"<", b"m", b"\0", b"\xff"]
+residue_bytes = st.lists(st.sampled_from(PARTS), max_size=6).map(b"".join)
+
+
+@given(st.lists(residue_bytes, max_size=8), st.sampled_from(["x", "skip"]), st.sampled_from(["truncate", "window"]))
+def test_tokens_are_those_of_the_definition(residues, unknown, overlength):
+    policy, report = Policy(unknown=unknown, empty="skip", overlength=overlength, max_residues=12), Report()
+    tokens = tokenize(some_records(*residues), policy, report)
+    expected = []
+    for number, (ids, columns) in enumerate(map(tokenize_definition, residues)):
+        if ids and not (columns and unknown == "skip"):
+            expected.append((number, ids[:12] if overlength == "truncate" else ids))
+    assert tokens.numbers.tolist() == [number for number, _ in expected]
+    assert tokens.headers == [f"id{number} rest" for number, _ in expected]
+    assert tokens.ids.tolist() == [i for _, ids in expected for i in ids]
+    assert tokens.lengths.tolist() == [len(ids) for _, ids in expected]
+    assert (tokens.ids.dtype, tokens.offsets.dtype, tokens.numbers.dtype) == (np.uint8, np.int64, np.int64)
+    assert report.records == len(residues)
+    assert report.kept == len(tokens) == report.records - len(report.skipped)
+    assert report.residues == len(tokens.ids)
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_every_byte_becomes_its_token_or_an_error(byte):
+    records = some_records(b"MK", b"MK%cT" % byte)
+    ids, unknown = tokenize_definition(b"MK%cT" % byte)
+    assert tokenize(records, LENIENT, Report()).ids.tolist() == encode_definition("MK") + ids
+    if not unknown:
+        assert tokenize(records, Policy(), Report()).ids.tolist() == encode_definition(f"MKMK{chr(byte)}T")
+    else:
+        with pytest.raises(FastaError) as caught:
+            tokenize(records, Policy(), Report())
+        place = f"x.fasta: record 2 (line 3, 'id1'), column 3: {chr(byte)!r} (0x{byte:02x}) is not a residue"
+        assert str(caught.value).startswith(place)
+
+
+def test_final_stop_is_stripped_once():
+    report = Report()
+    tokens = tokenize(some_records(b"MK*", b"M", b"*"), Policy(empty="skip"), report)
+    assert tokens.ids.tolist() == encode_definition("MKM")
+    assert tokens.offsets.tolist() == [0, 2, 3]
+    assert (report.stops_stripped, report.empty, report.kept) == (1, 1, 2)
+    with pytest.raises(FastaError, match="column 3: '\\*'"):
+        tokenize(some_records(b"MK**"), Policy(), Report())
+
+
+def test_unknown_policies():
+    records = some_records(b"MKJ", b"MK", b"1A2")
+    report = Report()
+    assert tokenize(records, Policy(unknown="x"), report).ids.tolist() == encode_definition("MKXMKXAX")
+    assert (report.unknown, report.skipped_unknown, report.kept) == (3, 0, 3)
+    report = Report()
+    tokens = tokenize(records, Policy(unknown="skip"), report)
+    assert (tokens.headers, tokens.numbers.tolist()) == (["id1 rest"], [1])
+    assert (report.unknown, report.skipped_unknown, report.kept) == (0, 2, 1)
+    assert report.skipped == [(0, "id0", "unknown residue"), (2, "id2", "unknown residue")]
+
+
+def test_empty_policies():
+    records = some_records(b"MK", b"")
+    with pytest.raises(FastaError, match="record 2 \\(line 3, 'id1'\\): it has no residues; use empty='skip'"):
+        tokenize(records, Policy(), Report())
+    report = Report()
+    assert tokenize(records, Policy(empty="skip"), report).headers == ["id0 rest"]
+    assert (report.empty, report.skipped) == (1, [(1, "id1", "empty")])
+
+
+def test_overlength_policies():
+    records = some_records(b"MKT", b"MKTVR", b"MKTV")
+    with pytest.raises(FastaError, match="'id1'\\): it has 5 residues and the limit is 4; use overlength='window'"):
+        tokenize(records, Policy(max_residues=4), Report())
+    report = Report()
+    tokens = tokenize(records, Policy(overlength="truncate", max_residues=4), report)
+    assert (tokens.lengths.tolist(), report.truncated, report.residues) == ([3, 4, 4], 1, 11)
+    assert tokens.ids.tolist() == encode_definition("MKTMKTVMKTV")
+    report = Report()
+    tokens = tokenize(records, Policy(overlength="window", max_residues=4), report)
+    assert (tokens.lengths.tolist(), report.windowed, report.residues) == ([3, 5, 4], 1, 12)
+
+
+def test_a_skipped_record_is_not_too_long():
+    report = Report()
+    policy = Policy(unknown="skip", max_residues=4)
+    assert len(tokenize(some_records(b"MKTJJJ"), policy, report)) == 0
+    assert (report.truncated, report.windowed, report.skipped_unknown) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "residues, message",
+    [
+        ((b"MK", b"", b"J", b"MKTVR"), "no residues"),
+        ((b"J", b""), "'J'"),
+        ((b"MKTVR", b"J"), "5 residues"),
+        ((b"JJJJJ",), "'J'"),
+    ],
+)
+def test_the_first_refused_record_is_the_one_named(residues, message):
+    report = Report()
+    with pytest.raises(FastaError, match=message):
+        tokenize(some_records(*residues), Policy(max_residues=4), report)
+    assert report == Report()
+
+
+def test_the_list_of_skipped_records_is_bounded_and_the_count_is_not():
+    report = Report()
+    for _ in range(3):
+        assert len(tokenize(some_records(*[b""] * 700), Policy(empty="skip"), report)) == 0
+    assert (report.empty, report.records, report.kept, len(report.skipped)) == (2100, 2100, 0, 1000)
+
+
+def test_numbers_count_from_the_start_of_the_source():
+    policy, report, seen = Policy(unknown="skip"), Report(), []
+    data = b"".join(b">r%d\n%s\n" % (i, b"MKJ" if i % 3 == 0 else b"MK") for i in range(100))
+    for records in read_fasta(io.BytesIO(data), chunk_bytes=50):
+        tokens = tokenize(records, policy, report)
+        assert tokens.headers == [f"r{number}" for number in tokens.numbers]
+        seen += tokens.numbers.tolist()
+    assert seen == [i for i in range(100) if i % 3]
+    assert (report.records, report.kept, report.skipped_unknown) == (100, 66, 34)
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"unknown": "ignore"}, {"empty": "x"}, {"overlength": "cut"}, {"max_residues": 0}, {"unknown": None}]
+)
+def test_policies_are_checked(mistake):
+    with pytest.raises(ValueError, match=next(iter(mistake))):
+        Policy(**mistake)
+
+
+def test_records_must_be_sound():
+    for offsets in ([0, 3, 2], [0, 5], [-1, 2]):
+        with pytest.raises(ValueError, match="offsets"):
+            _C.encode_records(np.zeros(4, np.uint8), np.array(offsets))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads):
+    records = some_records(*(b"MKTVRQGLLSJ<MASK>" * (37 * i % 900) + b"*" * (i % 2) for i in range(300)))
+    expected = [tokenize_definition(bytes(text, "latin-1"))[0] for _, text in records]
+    before = _C.threads()
+    try:
+        _C.set_threads(threads)
+        tokens = tokenize(records, LENIENT, Report())
+    finally:
+        _C.set_threads(before)
+    assert tokens.ids.tolist() == [i for ids in expected for i in ids]
+
+
+# ---- headers
+
+
+@pytest.mark.parametrize(
+    "header, first, accessed",
+    [
+        ("sp|P12345|NAME_HUMAN Some protein OS=x", "sp|P12345|NAME_HUMAN", "P12345"),
+        ("tr|A0A1|X y", "tr|A0A1|X", "A0A1"),
+        ("sp|P12345", "sp|P12345", "sp|P12345"),
+        ("sp||N", "sp||N", "sp||N"),
+        ("UniRef50_Q9 n=1", "UniRef50_Q9", "UniRef50_Q9"),
+        ("gi|1|gb|A", "gi|1|gb|A", "gi|1|gb|A"),
+        ("a\tb", "a", "a"),
+        ("", "", ""),
+    ],
+)
+def test_identifiers(header, first, accessed):
+    assert (identifier(header), accession(header)) == (first, accessed)
