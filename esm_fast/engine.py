@@ -67,7 +67,7 @@ def random_model(name: str, *, backend=None) -> ProteinBertModel:
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             else:
-                parameter.fill_(1.0 if key.endswith("norm.weight") or "layer_norm" in key and "weight" in key else 0.0)
+                parameter.fill_(1.0 if "layer_norm" in key and key.endswith("weight") else 0.0)
     return model
 
 
