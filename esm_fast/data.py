@@ -213,7 +213,7 @@ def records_from(sequences: Iterable[str | tuple[str, str]]) -> Iterator[Records
         label, text = (index, item) if isinstance(item, str) else _pair(index, item)
         labels.append(str(label))
         texts.append(b"".join(text.encode("latin-1", "replace").upper().split()))
-        size += len(texts[-1])
+        size += len(texts[-1]) + 1  # so that an endless stream of empty strings is passed on too
         if size >= CHUNK_BYTES:
             yield _join(labels, texts, first)
             labels, texts, size, first = [], [], 0, index + 1

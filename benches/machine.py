@@ -1,0 +1,72 @@
+"""What a number depends on: machine, versions, threads, and how fast a plain matrix product is at this moment."""
+
+import datetime
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+PACKAGES = ("esm_fast", "torch", "transformers", "fair-esm", "openvino")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_MAX_CPU_ISA")
+
+
+def machine() -> dict[str, str]:
+    """Name -> value of everything a reader needs in order to compare a number with another."""
+    variables = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ]
+    versions = [f"Python {platform.python_version()}", *(f"{name} {installed(name)}" for name in PACKAGES)]
+    facts = {
+        "CPU": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores visible",
+        "instruction sets": " ".join(flag for flag in FLAGS if flag in cpu_flags()) or "unknown",
+        "threads": " ".join([str(torch.get_num_threads()), *variables]),
+        "load average at the start": f"{os.getloadavg()[0]:.1f}",
+        "versions": ", ".join(versions),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if torch.cuda.is_available():
+        facts["GPU"] = torch.cuda.get_device_name()
+    return facts
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_model() -> str:
+    fields = _cpuinfo()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    codes = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]  # a cloud's names say little
+    return f"{name} ({', '.join(codes)})" if codes else name
+
+
+def cpu_flags() -> set[str]:
+    fields = _cpuinfo()
+    return set((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of Linux's /proc/cpuinfo; empty elsewhere."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def gemm_peak(dtype: torch.dtype, n: int = 2048, repeats: int = 4) -> float:
+    """FLOP/s of torch's own n x n matrix product, the best of a few: what the machine gives at this moment."""
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
