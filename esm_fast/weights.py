@@ -9,6 +9,7 @@ import json
 import math
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .alphabet import MASK, PAD, TOKENS
+from .memory import MappedFiles
 from .models.esm1 import ESM1, Config
 
 CONTACT_KEYS = {"contact_head.regression.weight", "contact_head.regression.bias"}
@@ -82,7 +84,7 @@ def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)
-    model.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(_converted(checkpoint.source, tensors, dtype), assign=True)
     if model.lm_head is not None:
         model.lm_head.weight = model.embed_tokens.weight
     return model
@@ -102,13 +104,14 @@ def save(model: ESM1, path: str | Path) -> str:
     return digest
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of the names."""
+def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], None] = lambda tensor: None) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of the names; `after` gets each in turn."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        after(tensor)
     return digest.hexdigest()
 
 
@@ -295,7 +298,7 @@ def _read_own(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read ({error})") from None
     tensors = _safetensors(path)
-    if checksum(tensors) != metadata.get("sha256"):
+    if checksum(tensors, after=MappedFiles().forget) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
     return Checkpoint(path, "esm_fast", config, tensors)
 
@@ -366,8 +369,23 @@ def _check_tensors(source: Path, tensors: dict[str, torch.Tensor], expected: dic
             problems.append(f"{key} is no floating-point tensor")
         elif tensor.shape != expected[key]:
             problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(expected[key])}")
-        elif not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
+    _raise(source, problems)
+
+
+def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors in dtype, each checked to be finite, in little more memory than the result takes."""
+    mapped, problems, converted = MappedFiles(), [], {}
+    for key, tensor in tensors.items():
+        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
             problems.append(f"{key} holds NaN or infinity")
+        converted[key] = tensor.to(dtype)
+        if converted[key] is not tensor:
+            mapped.forget(tensor)
+    _raise(source, problems)
+    return converted
+
+
+def _raise(source: Path, problems: list[str]) -> None:
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(f"{source} does not fit its configuration: {'; '.join(problems[:10])}{more}")

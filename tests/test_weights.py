@@ -110,6 +110,20 @@ def test_our_own_file_goes_round(fair_checkpoint, tmp_path, dtype):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_saving_a_model_leaves_its_changed_weights_alone(fair_checkpoint, tmp_path):
+    """The weights are memory-mapped, and handing back a page that was written to would undo the change."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    weights.save(esm_fast.load(fair_checkpoint)[0], first)
+    model, _ = esm_fast.load(first)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    changed = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    weights.save(model, second)
+    for state in (model.state_dict(), esm_fast.load(second)[0].state_dict()):
+        assert all(torch.equal(state[key], tensor) for key, tensor in changed.items())
+
+
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,13 +302,14 @@ import resource, sys, warnings, torch, esm_fast, esm_fast.weights
 warnings.simplefilter("ignore")
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-model, _ = esm_fast.load(sys.argv[1])
-print((peak() - before) / sum(p.numel() * 4 for p in model.parameters()))
+model, _ = esm_fast.load(sys.argv[1], dtype=sys.argv[2])
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["fair", "own", "transformers", "bin"])
-def test_loading_takes_little_more_memory_than_the_weights(tmp_path, layout):
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path, layout, dtype):
     model = fair_esm_model(layers=8, heads=8, head_dim=64, ffn=2048)  # 100 MB
     source = save_fair_esm(model, tmp_path / "big.pt")
     ours, _ = esm_fast.load(source)
@@ -309,7 +324,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, layout):
         if layout == "bin":
             (source / "model.safetensors").unlink()
             torch.save(theirs.state_dict(), source / "pytorch_model.bin")
-    run = subprocess.run([sys.executable, "-c", PEAK, str(source)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", PEAK, str(source), dtype]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) < 1.3
 
 

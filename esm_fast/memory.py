@@ -1,0 +1,39 @@
+"""Handing back pages of memory-mapped checkpoints that have been converted and are not needed again."""
+
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import torch
+
+
+class MappedFiles:
+    """The file-backed mappings of this process as they are now; elsewhere than on Linux, none."""
+
+    def __init__(self):
+        self._ranges = []
+        if sys.platform != "linux":
+            return
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, mode, _, _, inode, *_ = line.split(maxsplit=5)
+            if inode != "0" and mode.endswith("p"):
+                self._ranges.append(tuple(int(address, 16) for address in addresses.split("-")))
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Drops a tensor's pages from memory if a file is behind them; they are read again when needed.
+
+        Only for tensors as they were read: what was written into one since is lost. For tensors in ordinary memory
+        nothing happens.
+        """
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if not any(low <= start and end <= high for low, high in self._ranges):
+            return
+        page = mmap.PAGESIZE
+        first, last = -(-start // page) * page, end // page * page  # only pages that hold nothing else
+        if first < last:
+            # The result does not matter: this is advice, and without it the pages only stay a little longer.
+            _MADVISE(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+_MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
