@@ -165,21 +165,23 @@ class Protein(NamedTuple):
     """One protein's results: an array for each Output asked for, in that order."""
 
     label: str
-    residues: int
     arrays: list[np.ndarray]
 
 
-def run(model: ESM1, tokens: Iterable[Tokens], outputs: list[Output], budget: int) -> Iterator[Protein]:
+def run(
+    model: ESM1, tokens: Iterable[Tokens], outputs: list[Output], budget: int, on_batch=lambda residues: None
+) -> Iterator[Protein]:
     """Streams tokens through the model: the general form of `embed`, for writers that want several outputs at once.
 
     A protein over the model's length is cut into windows (see `embed`), which a contact map cannot be joined from:
-    for CONTACTS, tokenize with overlength "error" or "truncate".
+    for CONTACTS, tokenize with overlength "error" or "truncate". After each batch, on_batch gets the residues done: a
+    bar can move although the proteins, which come in input order, have to wait for each other.
     """
     joined = _Joiner(outputs)
     for group in _groups(_segments(tokens, model.config.max_residues), _BATCHES_AHEAD * budget):
-        for segment, arrays in zip(group, _run(model, group, outputs, budget), strict=True):
+        for segment, arrays in zip(group, _run(model, group, outputs, budget, on_batch), strict=True):
             if (complete := joined.add(segment, arrays)) is not None:
-                yield Protein(segment.label, segment.residues, complete)
+                yield Protein(segment.label, complete)
 
 
 class _Segment(NamedTuple):
@@ -229,13 +231,14 @@ def _groups(segments: Iterable[_Segment], limit: int) -> Iterator[list[_Segment]
         yield group
 
 
-def _run(model: ESM1, group: list[_Segment], outputs: list[Output], budget: int) -> list[list[np.ndarray]]:
+def _run(model: ESM1, group: list[_Segment], outputs: list[Output], budget: int, on_batch) -> list[list[np.ndarray]]:
     """Per segment of the group, one array an output."""
     lengths = np.array([segment.length for segment in group], dtype=np.int64)
     ids, starts = _join_ids(group)
     results: list = [None] * len(group)
     for chosen in plan(lengths + _SPECIAL, budget):
         made = _forward(model, pack(ids, starts, lengths, chosen), outputs, [group[i] for i in chosen])
+        on_batch(sum(group[i].residues / len(group[i].windows) for i in chosen))
         for place, i in enumerate(chosen):
             results[i] = [of_output[place] for of_output in made]
     return results

@@ -69,12 +69,12 @@ def cost(tokens, token_table, **_) -> Cost:
     return Cost(10 * elements, elements * (2 * token_table.element_size() + 4))
 
 
-def token_dropout_scale(tokens, cu_seqlens):
-    """What embeddings are multiplied by, per sequence, to make up for the <mask> tokens it shows: (sequences,) fp32."""
+def token_dropout_scale(tokens, cu_seqlens, dtype=torch.float32):
+    """What embeddings are multiplied by, per sequence, to make up for the <mask> tokens it shows: (sequences,)."""
     lengths = cu_seqlens.diff().long()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
     masked = torch.zeros(len(lengths), device=tokens.device).index_add_(0, owner, (tokens == MASK).float())
-    return KEPT_IN_TRAINING / (1 - masked / lengths)
+    return KEPT_IN_TRAINING / (1 - masked / lengths).to(dtype)  # the share is in fp32 in every reference
 
 
 @op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="token_table")
@@ -107,7 +107,7 @@ def embedding(
     x = F.embedding(tokens, token_table, padding_idx=PAD).to(wide)
     if token_dropout:
         if scale is None:
-            scale = token_dropout_scale(tokens, cu_seqlens)
+            scale = token_dropout_scale(tokens, cu_seqlens, wide)
         per_token = torch.repeat_interleave(scale.to(wide), cu_seqlens.diff().long())
         x = (x * per_token[:, None]).masked_fill((tokens == MASK)[:, None], 0.0)
     x = x + F.embedding(positions, position_table, padding_idx=PAD).to(wide)

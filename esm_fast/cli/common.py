@@ -1,0 +1,170 @@
+"""What the commands share: arguments, loading the model, output paths, the words of the summary."""
+
+import argparse
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+DEMO = "random:esm1b_t6_demo"
+_LISTED = 10
+MEANINGLESS = "random weights: these numbers mean nothing"
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one sentence that says what to do."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEMO,
+        metavar="NAME|PATH",
+        help="esm1b_t33_650M_UR50S, facebook/esm-1b, esm1v_t33_650M_UR90S_1 ... 5; a fair-esm .pt file, a Hugging Face "
+        "folder or a file of esm-fast convert; or random:NAME[:seed] (default: %(default)s, WHOSE NUMBERS MEAN "
+        "NOTHING: it only shows that everything works)",
+    )
+    group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=_WITH_DEFAULT)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
+    group.add_argument("--backend", help="insist on a backend; esm-fast info lists them (default: the fastest)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
+
+
+def add_batch_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-tokens", type=positive, metavar="N", help="tokens in one batch (default: 4096, on a GPU 16384)"
+    )
+
+
+def add_policies(parser: argparse.ArgumentParser, overlength: tuple[str, ...]) -> None:
+    group = parser.add_argument_group("policies", "What to do with records that cannot go through as they are.")
+    choices = {
+        "unknown": (("error", "x", "skip"), "residues ESM-1b does not know; x reads them as X"),
+        "empty": (("error", "skip"), "records without residues"),
+        "duplicates": (("keep", "skip", "error"), "ids seen before; keep stores the second P12345 as P12345_2"),
+        "overlength": (overlength, "proteins too long for the model, over 1022 residues"),
+    }
+    for name, (values, text) in choices.items():
+        group.add_argument(f"--{name}", default=values[0], choices=values, help=f"{text} (default: %(default)s)")
+
+
+_WITH_DEFAULT = "(default: %(default)s)"
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def output_path(text: str, force: bool) -> Path:
+    """The path of a file to write. Raises InputError before any work is lost."""
+    path = Path(text)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder {path.parent} does not exist; make it first")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; give --force to overwrite it, or another -o")
+    return path
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises InputError when the disk cannot hold about `needed` bytes more."""
+    folder = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the output will take about {human_bytes(needed)}, and {folder} has {human_bytes(free)} free; choose "
+            "another disk, or ask for less"
+        )
+
+
+def load_model(name: str, *, device="auto", dtype="float32", backend=None, threads=None):
+    """The model; warnings and BackendError become lines for the user."""
+    import torch
+
+    from .. import _C, engine
+    from ..ops import BackendError
+
+    if threads:
+        torch.set_num_threads(threads)
+        _C.set_threads(threads)
+    if is_random(name):
+        warn_random(name)
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model, _ = engine.load(name, device=device, dtype=dtype, backend=backend)
+        if backend:
+            next(engine.embed(model, ["M"]))  # one that cannot run here says so now, not after the input is read
+    except BackendError as error:
+        raise InputError(str(error)) from None
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return model
+
+
+def is_random(name: str) -> bool:
+    return name.startswith("random:")
+
+
+def warn_random(name: str) -> None:
+    text = f"{name} HAS RANDOM WEIGHTS: ITS NUMBERS MEAN NOTHING. Give --model for real ones."
+    print(f"{'!' * len(text)}\n{text}\n{'!' * len(text)}", file=sys.stderr)
+
+
+def result_lines(counts, seconds: float, model: str) -> list[str]:
+    """The part of a summary that every command with FASTA input has: nothing that happened to a record is left out."""
+    report = counts.report
+    skipped = {
+        "unknown residue": report.skipped_unknown,
+        "empty": report.empty,
+        "duplicate": counts.dropped,
+        "already done": counts.done,
+    }
+    changed = {
+        "unknown residues read as X": report.unknown,
+        "final * stripped": report.stops_stripped,
+        "truncated": report.truncated,
+        "windowed": report.windowed,
+        "duplicates renamed": counts.renamed,
+    }
+    listed = [f"            record {number + 1}, {name!r}: {why}" for number, name, why in report.skipped[:_LISTED]]
+    more = sum(skipped.values()) - counts.done - len(listed)
+    return [
+        f"proteins  {counts.proteins:,} of {report.records:,} records",
+        f"residues  {counts.residues:,} in {seconds:.1f} s: {counts.residues / seconds:,.0f} residues/s",
+        f"skipped   {', '.join(f'{count:,} {what}' for what, count in skipped.items())}",
+        *listed,
+        *([f"            and {more:,} more"] if more else []),
+        f"changed   {', '.join(f'{count:,} {what}' for what, count in changed.items())}",
+        f"model     {model}" + (f"  ({MEANINGLESS.upper()})" if is_random(model) else ""),
+    ]
+
+
+def progress(total: int, unit: str = "residues"):
+    """A bar on standard error. In a log file, where each of its states is a line, it moves rarely."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(total=total, unit=f" {unit}", unit_scale=True, mininterval=interval, maxinterval=2 * interval)
+
+
+def as_flags(message: str) -> str:
+    """The library's advice in the command's words: unknown='x' is --unknown x."""
+    return re.sub(r"\b(unknown|empty|overlength)='(\w+)'", r"--\1 \2", message)
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000

@@ -1,0 +1,63 @@
+"""esm-fast convert: any checkpoint we read, as safetensors with a checksum."""
+
+import argparse
+import warnings
+
+from .common import InputError, human_bytes, is_random, output_path
+
+NAME = "convert"
+HELP = "a checkpoint as safetensors with a checksum"
+DESCRIPTION = """\
+Reads a fair-esm .pt file (with its contact regression beside it), a Hugging Face folder or a
+converted file, checks every tensor, and writes one safetensors file that holds no code, loads
+memory-mapped, and carries its configuration and a checksum. The file is read back and compared
+before it gets its name."""
+EXAMPLES = """\
+  esm-fast convert esm1b_t33_650M_UR50S.pt esm1b.safetensors
+  esm-fast convert facebook/esm-1b esm1b.bf16.safetensors --dtype bfloat16
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a model's name, file or folder, see esm-fast embed --help")
+    parser.add_argument("output", metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in SOURCE")
+
+
+def run(args: argparse.Namespace) -> None:
+    if is_random(args.source):
+        raise InputError(f"{args.source} is not converted: the file would not tell that its numbers mean nothing")
+    out = output_path(args.output, args.force)
+
+    import torch
+
+    from .. import hub, weights
+    from ..writers.files import atomic
+
+    checkpoint = weights.read(hub.resolve(args.source))
+    dtype = getattr(torch, args.dtype) if args.dtype else checkpoint.tensors["embed_tokens.weight"].dtype
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = weights.build(checkpoint, dtype=dtype)
+    with atomic(out) as temporary:
+        digest = weights.save(model, temporary)
+        _compare(weights.read(temporary), model)
+    for warning in caught:
+        print(f"note      {warning.message}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"source    {checkpoint.source} ({checkpoint.kind})")
+    print(f"model     {parameters:,} parameters, {str(dtype).removeprefix('torch.')}")
+    print(f"sha256    {digest}  (of the tensors; read back and equal)")
+    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+
+
+def _compare(copy, model) -> None:
+    import torch
+
+    state = model.state_dict()
+    for key, tensor in copy.tensors.items():
+        if not torch.equal(tensor, state[key]):
+            raise InputError(f"{key} changed on its way to the disk; nothing was written")
+        if not tensor.isfinite().all():
+            raise InputError(f"{key} holds numbers too large for {tensor.dtype}; give --dtype bfloat16 or float32")

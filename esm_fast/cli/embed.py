@@ -1,0 +1,128 @@
+"""esm-fast embed: FASTA in, HDF5 out, keyed as UniProt keys its embeddings."""
+
+import argparse
+import time
+from pathlib import Path
+
+from .. import __version__
+from .common import (
+    MEANINGLESS,
+    InputError,
+    add_batch_tokens,
+    add_model,
+    add_policies,
+    check_space,
+    human_bytes,
+    is_random,
+    load_model,
+    output_path,
+    progress,
+    result_lines,
+)
+
+NAME = "embed"
+HELP = "embeddings of a FASTA file, as HDF5"
+DESCRIPTION = """\
+Embeds the proteins of FASTA files (plain, gz, bz2, xz or zst; - is standard input) into one HDF5
+file, one data set a protein, named by its accession, as UniProt publishes embeddings. All input is
+checked before anything is computed, and the file appears only when it is complete."""
+EXAMPLES = """\
+  esm-fast embed proteins.fasta.gz -o proteins.h5 --model esm1b_t33_650M_UR50S
+  esm-fast embed proteins.fasta -o residues.h5 --pool per-residue --store float16 --overlength window
+  zcat *.fasta.gz | esm-fast embed - -o layers.h5 --layers 0 16 -1 --unknown x --empty skip
+"""
+_POOLS = {"mean": "mean", "cls": "cls", "per-residue": "per_residue"}
+_ITEM_BYTES = {"float32": 4, "float16": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fasta", nargs="+", metavar="FASTA", help="FASTA files, or - for standard input")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.h5", help="the HDF5 file to write")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.h5")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        default=[-1],
+        metavar="N",
+        help="0 (the embedding) to the number of layers, or counted from the last, -1 (default: -1); several give a "
+        "group each: layer_33/P12345",
+    )
+    parser.add_argument(
+        "--pool", choices=tuple(_POOLS), default="mean", help="what to keep of a protein (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--store", choices=tuple(_ITEM_BYTES), default="float32", help="numbers in the file (default: %(default)s)"
+    )
+    add_batch_tokens(parser)
+    add_model(parser)
+    add_policies(parser, overlength=("error", "truncate", "window"))
+
+
+def run(args: argparse.Namespace) -> None:
+    out = output_path(args.output, args.force)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, backend=args.backend, threads=args.threads)
+
+    from ..data import Policy
+    from ..engine import Output, layer_numbers, token_budget
+    from ..engine import run as run_model
+    from ..writers.files import atomic
+    from ..writers.hdf5 import HDF5Writer
+    from ..writers.names import hdf5_key
+    from .source import Counts, Source
+
+    layers = layer_numbers(model, args.layers)
+    policy = Policy(args.unknown, args.empty, args.overlength, model.config.max_residues)
+    budget = token_budget(model, args.batch_tokens)
+    outputs = [Output(_POOLS[args.pool], layer) for layer in layers]
+    attributes = {
+        "model": args.model,
+        "layers": layers,
+        "pool": args.pool,
+        "dtype": args.dtype,
+        "overlength": args.overlength,
+        "max_residues": model.config.max_residues,
+        "esm_fast": __version__,
+    }
+    if is_random(args.model):
+        attributes["warning"] = MEANINGLESS
+    with Source(args.fasta, policy, safe=hdf5_key, duplicates=args.duplicates) as source:
+        expected, counts = source.scan(), Counts()
+        check_space(out.parent, _size(expected, model.config.embed_dim, args, len(layers)))
+        written, start = 0, time.perf_counter()
+        with (
+            atomic(out) as temporary,
+            HDF5Writer(temporary, layers, store=args.store, attributes=attributes) as writer,
+            progress(expected.residues) as bar,
+        ):
+            for protein in run_model(model, source.tokens(counts), outputs, budget, bar.update):
+                writer.add(protein.label.name, str(protein.label), protein.arrays)
+                written += 1
+            if counts != expected or written != counts.proteins:
+                raise InputError("the input changed while it was read; nothing was written")
+        seconds = time.perf_counter() - start
+    print(_summary(args, out, layers, counts, seconds))
+
+
+def _size(counts, embed_dim: int, args, layers: int) -> int:
+    """About the bytes of the output."""
+    from ..writers.hdf5 import OVERHEAD
+
+    rows = counts.residues if args.pool == "per-residue" else counts.proteins
+    return layers * (rows * embed_dim * _ITEM_BYTES[args.store] + counts.proteins * OVERHEAD)
+
+
+def _summary(args, out: Path, layers: list[int], counts, seconds: float) -> str:
+    group = "file" if len(layers) == 1 else f'file["layer_{layers[-1]}"]'
+    return "\n".join(
+        [
+            *result_lines(counts, seconds, args.model),
+            f"layers    {' '.join(map(str, layers))} ({args.pool}, stored as {args.store})",
+            f"output    {out} ({human_bytes(out.stat().st_size)})",
+            "",
+            "Open it in Python:",
+            "  import h5py",
+            f"  with h5py.File({str(out)!r}) as file:",
+            f"      embeddings = {{key: data[:] for key, data in {group}.items()}}",
+        ]
+    )

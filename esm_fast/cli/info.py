@@ -1,0 +1,172 @@
+"""esm-fast info: what this machine has, what runs on it and why the rest does not; what a checkpoint holds."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from .common import human_bytes
+
+NAME = "info"
+HELP = "this machine, the backends and why they run or not; or a checkpoint"
+DESCRIPTION = """\
+Without FILE: versions, the machine, which backend runs each op here and why the others do not, and
+where models are looked for. With FILE: what a checkpoint holds, and whether its checksum is right."""
+EXAMPLES = """\
+  esm-fast info
+  esm-fast info esm1b.safetensors
+  esm-fast info ~/.cache/torch/hub/checkpoints/esm1b_t33_650M_UR50S.pt
+"""
+_PACKAGES = ("torch", "numpy", "safetensors", "h5py", "transformers", "matplotlib", "triton", "xformers")
+# Those that decide which kernels can run, x86-64 and arm64.
+_FLAGS = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16", "i8mm"),
+)
+_DTYPES = ("float32", "bfloat16", "float16")
+_HEAD_DIM = 64  # ESM-1b's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a checkpoint file, folder or model name")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.file:
+        _print_checkpoint(args.file)
+        return
+    _print_machine()
+    _print_ops()
+    _print_caches()
+
+
+def _print_machine() -> None:
+    import torch
+
+    from .. import _C
+
+    cpu = _cpu()
+    packages = [f"{name} {found}" for name in _PACKAGES if (found := _version(name))]
+    print(f"esm_fast  {__version__}, Python {platform.python_version()}, {', '.join(packages)}")
+    print(f"machine   {platform.system()} {platform.release()}, {platform.machine()}, {_memory()}")
+    print(f"CPU       {cpu.get('model name', platform.processor() or 'unknown')}, {_cores()} usable cores")
+    flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
+    print(f"          {' '.join(flag for flag in _FLAGS if flag in flags) or 'no known instruction-set flags'}")
+    print(f"threads   {torch.get_num_threads()} for torch, {_C.threads()} for input and packing")
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        print(f"CUDA      no device; torch is {build}")
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        memory = human_bytes(gpu.total_memory)
+        print(f"CUDA      cuda:{number} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, str]:
+    """The first processor in /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _memory() -> str:
+    try:
+        return human_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) + " memory"
+    except (ValueError, OSError):
+        return "memory unknown"
+
+
+def _print_ops() -> None:
+    """A table a device, a line an op, a column a backend; dtypes that give the same table share it."""
+    import torch
+
+    from .. import ops
+    from ..ops.registry import REFERENCE, Request, backends
+
+    known = backends()
+    columns = sorted(known, key=lambda name: (name == REFERENCE, name))
+    reasons: list[str] = []
+    tables: dict[str, list[str]] = {}
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        arch = torch.cuda.get_device_capability() if device == "cuda" else None
+        for dtype in _DTYPES:
+            request = Request(device, arch, getattr(torch, dtype), _HEAD_DIM, False)
+            lines = []
+            for op_name in ops.OPS:
+                cells = _cells(ops.explain(op_name, request), reasons)
+                lines.append(f"  {op_name:20}" + "".join(f"{cells.get(name, '-'):12}" for name in columns).rstrip())
+            tables.setdefault("\n".join(lines), []).append(f"{device} {dtype}")
+    print("\nBackends (head dimension 64): * runs, ok could run, [n] cannot and why, - does not have this op")
+    for table, titles in tables.items():
+        print(f"\n{', '.join(titles)}\n{'':22}" + "".join(f"{name:12}" for name in columns).rstrip())
+        print(table)
+    print()
+    for number, reason in enumerate(reasons, start=1):
+        print(f"[{number}] {reason}")
+    for name, problem in known.items():
+        if problem is not None:
+            print(f"backend {name} cannot be loaded: {problem}")
+
+
+def _cells(explained: list[tuple[str, list[str]]], reasons: list[str]) -> dict[str, str]:
+    """backend -> what to show; new reasons are added to the list. Backends come best first."""
+    cells, chosen = {}, False
+    for backend, why_not in explained:
+        if not why_not:
+            cells[backend] = "ok" if chosen else "*"
+            chosen = True
+            continue
+        text = "; ".join(why_not)
+        if text not in reasons:
+            reasons.append(text)
+        cells[backend] = f"[{reasons.index(text) + 1}]"
+    return cells
+
+
+def _print_caches() -> None:
+    from .. import hub
+
+    print("\nModels are looked for in")
+    print(f"  {hub.torch_hub_folder()} (fair-esm's files)")
+    print(f"  {hub.hf_cache_folder()} (Hugging Face's)")
+    for name in hub.published_names():
+        print(f"  {name:24} {hub.cached(name) or 'not there'}")
+
+
+def _print_checkpoint(name: str) -> None:
+    from dataclasses import asdict
+
+    from .. import hub, weights
+
+    checkpoint = weights.read(hub.resolve(name))
+    weights.build(checkpoint)  # every tensor checked
+    parameters = sum(tensor.numel() for key, tensor in checkpoint.tensors.items() if key != "lm_head.weight")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}
+    own = checkpoint.kind == weights.FORMAT
+    print(f"file        {checkpoint.source}")
+    print(f"kind        {checkpoint.kind}")
+    print(f"parameters  {parameters:,}, {', '.join(sorted(dtypes))}, {human_bytes(size)}")
+    for key, value in asdict(checkpoint.config).items():
+        print(f"  {key:22} {value}")
+    print(f"contacts    {'fitted' if set(checkpoint.tensors) >= weights.CONTACT_KEYS else 'no regression'}")
+    if own:
+        print(f"sha256      {weights.checksum(checkpoint.tensors)} (right)")
+    else:
+        print("sha256      none in this format; esm-fast convert writes one")

@@ -1,0 +1,41 @@
+"""fair-esm's format: one .pt file a protein, a dictionary of fp32 tensors."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .files import atomic
+
+
+class TorchFolder:
+    """Writes {name}.pt files into a folder, which is made if need be."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there and complete: what a killed fair-esm left is cut short, and lacks the zip's end."""
+        return zipfile.is_zipfile(self.folder / f"{name}.pt")
+
+    def add(self, name: str, label: str, entries: dict) -> None:
+        """entries: arrays, or dictionaries {layer: array}, under fair-esm's keys."""
+        content = {"label": label} | {key: _tensors(value) for key, value in entries.items()}
+        # Not durable: a file cut short is written again by the next run.
+        with atomic(self.folder / f"{name}.pt", durable=False) as temporary:
+            torch.save(content, temporary)
+
+
+def _tensors(value: np.ndarray | dict[int, np.ndarray]):
+    """Copies: torch.save stores all that a view looks into."""
+    if isinstance(value, dict):
+        return {key: _tensors(array) for key, array in value.items()}
+    return torch.tensor(value, dtype=torch.float32)

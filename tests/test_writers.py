@@ -1,0 +1,206 @@
+"""Names that are safe and unique; files that are whole or absent; formats others can read."""
+
+import os
+import random
+import urllib.parse
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from esm_fast.writers.files import atomic
+from esm_fast.writers.hdf5 import HDF5Writer
+from esm_fast.writers.names import LONGEST, Names, file_name, hdf5_key
+from esm_fast.writers.npz import NpzWriter
+from esm_fast.writers.torch_pt import TorchFolder
+
+IDS = [
+    "P12345",
+    "sp|P12345|NAME_HUMAN Protein of unknown function OS=Homo sapiens",
+    "a/b",
+    "/etc/passwd",
+    "../../up",
+    ".",
+    "..",
+    ".hidden",
+    "NP_000001.1",
+    "1ABC:A",
+    "50% sure",
+    "%2F",
+    "back\\slash",
+    'quote"<mask>?*',
+    "tab\there",
+    "null\0byte",
+    "line\nend",
+    "naïve-蛋白質",
+    "x" * 300,
+    "蛋" * 300,
+    "/" * 300,
+    "-o",
+    " ",
+]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_file_name_stays_in_its_folder(name, tmp_path):
+    path = tmp_path / f"{file_name(name)}.npz"
+    path.write_bytes(b"x")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.parent == tmp_path
+    assert not path.name.startswith(".")
+    assert len(os.fsencode(path.name)) < 255
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_hdf5_key_is_one_level(name, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file[hdf5_key(name)] = np.ones(2)
+        assert {key: data[:].sum() for key, data in file.items()} == {hdf5_key(name): 2}
+
+
+@pytest.mark.parametrize("safe", [file_name, hdf5_key])
+def test_names_can_be_read_back(safe):
+    for name in IDS:
+        if len(safe(name).encode()) < LONGEST - 3:  # not shortened
+            assert urllib.parse.unquote(safe(name)) == name
+    assert len({safe(name) for name in IDS}) == len(IDS)
+
+
+def test_ordinary_ids_keep_their_names():
+    for name in ("P12345", "sp|P12345|NAME_HUMAN Some protein OS=Homo sapiens", "NP_000001.1", "naïve-蛋白質"):
+        assert file_name(name) == hdf5_key(name) == name
+    assert hdf5_key("1ABC:A") == "1ABC:A"
+    assert (file_name("a/b"), file_name(".."), file_name("a:b")) == ("a%2Fb", "%2E.", "a%3Ab")
+    assert file_name("x" * 300) != file_name("x" * 301)
+
+
+def test_every_record_gets_a_name_of_its_own():
+    names = Names(hdf5_key)
+    given = [names.give(text) for text in ["P1", "P1", "P1_2", "P1", "Q", "P1_2", "P1"]]
+    assert given == ["P1", "P1_2", "P1_2_2", "P1_3", "Q", "P1_2_3", "P1_4"]
+    assert not names.is_new("Q") and names.is_new("R")
+
+    rng, names = random.Random(0), Names(file_name)
+    texts = ["".join(rng.choices("a/_2", k=rng.randint(1, 5))) for _ in range(3000)]
+    assert len({names.give(text) for text in texts}) == len(texts)
+
+
+def test_atomic_writes_all_or_nothing(tmp_path):
+    path = tmp_path / "a"
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_syncs_the_file_before_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    events = []
+    real_sync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.path.realpath(f"/proc/self/fd/{fd}")), real_sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
+    with atomic(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    assert events == [str(temporary), "rename", str(tmp_path.resolve())]
+
+
+def test_atomic_files_have_the_users_permissions(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    with atomic(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def write_hdf5(path, layers, arrays, store="float32"):
+    with HDF5Writer(path, layers, store=store, attributes={"model": "m"}) as writer:
+        writer.add("P1", "sp|P1|ONE first", arrays)
+
+
+def test_hdf5_of_one_layer_has_its_proteins_at_the_top(tmp_path):
+    write_hdf5(tmp_path / "a.h5", [33], [np.arange(4, dtype=np.float32)])
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert {key: file[key][:].tolist() for key in file} == {"P1": [0, 1, 2, 3]}
+        assert file["P1"].attrs["original_id"] == "sp|P1|ONE first" and file["P1"].dtype == np.float32
+        assert file.attrs["model"] == "m"
+
+
+def test_hdf5_of_several_layers_has_a_group_each(tmp_path):
+    write_hdf5(tmp_path / "a.h5", [0, 33], [np.zeros((2, 3)), np.ones((2, 3))], store="float16")
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert set(file) == {"layer_0", "layer_33"}
+        assert file["layer_33/P1"].shape == (2, 3) and file["layer_33/P1"].dtype == np.float16
+        assert file["layer_33/P1"][:].sum() == 6 and file["layer_0/P1"].attrs["original_id"] == "sp|P1|ONE first"
+
+
+def test_hdf5_takes_very_long_headers(tmp_path):
+    with HDF5Writer(tmp_path / "a.h5", [1], store="float32", attributes={}) as writer:
+        writer.add("P1", "é" * 200_000, [np.ones(1)])
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["P1"].attrs["original_id"] == "é" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("value", "store", "message"),
+    [
+        (70000.0, "float16", "layer 2 of 'sp|P1|ONE first' holds 70000, more than float16 can store"),
+        (np.nan, "float32", "holds NaN or infinity"),
+        (-np.inf, "float16", "holds NaN or infinity"),
+    ],
+)
+def test_hdf5_refuses_what_is_not_finite(tmp_path, value, store, message):
+    with pytest.raises(ValueError) as caught:
+        write_hdf5(tmp_path / "a.h5", [2], [np.array([1, value], dtype=np.float32)], store)
+    assert message in str(caught.value)
+
+
+def test_torch_folder_stores_no_more_than_its_tensors(tmp_path):
+    large = np.random.default_rng(0).random((1000, 64), dtype=np.float32)
+    with TorchFolder(tmp_path / "new" / "out") as writer:
+        writer.add("a", "the label", {"mean_representations": {2: large[3]}, "contacts": large[:2, :2]})
+        assert writer.has("a") and not writer.has("b")
+    (path,) = (tmp_path / "new" / "out").iterdir()
+    assert path.name == "a.pt" and path.stat().st_size < 4000
+    content = torch.load(path, weights_only=True)
+    assert content["label"] == "the label"
+    assert torch.equal(content["mean_representations"][2], torch.from_numpy(large[3]))
+    assert content["contacts"].dtype == torch.float32 and content["contacts"].shape == (2, 2)
+
+
+def test_torch_folder_knows_a_file_that_was_cut(tmp_path):
+    with TorchFolder(tmp_path) as writer:
+        writer.add("a", "a", {"mean_representations": {1: np.ones(300, np.float32)}})
+        data = (tmp_path / "a.pt").read_bytes()
+        for end in (0, 1, len(data) // 2, len(data) - 1):
+            (tmp_path / "a.pt").write_bytes(data[:end])
+            assert not writer.has("a"), end
+
+
+def test_npz_reads_as_numpys(tmp_path):
+    arrays = {"P1": np.random.default_rng(0).random((5, 5), dtype=np.float32), "a%2Fb": np.ones((1, 1), np.float32)}
+    with NpzWriter(tmp_path / "a.npz") as writer:
+        for key, array in arrays.items():
+            writer.add(key, array)
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert set(file) == set(arrays)
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(file[key], array)
+
+
+def test_png_of_a_map(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.image import imread
+
+    from esm_fast.writers.png import write_map
+
+    contacts = np.eye(40, dtype=np.float32)
+    write_map(tmp_path / "a.png", contacts, "a title with $one dollar" + "x" * 300)
+    pixels = imread(tmp_path / "a.png")[..., :3].mean(-1)
+    assert min(pixels.shape) > 500 and pixels.min() < 0.1 and pixels.max() > 0.9
