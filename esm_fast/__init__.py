@@ -11,6 +11,7 @@ _FROM = {
     "FastaBatchedDataset": ".compat.fair_esm",
     "ProteinBertModel": ".compat.fair_esm",
     "accelerate": ".compat.accelerate",
+    "unaccelerate": ".compat.accelerate",
     "embed": ".engine",
     "load": ".engine",
     "read_fasta": ".data",

@@ -68,6 +68,8 @@ def random_model(name: str, *, backend=None) -> ProteinBertModel:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             else:
                 parameter.fill_(1.0 if "layer_norm" in key and key.endswith("weight") else 0.0)
+        for table in (model.embed_tokens, model.embed_positions):
+            table.weight[table.padding_idx] = 0
     return model
 
 

@@ -24,6 +24,11 @@ def published_names() -> list[str]:
     return [name for name in CONFIGS if not name.endswith("_demo")]
 
 
+def is_published(name: str | Path) -> bool:
+    """Whether a name, in any of its forms, is one `resolve` finds in the caches or downloads."""
+    return canonical_name(str(name)) in published_names()
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """The file or folder of a checkpoint: a path that exists, a cached model, or one downloaded now.
 

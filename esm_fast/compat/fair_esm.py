@@ -82,7 +82,7 @@ def check_tokens(tokens: torch.Tensor, max_positions: int) -> None:
             f"Sequence length {tokens.shape[1]} above maximum  sequence length of {max_positions}: a protein may have "
             f"{max_positions - 2} residues; give truncation_seq_length to the batch converter, or use esm_fast.embed"
         )
-    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < len(TOKENS)):
+    if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= len(TOKENS)):
         raise ValueError(f"token ids must be 0 to {len(TOKENS) - 1}, got {int(tokens.min())} to {int(tokens.max())}")
 
 

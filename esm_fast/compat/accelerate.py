@@ -1,0 +1,89 @@
+"""accelerate: models of transformers or fair-esm that a user already has, made to compute packed in place.
+
+A model's class is exchanged for a subclass with another forward (`hf`, `fair_esm_host`); parameters, buffers,
+state_dict and configuration stay the same objects. Neither package is imported unless the model came from it.
+"""
+
+import importlib
+
+from torch import nn
+
+from ..ops.registry import require_backend
+from .shared import PackedEncoder, examine
+
+# Original class -> our subclass. Its module imports the other package, so it is imported only when it is needed.
+_FACES = {
+    ("transformers.models.esm.modeling_esm", "EsmModel"): ("hf", "EsmModel"),
+    ("transformers.models.esm.modeling_esm", "EsmForMaskedLM"): ("hf", "EsmForMaskedLM"),
+    ("esm.model.esm1", "ProteinBertModel"): ("fair_esm_host", "ProteinBertModel"),
+}
+_OTHER_FAMILIES = {"ESM2": "ESM-2", "MSATransformer": "the MSA transformer", "GVPTransformerModel": "ESM-IF1"}
+
+
+def accelerate(model: nn.Module, *, backend: str | None = None) -> nn.Module:
+    """Makes every ESM-1b or ESM-1v inside a model compute packed, without padding. The weights stay where they are.
+
+    Undone by `unaccelerate`. Where attention_mask is 0 (or, for fair-esm, at <pad>) hidden states are 0, so give such
+    tokens the label -100. A call that cannot run packed runs on the original code, and a warning says why.
+
+    Args:
+        model: transformers' EsmModel, or any module that holds one (EsmForMaskedLM, EsmForSequenceClassification,
+            EsmForTokenClassification, your own); or fair-esm's ProteinBertModel, or any module that holds one.
+        backend: name of the backend for every op it implements, or None for the best one that can run.
+
+    Returns:
+        model itself. Calling again changes nothing but the backend.
+
+    Raises:
+        TypeError: no such encoder inside. ValueError: there is one that cannot be packed; the message says why, and
+        nothing was changed.
+    """
+    require_backend(backend)
+    faces = [(module, face) for module in model.modules() if (face := _face(type(module))) is not None]
+    encoders = [module for module, face in faces if issubclass(face, PackedEncoder)]
+    if not encoders:
+        raise TypeError(_no_encoder(model))
+    for module, face in faces:
+        if issubclass(face, PackedEncoder):
+            examine(module, face.esm_fast_layout)
+    for module, face in faces:
+        module.__class__ = face
+    for module in encoders:
+        module.esm_fast_backend = backend
+    return model
+
+
+def unaccelerate(model: nn.Module) -> nn.Module:
+    """Gives every packed model inside a model the class of its own package again, and returns the model."""
+    for module in model.modules():
+        if _is_ours(type(module)):
+            module.__dict__.pop("esm_fast_backend", None)
+            module.__class__ = next(kind for kind in type(module).__mro__ if _key(kind) in _FACES)
+    return model
+
+
+def _key(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
+
+
+def _is_ours(kind: type) -> bool:
+    return _key(kind) in {(f"{__package__}.{module}", name) for module, name in _FACES.values()}
+
+
+def _face(kind: type) -> type | None:
+    """Our class for an original one, itself for ours, None for any other: a subclass may compute something else."""
+    if _is_ours(kind):
+        return kind
+    if _key(kind) not in _FACES:
+        return None
+    module, name = _FACES[_key(kind)]
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _no_encoder(model: nn.Module) -> str:
+    names = {type(module).__name__ for module in model.modules()}
+    others = " and ".join(sorted(_OTHER_FAMILIES[name] for name in names & _OTHER_FAMILIES.keys()))
+    return (
+        f"accelerate needs an ESM-1b or ESM-1v: transformers' EsmModel, fair-esm's ProteinBertModel, or a module that "
+        f"holds one; {type(model).__name__} holds {others or 'none'}"
+    )

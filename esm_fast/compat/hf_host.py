@@ -1,0 +1,151 @@
+"""How transformers builds its ESM, and how the arguments of its forward are packed; see `hf`."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers.models.esm import modeling_esm as theirs
+
+from ..alphabet import EOS, MASK, PAD, X
+from ..models.esm1 import ESM1, Config
+from ..ops.common import accumulate_dtype
+from ..ops.embedding import KEPT_IN_TRAINING
+from ..packing import PackedBatch, pack_padded
+from .shared import Layout, NotPackable, Part, check_embeddings, same_heads
+
+
+def _describe(esm, top, layers) -> Config:
+    embeddings = top["embeddings"]
+    _require_encoder(esm.config, embeddings.position_embedding_type)
+    tokens, positions = top["embeddings.word_embeddings"], top["embeddings.position_embeddings"]
+    check_embeddings(tokens, positions, bool(embeddings.token_dropout), embeddings.mask_token_id)
+    if top["contact_head"].eos_idx != EOS:
+        raise NotPackable(f"its <eos> token is {top['contact_head'].eos_idx}, in ESM-1b it is {EOS}")
+    return Config(
+        layers=len(layers),
+        embed_dim=tokens.embedding_dim,
+        ffn_embed_dim=layers[0]["intermediate.dense"].out_features if layers else 0,
+        attention_heads=same_heads([layer["attention.self"].num_attention_heads for layer in layers]),
+        max_positions=positions.num_embeddings - PAD - 1,
+        token_dropout=bool(embeddings.token_dropout),
+        emb_layer_norm_before="embeddings.layer_norm" in top,
+        layer_norm_eps=(top.get("embeddings.layer_norm") or top["encoder.emb_layer_norm_after"]).eps,
+    )
+
+
+def _require_encoder(config, positions: str) -> None:
+    if positions != "absolute":
+        raise NotPackable(f"its positions are {positions} (ESM-2's are rotary); esm_fast runs ESM-1b and ESM-1v")
+    for name in ("is_decoder", "add_cross_attention", "is_causal"):
+        if getattr(config, name, False):
+            raise NotPackable(f"its configuration says {name}; ESM-1b is an encoder")
+
+
+def _require_ready(layers) -> None:
+    for layer in layers:
+        attention, dropouts = layer["attention.self"], (layer["attention.output.dropout"], layer["output.dropout"])
+        if attention.training and attention.dropout or any(d.training and d.p for d in dropouts):
+            raise NotPackable("dropout is active: call eval(), or set the probabilities in the configuration to 0")
+        if layer[""].training and layer[""].gradient_checkpointing:
+            raise NotPackable("gradient checkpointing is on")
+
+
+LAYOUT = Layout(
+    top=(
+        Part("embeddings", theirs.EsmEmbeddings),
+        Part("embeddings.word_embeddings", nn.Embedding, "embed_tokens"),
+        # ESM-2 has none: `_require_encoder` says it better than "missing" would.
+        Part("embeddings.position_embeddings", nn.Embedding, "embed_positions", optional=True),
+        Part("embeddings.layer_norm", nn.LayerNorm, "emb_layer_norm_before", optional=True),
+        Part("encoder", theirs.EsmEncoder),
+        Part("encoder.layer", nn.ModuleList),
+        Part("encoder.emb_layer_norm_after", nn.LayerNorm, "emb_layer_norm_after"),
+        Part("contact_head", theirs.EsmContactPredictionHead),
+        Part("contact_head.regression", nn.Linear, "contact_head.regression"),
+    ),
+    layers="encoder.layer",
+    per_layer=(
+        Part("", theirs.EsmLayer),
+        Part("attention", theirs.EsmAttention),
+        Part("attention.LayerNorm", nn.LayerNorm, "self_attn_layer_norm"),
+        Part("attention.self", theirs.EsmSelfAttention),
+        Part("attention.self.query", nn.Linear, "self_attn.q_proj"),
+        Part("attention.self.key", nn.Linear, "self_attn.k_proj"),
+        Part("attention.self.value", nn.Linear, "self_attn.v_proj"),
+        Part("attention.output", theirs.EsmSelfOutput),
+        Part("attention.output.dense", nn.Linear, "self_attn.out_proj"),
+        Part("attention.output.dropout", nn.Dropout),
+        Part("LayerNorm", nn.LayerNorm, "final_layer_norm"),
+        Part("intermediate", theirs.EsmIntermediate),
+        Part("intermediate.dense", nn.Linear, "fc1"),
+        Part("output", theirs.EsmOutput),
+        Part("output.dense", nn.Linear, "fc2"),
+        Part("output.dropout", nn.Dropout),
+    ),
+    describe=_describe,
+    require_ready=_require_ready,
+)
+HEAD = (
+    Part("lm_head", theirs.EsmLMHead),
+    Part("lm_head.dense", nn.Linear),
+    Part("lm_head.layer_norm", nn.LayerNorm),
+    Part("lm_head.decoder", nn.Linear),
+)
+
+
+@dataclass
+class PackedInput:
+    """The arguments of a call, packed."""
+
+    batch: PackedBatch
+    rows: torch.Tensor  # where the packed tokens stood in the flattened (B, T)
+    shape: tuple[int, int]
+    scale: torch.Tensor | None  # token-dropout factors as transformers counts them
+    embedded: torch.Tensor | None
+
+
+def pack_input(model: ESM1, input_ids, attention_mask, position_ids, inputs_embeds) -> PackedInput:
+    """Packs what attention_mask keeps: everything without a mask, padding included, as transformers does."""
+    wide = accumulate_dtype(model.dtype)
+    tokens = _tokens(input_ids, inputs_embeds).to(model.device)
+    keep = _keep(attention_mask, tokens)
+    batch, rows = pack_padded(tokens, keep)
+    shape = tuple(tokens.shape)
+    if inputs_embeds is not None:
+        return PackedInput(batch, rows, shape, None, inputs_embeds.to(model.device, wide).flatten(0, 1)[rows])
+    if position_ids is not None:
+        positions = position_ids.to(model.device).expand(shape).flatten()[rows]
+        batch = replace(batch, positions=positions.int())
+    _check_range("input_ids", batch.tokens, model.embed_tokens.weight.shape[0])
+    _check_range("positions", batch.positions, model.embed_positions.weight.shape[0])
+    # transformers counts the <mask> tokens of the whole row, also those that attention_mask leaves out.
+    masked = (tokens == MASK).sum(1).float() / keep.sum(1)
+    return PackedInput(batch, rows, shape, KEPT_IN_TRAINING / (1 - masked).to(wide), None)
+
+
+def _tokens(input_ids, inputs_embeds) -> torch.Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    if inputs_embeds is not None:
+        return inputs_embeds.new_full(inputs_embeds.shape[:2], X, dtype=torch.long)  # their ids do not matter
+    return input_ids
+
+
+def _keep(attention_mask, tokens: torch.Tensor) -> torch.Tensor:
+    if attention_mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != tokens.shape:
+        raise NotPackable(f"only an attention_mask of shape (batch, length), {tuple(tokens.shape)}, can be packed")
+    attention_mask = attention_mask.to(tokens.device)
+    keep = attention_mask != 0
+    if not bool((keep == attention_mask).all()):
+        raise NotPackable("only an attention_mask of zeros and ones can be packed")
+    return keep
+
+
+def _check_range(name: str, values: torch.Tensor, end: int) -> None:
+    """On a GPU a bad index would only show as a device assertion."""
+    if values.numel():
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{name} must be 0 to {end - 1}, got {low} to {high}")
