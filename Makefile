@@ -6,6 +6,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 .PHONY: embed test lint bench clean
 
 embed: .venv/core
+	mkdir -p out
 	$(BIN)/esm-fast embed examples/uniprot_sample.fasta.gz -o out/uniprot_sample.h5 --overlength window --force
 
 test: .venv/test
@@ -17,6 +18,7 @@ lint: .venv/test
 
 # Full-size ESM-1b against its peers, side by side: about 8 GB of packages, 12 GB of memory, tens of minutes.
 bench: .venv/bench
+	mkdir -p out
 	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
 	$(BIN)/python benches/bench_peers.py --out out/peers
 
