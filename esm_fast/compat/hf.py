@@ -331,6 +331,7 @@ def _hf_tensors(cls, config, checkpoint: weights.Checkpoint) -> dict[str, torch.
         names = {key: weights.from_hf_key(key) for key in cls(config).state_dict()}
     if issubclass(cls, EsmForMaskedLM) and "lm_head.bias" not in tensors:
         raise weights.CheckpointError(f"{checkpoint.source} has no language-model head; load it with EsmModel")
+    names.pop("lm_head.decoder.weight", None)  # transformers ties it to the embeddings
     return {key: tensors[name] for key, name in names.items() if name in tensors}
 
 
