@@ -22,7 +22,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            # An isolated build has its own ninja, at a new path each time: forget the one remembered from the last build.
+            # An isolated build has its own ninja, at a new path each time: forget the last build's.
             "-UCMAKE_MAKE_PROGRAM",
         ]
         subprocess.run(configure, check=True)

@@ -105,7 +105,7 @@ def save(model: ESM1, path: str | Path) -> str:
 
 
 def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], None] = lambda tensor: None) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of the names; `after` gets each in turn."""
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of the names; `after` gets each in turn."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
