@@ -15,7 +15,7 @@ SEQUENCES = [
 ]
 
 
-def trained_like(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def trained_like(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random weights that behave as trained ones: layer-norm gains spread log-normally, attention far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -23,7 +23,7 @@ def trained_like(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             if parameter.ndim > 1:
                 spread = 0.5 if "regression" in name else 1.2 * parameter.shape[1] ** -0.5
                 parameter.normal_(std=spread, generator=generator)
-            elif name.endswith("norm.weight") or "layer_norm" in name and name.endswith("weight"):
+            elif "norm" in name.lower() and name.endswith("weight"):
                 parameter.normal_(std=0.5, generator=generator).exp_()
             else:
                 parameter.normal_(std=0.1, generator=generator)

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from fakes import trained_like
 
 from esm_fast import accelerate
 from esm_fast.compat.accelerate import unaccelerate
@@ -24,20 +25,6 @@ IDS = torch.tensor(
 )
 MASK = (IDS != 1).long()
 VALID = IDS != 1
-
-
-def trained_like(model, seed=0):
-    """Layer-norm gains spread log-normally, attention far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5, generator=generator)
-            elif "norm" in name.lower() and name.endswith("weight"):
-                parameter.normal_(std=0.5, generator=generator).exp_()
-            else:
-                parameter.normal_(std=0.1, generator=generator)
-    return model.eval()
 
 
 def hugging_face(kind="EsmModel", **options):

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from fakes import trained_like
 
 import esm_fast
 from esm_fast import hub, weights
@@ -39,21 +40,9 @@ CARD = "QERLKSIVRILE<mask>SLGYNIVAT"
 
 
 def make(seed=0, kind="EsmForMaskedLM", **options):
-    """A random model of transformers' own, behaving as trained ones: layer-norm gains spread log-normally, attention
-    far from uniform."""
+    """A random model of transformers' own."""
     config = transformers.EsmConfig(**TINY | options)
-    model = getattr(transformers, kind)._from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                spread = 0.5 if "regression" in name else 1.5 * parameter.shape[1] ** -0.5
-                parameter.normal_(std=spread, generator=generator)
-            elif name.lower().endswith("norm.weight"):
-                parameter.normal_(std=0.5, generator=generator).exp_()
-            else:
-                parameter.normal_(std=0.1, generator=generator)
-    return model.eval()
+    return trained_like(getattr(transformers, kind)._from_config(config, attn_implementation="eager"), seed)
 
 
 def ours_from(theirs):
