@@ -8,6 +8,10 @@
 namespace py = pybind11;
 using namespace py::literals;
 
+namespace esm::cpu {
+void bind(py::module_& module);  // cpu/bindings.cpp
+}
+
 namespace {
 
 // Contiguous, converted if need be.
@@ -175,4 +179,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("encode_records", &encode_records, "residues"_a, "offsets"_a);
     module.def("plan", &plan, "lengths"_a, "budget"_a);
     module.def("pack", &pack, "ids"_a, "starts"_a, "lengths"_a, "order"_a);
+    esm::cpu::bind(module);
 }

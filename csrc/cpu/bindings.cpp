@@ -1,0 +1,81 @@
+// The CPU kernels in esm_fast._C. Tensors come as addresses: kernels/cpu.py has checked what is behind them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "table.h"
+#include "weights.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace esm {
+namespace cpu {
+namespace {
+
+using Address = uintptr_t;
+
+const void* read_at(Address address) { return reinterpret_cast<const void*>(address); }
+const float* floats(Address address) { return reinterpret_cast<const float*>(address); }
+void* write_at(Address address) { return reinterpret_cast<void*>(address); }
+
+Type type_of(const std::string& dtype) {
+    if (dtype == "float32") return Type::kFloat32;
+    if (dtype == "bfloat16") return Type::kBfloat16;
+    throw py::value_error("the CPU kernels take float32 and bfloat16 weights, not " + dtype);
+}
+
+std::unique_ptr<Weights> pack(Address matrix, int out, int in, const std::string& dtype) {
+    const Type type = type_of(dtype);
+    py::gil_scoped_release release;
+    return std::make_unique<Weights>(read_at(matrix), out, in, type);
+}
+
+void gelu_ffn(Address x, Address result, int64_t rows, float eps, Address ln_weight, Address ln_bias,
+              const Weights& fc1, Address fc1_bias, const Weights& fc2, Address fc2_bias) {
+    py::gil_scoped_release release;
+    active().gelu_ffn({floats(x), static_cast<float*>(write_at(result)), rows, eps, read_at(ln_weight),
+                       read_at(ln_bias), read_at(fc1_bias), read_at(fc2_bias), fc1.packed(), fc2.packed()});
+}
+
+void pre_ln_attention(Address x, Address result, int64_t rows, Address cu_seqlens, int64_t sequences, int heads,
+                      float eps, Address ln_weight, Address ln_bias, const Weights& q, Address q_bias,
+                      const Weights& k, Address k_bias, const Weights& v, Address v_bias, const Weights& out,
+                      Address out_bias, Address rotary, Address q_result, Address k_result) {
+    py::gil_scoped_release release;
+    active().pre_ln_attention({floats(x), static_cast<float*>(write_at(result)), rows,
+                               static_cast<const int32_t*>(read_at(cu_seqlens)), sequences, heads, eps,
+                               read_at(ln_weight), read_at(ln_bias), read_at(q_bias), read_at(k_bias),
+                               read_at(v_bias), read_at(out_bias), q.packed(), k.packed(), v.packed(), out.packed(),
+                               floats(rotary), write_at(q_result), write_at(k_result)});
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (int i = 0; i < levels(); ++i)
+        if (runs(i)) names.push_back(level(i));
+    return names;
+}
+
+double peak(const std::string& dtype) {
+    const Type type = type_of(dtype);
+    py::gil_scoped_release release;
+    return active().peak(type);
+}
+
+}  // namespace
+
+void bind(py::module_& module) {
+    py::class_<Weights>(module, "Weights").def_property_readonly("nbytes", &Weights::bytes);
+    module.def("pack_weights", &pack, "matrix"_a, "out"_a, "in"_a, "dtype"_a);
+    module.def("fingerprint", [](Address data, size_t bytes) { return fingerprint(read_at(data), bytes); });
+    module.def("gelu_ffn", &gelu_ffn);
+    module.def("pre_ln_attention", &pre_ln_attention);
+    // Instruction-set levels this machine runs, worst first; the one in use; another one, by name.
+    module.def("isas", &isas);
+    module.def("isa", [] { return active().name; });
+    module.def("set_isa", [](const std::string& name) { select(name.c_str()); }, "name"_a);
+    module.def("peak", &peak, "dtype"_a);
+}
+
+}  // namespace cpu
+}  // namespace esm

@@ -1,0 +1,69 @@
+// Row by row: layer norm, softmax, and the small vectors of a call in fp32.
+#pragma once
+
+#include "gemm.h"
+#include "vec.h"
+
+namespace esm {
+namespace cpu {
+namespace {
+
+// Layer norm with fp32 statistics in two passes; the row's padding up to whole panels is set to 0.
+template <class A>
+void layer_norm(const float* x, int width, const float* gain, const float* bias, float eps, A* out) {
+    const int whole = width / N * N, rest = width - whole;
+    F total = {};
+    for (int i = 0; i < whole; i += N) total += load(x + i);
+    if (rest) total += load_part(x + whole, rest);
+    const float mean = sum(total) / float(width);
+    F squares = {};
+    for (int i = 0; i < whole; i += N) {
+        const F d = load(x + i) - mean;
+        squares = fma(d, d, squares);
+    }
+    if (rest) {
+        const F d = load_part(x + whole, rest, mean) - mean;
+        squares = fma(d, d, squares);
+    }
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
+    for (int i = 0; i < whole; i += N) store(out + i, fma((load(x + i) - mean) * scale, load(gain + i), load(bias + i)));
+    const int padded = int(round_up(width, kPanel));
+    std::memset(out + whole, 0, size_t(padded - whole) * sizeof(A));
+    if (rest) {
+        const F normed = (load_part(x + whole, rest) - mean) * scale;
+        store_part(out + whole, fma(normed, load(gain + whole), load(bias + whole)), rest);
+    }
+}
+
+// weights[i] = e^(scale (scores[i] - max)), with zeros up to a whole vector; returns their sum in fp32. The scores'
+// own padding is overwritten.
+template <class A>
+float softmax_weights(float* scores, int length, float scale, A* weights) {
+    const int padded = int(round_up(length, N));
+    for (int i = length; i < padded; ++i) scores[i] = -__builtin_inff();
+    F best = splat(-__builtin_inff());
+    for (int i = 0; i < padded; i += N) best = max(best, load(scores + i));
+    const F shift = splat(-largest(best) * scale), factor = splat(scale);
+    F total = {};
+    for (int i = 0; i < padded; i += N) {
+        const F e = exp(fma(load(scores + i), factor, shift));
+        total += e;
+        store(weights + i, e);
+    }
+    return sum(total);
+}
+
+// `count` values of a weight type in fp32, then zeros to whole panels; returns where the next vector may begin.
+float* widen(const void* from, Type type, int count, float* to) {
+    const int padded = int(round_up(count, kPanel));
+    std::memset(to, 0, size_t(padded) * sizeof(float));
+    if (type == Type::kFloat32)
+        std::memcpy(to, from, size_t(count) * sizeof(float));
+    else
+        for (int i = 0; i < count; ++i) to[i] = widen(static_cast<const bf16*>(from)[i]);
+    return to + padded;
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm

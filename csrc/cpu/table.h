@@ -1,0 +1,76 @@
+// What the CPU kernels offer, and the little they need from outside: the one header seen by both sides.
+//
+// kernels.cpp is compiled once per instruction-set level and holds everything in an anonymous namespace; its only
+// symbol is the table below. So no function compiled for a newer CPU can replace its namesake elsewhere at link time.
+// For the same reason nothing here is a template or an inline function, and no kernel file includes the C++ library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace esm {
+namespace cpu {
+
+enum class Type : int { kFloat32, kBfloat16 };
+
+// A (out, in) matrix as the GEMM reads it: panels of 32 outputs, each holding for every pair of inputs 32 pairs
+// (bf16), or for every input 32 floats. Rows and inputs beyond the matrix are zero. The same at every level.
+constexpr int kPanel = 32;
+struct Packed {
+    const void* data;
+    int out, in;
+    Type type;
+};
+
+// Pointers named by the op's own arguments; vectors (gains, biases) have the weights' type, x and result are float.
+struct FfnCall {
+    const float* x;
+    float* result;
+    int64_t rows;
+    float eps;
+    const void *ln_weight, *ln_bias, *fc1_bias, *fc2_bias;
+    Packed fc1, fc2;
+};
+
+struct AttentionCall {
+    const float* x;
+    float* result;
+    int64_t rows;
+    const int32_t* cu_seqlens;
+    int64_t sequences;
+    int heads;
+    float eps;
+    const void *ln_weight, *ln_bias, *q_bias, *k_bias, *v_bias, *out_bias;
+    Packed q, k, v, out;
+    const float* rotary;         // (2, rows, head_dim), or null
+    void *q_result, *k_result;  // (rows, width) in the weights' type, or null
+};
+
+struct Table {
+    const char* name;
+    void (*gelu_ffn)(const FfnCall&);
+    void (*pre_ln_attention)(const AttentionCall&);
+    // GFLOP/s of the GEMM's own instruction on registers alone, all threads together.
+    double (*peak)(Type);
+};
+
+// Provided to the kernels, compiled for the oldest CPU.
+
+// body(context, begin, end) over pieces of about `grain` that cover [0, n); see threads.h.
+void parallel(size_t n, size_t grain, void (*body)(void*, size_t, size_t), void* context);
+int parallel_width();
+// This thread's memory number `slot` (0 to 7), at least `bytes`, aligned to a cache line; it lives until the next call
+// for that slot. Contents are undefined.
+void* scratch(int slot, size_t bytes);
+double seconds();
+
+// Levels, best last. `select` takes a name of `level(i)`; it throws std::invalid_argument with the reason if this
+// machine cannot run it. The first use selects ESM_FAST_ISA, or the best.
+const Table& active();
+int levels();
+const char* level(int i);
+bool runs(int i);
+void select(const char* name);
+
+}  // namespace cpu
+}  // namespace esm
