@@ -1,7 +1,7 @@
 # Two commands do everything: `make embed` runs the main job, `make test` passes the tests. Each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: embed test lint bench clean
 

@@ -19,6 +19,7 @@ from esm_fast.ops.registry import Request, implements
 BACKEND = "cpu"
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _MAX_HEAD_DIM = 1024
+_UNPROVEN = ("base", "avx2")
 
 
 def why_not(request: Request) -> list[str]:
@@ -30,6 +31,16 @@ def why_not(request: Request) -> list[str]:
         reasons.append(f"has float32 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
     if request.head_dim is not None and (request.head_dim % 2 or request.head_dim > _MAX_HEAD_DIM):
         reasons.append(f"needs an even head_dim up to {_MAX_HEAD_DIM}, this is {request.head_dim}")
+    return reasons
+
+
+def yields(request: Request) -> list[str]:
+    """Where torch alone is faster, or was not measured to be slower."""
+    reasons = []
+    if request.grad:
+        reasons.append("only by name with gradients: the forward pass would run twice, the second time in torch")
+    if _C.isa() in _UNPROVEN:
+        reasons.append(f"only by name on {_C.isa()}: not measured faster than torch there")
     return reasons
 
 
@@ -78,7 +89,7 @@ def _stream(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().contiguous()
 
 
-@implements("gelu_ffn", backend=BACKEND, priority=10, why_not=why_not)
+@implements("gelu_ffn", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
 def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     """See `esm_fast.ops.gelu_ffn`."""
     _follow_torch()
@@ -100,7 +111,7 @@ def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
     return result.to(x.dtype)
 
 
-@implements("pre_ln_attention", backend=BACKEND, priority=10, why_not=why_not)
+@implements("pre_ln_attention", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
 def pre_ln_attention(
     x,
     cu_seqlens,

@@ -211,6 +211,17 @@ def test_packed_weights_are_kept_once_and_freed_with_their_tensor():
 # --- levels ----------------------------------------------------------------------------------------------------------
 
 
+def test_unasked_only_where_it_was_measured_faster(isa):
+    request = registry.Request("cpu", None, torch.bfloat16, 64, False)
+    chosen = isa not in ("base", "avx2")
+    for name in OURS:
+        ours = kernel(name)
+        assert not ours.why_not(request) and bool(ours.yields(request)) is not chosen
+        assert "gradients" in "".join(ours.yields(request._replace(grad=True)))
+        assert "even head_dim" in "".join(ours.why_not(request._replace(head_dim=17)))
+        assert "float16" in "".join(ours.why_not(request._replace(dtype=torch.float16)))
+
+
 def in_a_process(code, **variables):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables})
 

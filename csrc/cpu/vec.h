@@ -115,12 +115,12 @@ ESM_INLINE float largest(F x) {
     return best;
 }
 
-// e^x for x <= 88; relative error 2e-7, and 0 where e^x < 2^-126. Cody & Waite's reduction to |r| <= ln 2 / 2, then a
-// minimax polynomial of our own fit.
+// e^x for x <= 88, relative error 2e-7; never below 2^-126, and a NaN for a NaN. Cody & Waite's reduction to
+// |r| <= ln 2 / 2, then a minimax polynomial of our own fit.
 ESM_INLINE F exp(F x) {
     const F shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const F low = splat(-87.3f);
-    const F t = select(x < low, low, x);
+    const F t = select(low > x, low, x);
     const F n = fma(t, splat(1.44269504f), shift) - shift;
     F r = fma(n, splat(-0.693359375f), t);
     r = fma(n, splat(2.12194440e-4f), r);
@@ -130,8 +130,8 @@ ESM_INLINE F exp(F x) {
     p = fma(p, r, splat(0.166665206f));
     p = fma(p, r, splat(0.499999934f));
     p = fma(p, r * r, r + 1.0f);
-    const F scaled = (F)((I)p + (__builtin_convertvector(n, I) << 23));
-    return select(x < low, F{}, select(x == x, scaled, x));
+    const U exponent = (U)__builtin_convertvector(select(n == n, n, F{}), I) << 23;
+    return (F)((U)p + exponent);
 }
 
 // The exact GELU, x (1 + erf(x / sqrt 2)) / 2. erf is an odd rational function of our own fit on [0, 3.9], absolute

@@ -13,6 +13,7 @@ namespace cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr int kBlock = 64;
 
 // Group: how many inputs of one output lie side by side, 2 for bf16.
 template <class T, int Group>
@@ -21,10 +22,13 @@ void pack(const T* matrix, int out, int in, size_t first, size_t last, T* packed
     for (size_t panel = first; panel < last; ++panel) {
         T* to = packed + panel * size;
         std::memset(to, 0, size * sizeof(T));
-        for (int row = 0; row < kPanel && int(panel) * kPanel + row < out; ++row) {
-            const T* from = matrix + (panel * kPanel + size_t(row)) * size_t(in);
-            for (int i = 0; i < in; ++i) to[(size_t(i / Group) * kPanel + size_t(row)) * Group + i % Group] = from[i];
-        }
+        // A few inputs at a time, so that what is scattered stays in the first-level cache.
+        for (int start = 0; start < in; start += kBlock)
+            for (int row = 0; row < kPanel && int(panel) * kPanel + row < out; ++row) {
+                const T* from = matrix + (panel * kPanel + size_t(row)) * size_t(in);
+                for (int i = start; i < in && i < start + kBlock; ++i)
+                    to[(size_t(i / Group) * kPanel + size_t(row)) * Group + size_t(i % Group)] = from[i];
+            }
     }
 }
 

@@ -54,7 +54,8 @@ def _print_machine() -> None:
     print(f"CPU       {cpu.get('model name', platform.processor() or 'unknown')}, {_cores()} usable cores")
     flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
     print(f"          {' '.join(flag for flag in _FLAGS if flag in flags) or 'no known instruction-set flags'}")
-    print(f"threads   {torch.get_num_threads()} for torch, {_C.threads()} for input and packing")
+    print(f"kernels   {_C.isa()}, of {', '.join(_C.isas())} (ESM_FAST_ISA forces one)")
+    print(f"threads   {torch.get_num_threads()} for torch and our kernels, {_C.threads()} for input and packing")
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         print(f"CUDA      no device; torch is {build}")

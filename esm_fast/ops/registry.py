@@ -56,6 +56,8 @@ class Case(NamedTuple):
 class Kernel:
     """One backend's implementation of one op, with the op's own signature.
 
+    why_not(request) says why it cannot run a request; yields(request) why it is left out of an unnamed choice although
+    it could run: where it was measured slower than the next kernel.
     backward(arguments, outputs, grad_outputs) returns one gradient (or None) per argument, in signature order; without
     it, the gradient is the reference's, recomputed from the inputs.
     """
@@ -66,6 +68,7 @@ class Kernel:
     backward: Callable | None = None
     priority: int = 0
     why_not: Callable[[Request], list[str]] = lambda request: []
+    yields: Callable[[Request], list[str]] = lambda request: []
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,11 @@ def op(*, check, cases, cost, dtype_of, bench_cases=None):
     return decorate
 
 
-def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None):
+def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None, yields=Kernel.yields):
     """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position."""
 
     def decorate(forward: Callable) -> Callable:
-        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, priority, why_not))
+        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, priority, why_not, yields))
         _KERNELS[op_name].sort(key=lambda kernel: -kernel.priority)
         select.cache_clear()
         return forward
@@ -173,7 +176,7 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
     candidates = kernels(op_name)
     named = [kernel for kernel in candidates if kernel.backend == backend]
     for kernel in named or candidates:
-        reasons = kernel.why_not(request)
+        reasons = kernel.why_not(request) or ([] if named else kernel.yields(request))
         if not reasons:
             return kernel
         if named:
@@ -182,8 +185,8 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
 
 
 def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
-    """(backend, reasons it cannot run this request) for every kernel of an op, best first."""
-    return [(kernel.backend, kernel.why_not(request)) for kernel in kernels(op_name)]
+    """(backend, reasons it is not chosen for this request) for every kernel of an op, best first."""
+    return [(kernel.backend, kernel.why_not(request) + kernel.yields(request)) for kernel in kernels(op_name)]
 
 
 class _WithBackward(torch.autograd.Function):

@@ -1,0 +1,82 @@
+"""The CPU backend against torch at ESM-1b's size, taking turns, beside the peak of its own instruction.
+
+    python benches/bench_cpu.py                      # bf16, all threads
+    python benches/bench_cpu.py --dtype float32 --isa avx2
+    python benches/bench_cpu.py --alone              # one thread, in CPU seconds: for a machine that others use too
+
+"peak" is the GEMM's innermost loop on operands in the first-level cache, measured between the runs; "share" is of it.
+A row's FLOPs are its GEMMs' and its attention products'.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import torch
+from machine import machine
+
+from esm_fast import _C
+from esm_fast.ops import OPS, registry, verify
+from esm_fast.ops.gelu_ffn import _case as ffn_case
+from esm_fast.ops.pre_ln_attention import _case as attention_case
+
+NATURAL = [1022, 683, 460, 351, 264, 187, 103]
+POINTS = [
+    *(("gelu_ffn", ffn_case(f"{n} rows", n, 1280, 5120)) for n in (1, 30, 300, 1000, 4000)),
+    *(
+        ("pre_ln_attention", attention_case(name, lengths, 20, 64))
+        for name, lengths in [
+            ("1 x 300", [300]),
+            ("20 x 100", [100] * 20),
+            ("natural", NATURAL),
+            ("4 x 1022", [1022] * 4),
+        ]
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--isa", choices=_C.isas(), default=_C.isa())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="one thread, timed in CPU seconds")
+    args = parser.parse_args()
+    if args.alone:
+        torch.set_num_threads(1)
+    _C.set_threads(torch.get_num_threads())
+    _C.set_isa(args.isa)
+    print("\n".join(f"{name}: {value}" for name, value in machine().items()))
+    print(f"kernels: {args.isa}, {args.dtype}; {'CPU seconds of one thread' if args.alone else 'wall clock'}")
+    for op_name, case in POINTS:
+        print(measure(op_name, case, args), flush=True)
+
+
+@torch.inference_mode()
+def measure(op_name: str, case: registry.Case, args) -> str:
+    clock = time.process_time if args.alone else time.perf_counter
+    op = OPS[op_name]
+    kernels = {kernel.backend: kernel.forward for kernel in registry.kernels(op_name)}
+    arguments = verify.bound(op, case.build(getattr(torch, args.dtype), "cpu", 0))
+    values, flops = arguments.values(), op.cost(**arguments).flops
+    repeats = max(1, int(5e9 / flops))
+    seconds: dict[str, list[float]] = {"reference": [], "cpu": []}
+    peaks = []
+    for turn in range(args.rounds + 1):  # the first warms up, and packs the weights
+        peaks.append(_C.peak(args.dtype))
+        for backend, times in seconds.items():
+            begin = clock()
+            for _ in range(repeats):
+                kernels[backend](*values)
+            if turn:
+                times.append((clock() - begin) / repeats)
+    theirs, ours, peak = median(seconds["reference"]), median(seconds["cpu"]), max(peaks) * 1e9
+    ratio = median(a / b for a, b in zip(*seconds.values(), strict=True))
+    return (
+        f"{op_name:17} {case.name:10} torch {theirs * 1e3:8.2f} ms, ours {ours * 1e3:8.2f} ms, {ratio:5.2f} x; "
+        f"peak {peak / 1e9:4.0f} GFLOP/s, share {flops / ours / peak:.2f} (torch {flops / theirs / peak:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
