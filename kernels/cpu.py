@@ -1,8 +1,9 @@
 """The CPU backend: fused C++ kernels in csrc/cpu, one set per instruction-set level, chosen at run time.
 
 Fused: LN, GEMM, bias, GELU and residual of `gelu_ffn`; LN, projections, attention over the packed sequences and
-residual of `pre_ln_attention`. Statistics, softmax, sums and the residual stream are fp32. A row's result has the same
-bits whatever the batch around it and the number of threads. What won, what lost and by how much: docs/cpu.md.
+residual of `pre_ln_attention`; all heads of `contact_map`, without ever storing a map. Statistics, softmax, sums and
+the residual stream are fp32. A row's result has the same bits whatever the batch around it and the number of threads.
+What won, what lost and by how much: docs/cpu.md.
 
 Weights are packed once per tensor, which takes as much memory again as the packed matrices (bf16 ESM-1b: 1.3 GB).
 """
@@ -80,6 +81,11 @@ def _follow_torch() -> None:
         _C.set_threads(torch.get_num_threads())
 
 
+def _require_one_dtype(*tensors: torch.Tensor) -> None:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise ValueError(f"the CPU kernels take weights of one dtype, got {[str(t.dtype) for t in tensors]}")
+
+
 def _vectors(weight: torch.Tensor, *vectors: torch.Tensor) -> list[torch.Tensor]:
     """Gains and biases as the kernels read them: of the weights' dtype, contiguous."""
     return [vector.detach().to(weight.dtype).contiguous() for vector in vectors]
@@ -93,6 +99,7 @@ def _stream(x: torch.Tensor) -> torch.Tensor:
 def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     """See `esm_fast.ops.gelu_ffn`."""
     _follow_torch()
+    _require_one_dtype(fc1_weight, fc2_weight)
     stream = _stream(x)
     result = torch.empty_like(stream)
     gain, bias, bias1, bias2 = _vectors(fc1_weight, ln_weight, ln_bias, fc1_bias, fc2_bias)
@@ -133,6 +140,7 @@ def pre_ln_attention(
 ):
     """See `esm_fast.ops.pre_ln_attention`."""
     _follow_torch()
+    _require_one_dtype(q_weight, k_weight, v_weight, out_weight)
     stream, ends = _stream(x), cu_seqlens.contiguous()
     result = torch.empty_like(stream)
     vectors = _vectors(q_weight, ln_weight, ln_bias, q_bias, k_bias, v_bias, out_bias)
@@ -163,3 +171,27 @@ def pre_ln_attention(
     )
     result = result.to(x.dtype)
     return (result, q, k) if return_qk else result
+
+
+@implements("contact_map", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+def contact_map(q, k, cu_seqlens, keep, weight, scale):
+    """See `esm_fast.ops.contact_map`."""
+    _follow_torch()
+    _require_one_dtype(q, k)
+    q, k, keep, ends = q.detach().contiguous(), k.detach().contiguous(), keep.contiguous(), cu_seqlens.contiguous()
+    weight = weight.detach().float().contiguous()
+    result = torch.empty(int(ends.diff().long().square().sum()))
+    _C.contact_map(
+        q.data_ptr(),
+        k.data_ptr(),
+        _NAMES[q.dtype],
+        len(q),
+        ends.data_ptr(),
+        len(ends) - 1,
+        *q.shape[1:],
+        keep.data_ptr(),
+        weight.data_ptr(),
+        scale,
+        result.data_ptr(),
+    )
+    return result

@@ -16,6 +16,7 @@ from test_ops import require_runnable
 
 from esm_fast import _C
 from esm_fast.ops import OPS, registry, verify
+from esm_fast.ops.contact_map import _case as contact_case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case
 
@@ -110,6 +111,20 @@ def test_any_shape_of_attention(isa, lengths, heads, half_dim, dtype, seed):
         assert check.ok, check
 
 
+@relaxed
+@given(
+    st.lists(st.integers(0, 130), min_size=1, max_size=3).filter(any),
+    st.integers(1, 5),
+    st.integers(1, 20),
+    st.sampled_from(HALF_AND_FULL),
+    st.integers(0, 2**31),
+)
+def test_any_shape_of_contacts(isa, lengths, heads, half_dim, dtype, seed):
+    case = contact_case("random", lengths, heads, 2 * half_dim)
+    for check in verify.forward(OPS["contact_map"], kernel("contact_map"), case, dtype, "cpu", seed):
+        assert check.ok, check
+
+
 def test_full_width_rows(isa):
     """ESM-1b's own sizes: sums of 5,120 products."""
     cases = {"gelu_ffn": ffn_case("full", 25, 1280, 5120), "pre_ln_attention": attention_case("full", [40], 20, 64)}
@@ -163,6 +178,32 @@ def test_a_protein_has_the_same_bits_in_any_batch(isa, threads, dtype):
         for start, end in itertools.pairwise(ends):
             assert torch.equal(both(slice(start, end), [0, end - start]), together[start:end])
         assert _C.threads() == n or "ESM_FAST_THREADS" in os.environ
+
+
+def test_contacts_have_the_same_bits_for_any_number_of_threads(isa, threads):
+    arguments = contact_case("threads", [250, 3], 3, 16).build(torch.bfloat16, "cpu", 0)
+    threads(1)
+    alone = run("contact_map", **arguments)[0]
+    for n in (2, 3):
+        threads(n)
+        assert torch.equal(run("contact_map", **arguments)[0], alone)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_offsets_that_leave_the_rows_are_refused():
+    arguments = attention_case("wrong", [5, 9], 2, 16).build(torch.bfloat16, "cpu", 0)
+    for wrong in ([0, 5, 15], [0, 5], [1, 5, 14], [0, 9, 5, 14]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of rows, 14"):
+            run("pre_ln_attention", **{**arguments, "cu_seqlens": torch.tensor(wrong, dtype=torch.int32)})
+
+
+def test_weights_of_two_dtypes_are_refused():
+    arguments = ffn_case("mixed", 3, 32, 64).build(torch.bfloat16, "cpu", 0)
+    arguments["fc2_weight"] = arguments["fc2_weight"].float()
+    with pytest.raises(ValueError, match="weights of one dtype"):
+        run("gelu_ffn", **arguments)
 
 
 # --- packed weights --------------------------------------------------------------------------------------------------

@@ -51,6 +51,16 @@ ESM_INLINE void pack_values(const bf16* v, size_t ld, int length, int dim, bf16*
 }
 #endif
 
+// (rows, dim) of one head, from one type to another.
+template <class A, class W>
+void copy_head(const A* from, size_t ld_from, int64_t rows, int dim, W* to, size_t ld_to) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int d = 0; d < dim; d += N) {
+            const int count = dim - d < N ? dim - d : N;
+            store_part(to + row * ld_to + d, load_part(from + row * ld_from + d, count), count);
+        }
+}
+
 constexpr int kMostDim = 1024;
 
 // The rotary embedding in place, for the rows of one sequence and head: halves (a, b) -> (a cos - b sin, b cos + a sin).

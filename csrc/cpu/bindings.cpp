@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "table.h"
 #include "weights.h"
 
@@ -24,6 +26,14 @@ Type type_of(const std::string& dtype) {
     throw py::value_error("the CPU kernels take float32 and bfloat16 weights, not " + dtype);
 }
 
+// Wrong offsets would have the kernels read beyond the rows.
+const int32_t* offsets(Address cu_seqlens, int64_t sequences, int64_t rows) {
+    const int32_t* ends = static_cast<const int32_t*>(read_at(cu_seqlens));
+    if (sequences < 0 || ends[0] != 0 || ends[sequences] != rows || !std::is_sorted(ends, ends + sequences + 1))
+        throw py::value_error("cu_seqlens must rise from 0 to the number of rows, " + std::to_string(rows));
+    return ends;
+}
+
 std::unique_ptr<Weights> pack(Address matrix, int out, int in, const std::string& dtype) {
     const Type type = type_of(dtype);
     py::gil_scoped_release release;
@@ -41,12 +51,21 @@ void pre_ln_attention(Address x, Address result, int64_t rows, Address cu_seqlen
                       float eps, Address ln_weight, Address ln_bias, const Weights& q, Address q_bias,
                       const Weights& k, Address k_bias, const Weights& v, Address v_bias, const Weights& out,
                       Address out_bias, Address rotary, Address q_result, Address k_result) {
+    const int32_t* ends = offsets(cu_seqlens, sequences, rows);
     py::gil_scoped_release release;
-    active().pre_ln_attention({floats(x), static_cast<float*>(write_at(result)), rows,
-                               static_cast<const int32_t*>(read_at(cu_seqlens)), sequences, heads, eps,
+    active().pre_ln_attention({floats(x), static_cast<float*>(write_at(result)), rows, ends, sequences, heads, eps,
                                read_at(ln_weight), read_at(ln_bias), read_at(q_bias), read_at(k_bias),
                                read_at(v_bias), read_at(out_bias), q.packed(), k.packed(), v.packed(), out.packed(),
                                floats(rotary), write_at(q_result), write_at(k_result)});
+}
+
+void contact_map(Address q, Address k, const std::string& dtype, int64_t rows, Address cu_seqlens, int64_t sequences,
+                 int heads, int head_dim, Address keep, Address weight, float scale, Address result) {
+    const Type type = type_of(dtype);
+    const int32_t* ends = offsets(cu_seqlens, sequences, rows);
+    py::gil_scoped_release release;
+    active().contact_map({read_at(q), read_at(k), type, ends, sequences, heads, head_dim, static_cast<const uint8_t*>(read_at(keep)), floats(weight), scale,
+                          static_cast<float*>(write_at(result))});
 }
 
 std::vector<std::string> isas() {
@@ -70,6 +89,7 @@ void bind(py::module_& module) {
     module.def("fingerprint", [](Address data, size_t bytes) { return fingerprint(read_at(data), bytes); });
     module.def("gelu_ffn", &gelu_ffn);
     module.def("pre_ln_attention", &pre_ln_attention);
+    module.def("contact_map", &contact_map);
     // Instruction-set levels this machine runs, worst first; the one in use; another one, by name.
     module.def("isas", &isas);
     module.def("isa", [] { return active().name; });

@@ -1,5 +1,6 @@
 // The kernels of one level. CMake compiles this file once per level, with that level's flags and ESM_LEVEL its name.
 #include "attention.h"
+#include "contacts.h"
 #include "gemm.h"
 #include "rows.h"
 #include "table.h"
@@ -102,16 +103,6 @@ void gelu_ffn_of(const FfnCall& call) {
     });
 }
 
-// (rows, dim) of one head, from activations to the weights' type.
-template <class A, class W>
-void copy_head(const A* from, size_t ld_from, int64_t rows, int dim, W* to, size_t ld_to) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int d = 0; d < dim; d += N) {
-            const int count = dim - d < N ? dim - d : N;
-            store_part(to + row * ld_to + d, load_part(from + row * ld_from + d, count), count);
-        }
-}
-
 template <class W>
 void pre_ln_attention_of(const AttentionCall& call) {
     typedef typename ActivationOf<W>::type A;
@@ -181,11 +172,38 @@ void pre_ln_attention_of(const AttentionCall& call) {
         each_block(n, [&](int64_t first, int64_t last) { finish(first, last, 0, panels); });
 }
 
-void gelu_ffn(const FfnCall& call) {
-    call.fc1.type == Type::kFloat32 ? gelu_ffn_of<float>(call) : gelu_ffn_of<bf16>(call);
-}
-void pre_ln_attention(const AttentionCall& call) {
-    call.q.type == Type::kFloat32 ? pre_ln_attention_of<float>(call) : pre_ln_attention_of<bf16>(call);
+
+template <class W>
+void contact_map_of(const ContactCall& call) {
+    typedef typename ActivationOf<W>::type A;
+    const size_t width = size_t(call.heads) * call.head_dim;
+    float* result = call.result;
+    for (int64_t s = 0; s < call.sequences; ++s) {
+        const int64_t first = call.cu_seqlens[s];
+        const int length = int(call.cu_seqlens[s + 1] - first);
+        float* keep = static_cast<float*>(scratch(0, (size_t(length) + kPanel) * sizeof(float)));
+        float kept = 0;
+        for (int i = 0; i < int(round_up(length, kPanel)); ++i)
+            kept += keep[i] = i < length && call.keep[first + i] ? 1.0f : 0.0f;
+        const size_t size = size_t(length) * length;
+        if (kept == 0) {
+            std::memset(result, 0, size * sizeof(float));
+        } else {
+            Contacts<A> work{length, call.heads, call.head_dim, call.scale, call.weight, keep};
+            work.memory();
+            const W *q = static_cast<const W*>(call.q) + first * width, *k = static_cast<const W*>(call.k) + first * width;
+            each(size_t(call.heads), 1, [&](size_t begin, size_t end) {
+                for (size_t head = begin; head < end; ++head) work.take(q, k, int(head));
+            });
+            each(size_t(work.tasks()), 1, [&](size_t begin, size_t end) {
+                for (size_t task = begin; task < end; ++task) work.add(int(task));
+            });
+            work.close();
+            each(size_t(length), kContactRows,
+                 [&](size_t begin, size_t end) { work.finish(int(begin), int(end), result); });
+        }
+        result += size;
+    }
 }
 
 // One tile's work on operands that stay in the first-level cache.
@@ -209,6 +227,16 @@ double peak_of() {
 }
 double peak(Type type) { return type == Type::kFloat32 ? peak_of<float>() : peak_of<bf16>(); }
 
+void gelu_ffn(const FfnCall& call) {
+    call.fc1.type == Type::kFloat32 ? gelu_ffn_of<float>(call) : gelu_ffn_of<bf16>(call);
+}
+void pre_ln_attention(const AttentionCall& call) {
+    call.q.type == Type::kFloat32 ? pre_ln_attention_of<float>(call) : pre_ln_attention_of<bf16>(call);
+}
+void contact_map(const ContactCall& call) {
+    call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
+}
+
 }  // namespace
 
 #define ESM_JOIN_(a, b) a##b
@@ -216,7 +244,7 @@ double peak(Type type) { return type == Type::kFloat32 ? peak_of<float>() : peak
 #define ESM_TEXT_(a) #a
 #define ESM_TEXT(a) ESM_TEXT_(a)
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
-const Table ESM_JOIN(kernels_, ESM_LEVEL) = {ESM_TEXT(ESM_LEVEL), gelu_ffn, pre_ln_attention, peak};
+const Table ESM_JOIN(kernels_, ESM_LEVEL) = {ESM_TEXT(ESM_LEVEL), gelu_ffn, pre_ln_attention, contact_map, peak};
 
 }  // namespace cpu
 }  // namespace esm

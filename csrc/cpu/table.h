@@ -46,10 +46,24 @@ struct AttentionCall {
     void *q_result, *k_result;  // (rows, width) in the weights' type, or null
 };
 
+// q, k: (rows, heads, head_dim) of `type`; keep: (rows,) bytes; weight: (heads,); result: see the op.
+struct ContactCall {
+    const void *q, *k;
+    Type type;
+    const int32_t* cu_seqlens;
+    int64_t sequences;
+    int heads, head_dim;
+    const uint8_t* keep;
+    const float* weight;
+    float scale;
+    float* result;
+};
+
 struct Table {
     const char* name;
     void (*gelu_ffn)(const FfnCall&);
     void (*pre_ln_attention)(const AttentionCall&);
+    void (*contact_map)(const ContactCall&);
     // GFLOP/s of the GEMM's own instruction on registers alone, all threads together.
     double (*peak)(Type);
 };

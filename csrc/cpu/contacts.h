@@ -1,0 +1,120 @@
+// One layer's share of the contact logits of one sequence, without ever holding an attention map: a few query rows at
+// a time, one head after another. esm_fast/ops/contact_map.py has the formula; its names are used here.
+#pragma once
+
+#include "attention.h"
+
+namespace esm {
+namespace cpu {
+namespace {
+
+// Query rows of one task. Fixed, since their columns' sums are added task by task: the order of that sum must not
+// depend on the number of threads.
+constexpr int kContactRows = 8 * kRows;
+
+template <class A>
+struct Contacts {
+    int length, heads, dim;
+    float scale;
+    const float* weight;
+    const float* keep;  // (ld,), 1 or 0, 0 beyond the sequence
+
+    // Working memory, given by memory().
+    size_t ld = 0;
+    A *queries = nullptr, *keys = nullptr;  // per head (length, dim), and packed
+    float* total = nullptr;                 // (length, ld): the weighted sum of the heads' maps
+    float* partial = nullptr;               // per task and head (ld,): sums over the task's queries
+    float* sums = nullptr;                  // r of every head, packed as weights from heads to positions
+    float* scaled = nullptr;                // (length, heads): r weight / t
+
+    int panels() const { return panels_of(length); }
+    int tasks() const { return (length + kContactRows - 1) / kContactRows; }
+    size_t keys_size() const { return panels() * panel_size(keys, dim); }
+    float* partial_of(int task, int head) const { return partial + (size_t(task) * heads + head) * ld; }
+    float& sum_of(int head, int at) const { return sums[(size_t(at / kPanel) * heads + head) * kPanel + at % kPanel]; }
+
+    void memory() {
+        ld = size_t(panels()) * kPanel;
+        queries = static_cast<A*>(scratch(1, size_t(heads) * length * dim * sizeof(A)));
+        keys = static_cast<A*>(scratch(2, heads * keys_size() * sizeof(A)));
+        float* next = static_cast<float*>(scratch(3, (length + (size_t(tasks()) + 1) * heads + heads) * ld * sizeof *next));
+        total = next, next += length * ld;
+        partial = next, next += size_t(tasks()) * heads * ld;
+        sums = next, next += heads * ld;
+        scaled = next;
+    }
+
+    // Phase 1, a head: q and k (length, heads, dim) as their producer left them.
+    template <class W>
+    void take(const W* q, const W* k, int head) const {
+        const size_t from = size_t(heads) * dim;
+        A* own = static_cast<A*>(scratch(4, size_t(length) * dim * sizeof(A)));
+        copy_head(q + head * dim, from, length, dim, queries + size_t(head) * length * dim, dim);
+        copy_head(k + head * dim, from, length, dim, own, dim);
+        pack_keys(own, dim, length, dim, keys + head * keys_size());
+    }
+
+    // Phase 2, a task: the maps of its queries go into `total`, and their sums beside it.
+    void add(int task) const {
+        const int begin = task * kContactRows, rows = length - begin < kContactRows ? length - begin : kContactRows;
+        std::memset(total + begin * ld, 0, rows * ld * sizeof(float));
+        std::memset(partial_of(task, 0), 0, heads * ld * sizeof(float));
+        float* scores = static_cast<float*>(scratch(5, kRows * ld * sizeof(float)));
+        for (int head = 0; head < heads; ++head)
+            Tiles{rows}.each([&](int64_t first, int height) {
+                const A* from = queries + (size_t(head) * length + begin + first) * dim;
+                for (int panel = 0; panel < panels(); ++panel)
+                    tile_of(height, from, dim, keys + head * keys_size() + panel * panel_size(keys, dim), dim,
+                            scores + panel * kPanel, ld);
+                for (int r = 0; r < height; ++r)
+                    sum_of(head, begin + int(first) + r) =
+                        add_row(scores + r * ld, begin + int(first) + r, weight[head], partial_of(task, head));
+            });
+    }
+
+    float add_row(float* scores, int query, float share, float* columns) const {
+        if (keep[query] == 0) return 0;
+        const float inverse = 1.0f / softmax_weights(scores, length, scale, scores);
+        F row = {};
+        for (int i = 0; i < int(round_up(length, N)); i += N) {
+            const F a = load(scores + i) * inverse * load(keep + i);
+            row += a;
+            store(columns + i, load(columns + i) + a);
+            float* to = total + query * ld + i;
+            store(to, fma(a, splat(share), load(to)));
+        }
+        return sum(row);
+    }
+
+    // Phase 3: r, t and what the average product needs of them.
+    void close() const {
+        for (int head = 0; head < heads; ++head) {
+            float t = 0;
+            for (int i = 0; i < int(ld); ++i) {
+                float r = i < length ? sum_of(head, i) : 0;
+                for (int task = 0; task < tasks(); ++task) r += partial_of(task, head)[i];
+                sum_of(head, i) = r;
+                t += r;
+            }
+            for (int i = 0; i < length; ++i) scaled[size_t(i) * heads + head] = sum_of(head, i) * weight[head] / t;
+        }
+    }
+
+    // Phase 4, some rows of the result: total + its transpose - the average products.
+    void finish(int first, int last, float* result) const {
+        gemm(scaled + size_t(first) * heads, heads, last - first, sums, heads, 0, panels(),
+             [&](const float* c, int64_t row, int height, int column) {
+                 for (int r = 0; r < height; ++r) {
+                     const size_t i = size_t(first + row + r);
+                     for (int v = 0; v < kPanel && column + v < length; ++v) {
+                         const size_t j = size_t(column + v);
+                         result[i * length + j] = total[i * ld + j] + total[j * ld + i] - c[r * kPanel + v];
+                     }
+                 }
+             });
+    }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm
