@@ -29,7 +29,7 @@ def trained_like(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 parameter.normal_(std=0.1, generator=generator)
         # The rows nn.Embedding keeps at zero for padding.
         for table in ("embed_tokens", "embed_positions"):
-            if hasattr(model, table):
+            if isinstance(getattr(model, table, None), torch.nn.Embedding):
                 getattr(model, table).weight[1] = 0
     return model.eval()
 

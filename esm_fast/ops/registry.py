@@ -224,7 +224,10 @@ def _reference_grads(reference: Callable, values: list, needs, grad_outputs) -> 
         leaves = [v.detach().requires_grad_() if need else v for v, need in zip(values, needs, strict=True)]
         outputs = reference(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o is not None and g is not None]
+        # An output may depend on no input at all, such as the contacts of a sequence without residues.
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
+        if not pairs:
+            return [None] * len(values)
         wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
         got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
     grads = iter(got)

@@ -42,9 +42,13 @@ def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: st
 
     def through(run, values) -> list[torch.Tensor]:
         values = {n: v.detach().requires_grad_() if n in names else v for n, v in values.items()}
-        outputs = [out for out in outputs_of(run(values)) if out.requires_grad]
+        outputs = outputs_of(run(values))
         generator = torch.Generator().manual_seed(seed)
         seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
+        pairs = [(out, seed) for out, seed in zip(outputs, seeds, strict=True) if out.requires_grad]
+        if not pairs:  # no output depends on any input
+            return [torch.zeros_like(values[n]) for n in names]
+        outputs, seeds = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, [values[n] for n in names], seeds, allow_unused=True)
         return [torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)]
 
