@@ -28,7 +28,13 @@ def __getattr__(name: str):
         return importlib.import_module(".pretrained", __name__)
     if name not in _FROM:
         raise AttributeError(f"module 'esm_fast' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_FROM[name], __name__), name)
+    try:
+        module = importlib.import_module(_FROM[name], __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"esm_fast.{name} needs transformers: pip install 'esm_fast[hf]'") from None
+    value = globals()[name] = getattr(module, name)
     return value
 
 

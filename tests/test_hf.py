@@ -833,3 +833,9 @@ def test_golden_scores_of_the_model_card():
     for answer in answers:
         assert answer["score"] == pytest.approx(GOLDEN[answer["token_str"]], abs=1e-4)
         assert answer["sequence"] == " ".join(CARD.replace("<mask>", answer["token_str"]))
+
+
+def test_without_transformers_the_error_names_the_extra():
+    code = "import sys; sys.modules['transformers'] = None; import esm_fast; esm_fast.load; esm_fast.ESMForMaskedLM"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ESMForMaskedLM needs transformers: pip install 'esm_fast[hf]'" in done.stderr
