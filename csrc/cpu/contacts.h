@@ -12,6 +12,42 @@ namespace {
 // depend on the number of threads.
 constexpr int kContactRows = 8 * kRows;
 
+// Sequences up to this long go through `exact_contacts`.
+constexpr int kExactLength = 32;
+
+// One short sequence in fp64. With two or three residues the average product takes away nearly all of a map, and what
+// is left would be the rounding of fp32; here that costs nothing. q, k: (length, heads, dim); result (length, length).
+template <class W>
+void exact_contacts(const ContactCall& call, const W* q, const W* k, const float* keep, int length, float* result) {
+    double total[kExactLength * kExactLength] = {};
+    const size_t width = size_t(call.heads) * call.head_dim;
+    for (int head = 0; head < call.heads; ++head) {
+        double map[kExactLength * kExactLength] = {}, r[kExactLength] = {}, t = 0;
+        for (int i = 0; i < length; ++i) {
+            if (keep[i] == 0) continue;
+            double* row = map + i * length;
+            double best = -__builtin_inf(), sum = 0;
+            for (int j = 0; j < length; ++j) {
+                const W *a = q + i * width + head * call.head_dim, *b = k + j * width + head * call.head_dim;
+                for (int d = 0; d < call.head_dim; ++d) row[j] += double(widen(a[d])) * double(widen(b[d]));
+                row[j] *= call.scale;
+                best = row[j] > best ? row[j] : best;
+            }
+            for (int j = 0; j < length; ++j) sum += row[j] = __builtin_exp(row[j] - best);
+            for (int j = 0; j < length; ++j) {
+                row[j] *= keep[j] / sum;
+                r[i] += row[j];
+                r[j] += row[j];
+                t += 2 * row[j];
+            }
+        }
+        for (int i = 0; i < length; ++i)
+            for (int j = 0; j < length; ++j)
+                total[i * length + j] += call.weight[head] * (map[i * length + j] + map[j * length + i] - r[i] * r[j] / t);
+    }
+    for (int i = 0; i < length * length; ++i) result[i] = float(total[i]);
+}
+
 template <class A>
 struct Contacts {
     int length, heads, dim;

@@ -186,12 +186,14 @@ void contact_map_of(const ContactCall& call) {
         for (int i = 0; i < int(round_up(length, kPanel)); ++i)
             kept += keep[i] = i < length && call.keep[first + i] ? 1.0f : 0.0f;
         const size_t size = size_t(length) * length;
-        if (kept == 0) {
+        const W *q = static_cast<const W*>(call.q) + first * width, *k = static_cast<const W*>(call.k) + first * width;
+        if (kept <= 1) {  // of a single residue's map the average product leaves nothing
             std::memset(result, 0, size * sizeof(float));
+        } else if (length <= kExactLength) {
+            exact_contacts(call, q, k, keep, length, result);
         } else {
             Contacts<A> work{length, call.heads, call.head_dim, call.scale, call.weight, keep};
             work.memory();
-            const W *q = static_cast<const W*>(call.q) + first * width, *k = static_cast<const W*>(call.k) + first * width;
             each(size_t(call.heads), 1, [&](size_t begin, size_t end) {
                 for (size_t head = begin; head < end; ++head) work.take(q, k, int(head));
             });

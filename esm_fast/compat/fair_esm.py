@@ -64,8 +64,8 @@ class ProteinBertModel(ESM1):
         if need_head_weights:
             result["attentions"] = pad_attentions(out.attentions, self.config, batch, rows, shape)
         if return_contacts:
-            fill = torch.sigmoid(self.contact_head.regression.bias.detach().float()).item()
-            result["contacts"] = pad_contacts(out.contacts, batch, rows, shape, fill)
+            bias = self.contact_head.regression.bias
+            result["contacts"] = pad_contacts(out.contacts, bias, batch, rows, shape)
         return result
 
     def predict_contacts(self, tokens) -> torch.Tensor:
@@ -108,9 +108,10 @@ def pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tens
     return padded
 
 
-def pad_contacts(contacts, batch, rows, shape, fill: float) -> torch.Tensor:
-    """(B, T-2, T-2) from per-sequence maps; outside the sequences stands `fill`, the regression's bias alone."""
+def pad_contacts(contacts, bias: torch.Tensor, batch, rows, shape) -> torch.Tensor:
+    """(B, T-2, T-2) from per-sequence maps; outside the sequences stands what the regression's bias alone gives."""
     count, width = shape
+    fill = torch.sigmoid(bias.detach().to(contacts[0].dtype)).item()
     padded = contacts[0].new_full((count, width, width), fill)
     for i, (probabilities, at) in enumerate(zip(contacts, _positions(batch, rows, width), strict=True)):
         padded[i, at[:, None], at] = probabilities

@@ -65,8 +65,7 @@ class _Run:
     @property
     def contacts(self) -> torch.Tensor:
         given, bias = self.input, self.model.contact_head.regression.bias
-        fill = torch.sigmoid(bias.detach().to(self.out.contacts[0].dtype)).item()
-        return pad_contacts(self.out.contacts, given.batch, given.rows, given.shape, fill).to(self.model.dtype)
+        return pad_contacts(self.out.contacts, bias, given.batch, given.rows, given.shape).to(self.model.dtype)
 
 
 def _selected(asked: bool | int | list[int] | None, depth: int) -> set[int] | None:

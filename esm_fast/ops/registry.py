@@ -88,21 +88,19 @@ class Op:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self.check(**bound.arguments)
-        kernel = select(self.name, self.request(bound.arguments), backend)
+        request = self.request(bound.arguments)
+        kernel = select(self.name, request, backend)
         values = tuple(bound.arguments.values())
         if kernel.backend == REFERENCE:
             return kernel.forward(*values)
-        return _WithBackward.apply(self, kernel, *values) if _needs_grad(values) else kernel.forward(*values)
+        return _WithBackward.apply(self, kernel, *values) if request.grad else kernel.forward(*values)
 
     def request(self, arguments: dict[str, Any]) -> Request:
         lead = arguments[self.dtype_of]
         arch = torch.cuda.get_device_capability(lead.device) if lead.device.type == "cuda" else None
-        grad = _needs_grad(arguments.values())
+        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return Request(lead.device.type, arch, lead.dtype, _head_dim(arguments), grad)
-
-
-def _needs_grad(values) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
 def _head_dim(arguments: dict[str, Any]) -> int | None:
