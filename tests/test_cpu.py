@@ -82,8 +82,8 @@ def test_q_and_k_come_back_as_the_attention_saw_them(isa, dtype):
             assert check.ok, (case.name, check)
 
 
-# The same draws in every run: where an output has one or two elements, the plain reference is at times right by luck, and
-# twice its error is then next to nothing (docs/cpu.md). Such a draw must not come and go with the day.
+# The same draws in every run: where an output has one or two elements, the plain reference is at times right by luck,
+# and twice its error is then next to nothing (docs/cpu.md). Such a draw must not come and go with the day.
 relaxed = settings(
     max_examples=25,
     deadline=None,
