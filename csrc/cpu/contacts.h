@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "work.h"
 
 namespace esm {
 namespace cpu {
@@ -150,6 +151,41 @@ struct Contacts {
              });
     }
 };
+
+template <class W>
+void contact_map_of(const ContactCall& call) {
+    typedef typename ActivationOf<W>::type A;
+    const size_t width = size_t(call.heads) * call.head_dim;
+    float* result = call.result;
+    for (int64_t s = 0; s < call.sequences; ++s) {
+        const int64_t first = call.cu_seqlens[s];
+        const int length = int(call.cu_seqlens[s + 1] - first);
+        float* keep = static_cast<float*>(scratch(0, (size_t(length) + kPanel) * sizeof(float)));
+        float kept = 0;
+        for (int i = 0; i < int(round_up(length, kPanel)); ++i)
+            kept += keep[i] = i < length && call.keep[first + i] ? 1.0f : 0.0f;
+        const size_t size = size_t(length) * length;
+        const W *q = static_cast<const W*>(call.q) + first * width, *k = static_cast<const W*>(call.k) + first * width;
+        if (kept <= 1) {  // of a single residue's map the average product leaves nothing
+            std::memset(result, 0, size * sizeof(float));
+        } else if (length <= kExactLength) {
+            exact_contacts(call, q, k, keep, length, result);
+        } else {
+            Contacts<A> work{length, call.heads, call.head_dim, call.scale, call.weight, keep};
+            work.memory();
+            each(size_t(call.heads), 1, [&](size_t begin, size_t end) {
+                for (size_t head = begin; head < end; ++head) work.take(q, k, int(head));
+            });
+            each(size_t(work.tasks()), 1, [&](size_t begin, size_t end) {
+                for (size_t task = begin; task < end; ++task) work.add(int(task));
+            });
+            work.close();
+            each(size_t(length), kContactRows,
+                 [&](size_t begin, size_t end) { work.finish(int(begin), int(end), result); });
+        }
+        result += size;
+    }
+}
 
 }  // namespace
 }  // namespace cpu

@@ -1,0 +1,68 @@
+// How the kernels share work among the threads, and the memory they work in.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+#include "table.h"
+
+namespace esm {
+namespace cpu {
+namespace {
+
+// Rows a thread takes through a GEMM at once: many rows share one reading of the weights, but they have to stay in L2.
+constexpr int64_t kBlockRows = 192;
+
+template <class Body>
+void each(size_t n, size_t grain, const Body& body) {
+    const auto run = [](void* context, size_t begin, size_t end) { (*static_cast<const Body*>(context))(begin, end); };
+    parallel(n, grain, run, const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// body(first row, one past the last) in nearly equal blocks, a whole number of them per thread.
+template <class Body>
+void each_block(int64_t rows, const Body& body) {
+    const int64_t blocks = round_up((rows + kBlockRows - 1) / kBlockRows, parallel_width());
+    each(size_t(blocks), 1, [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end; ++i) {
+            const int64_t first = rows * int64_t(i) / blocks, last = rows * int64_t(i + 1) / blocks;
+            if (first < last) body(first, last);
+        }
+    });
+}
+
+// body(first panel, one past the last) over the panels of a matrix.
+template <class Body>
+void each_panel(int panels, const Body& body) {
+    each(size_t(panels), size_t(panels / (4 * parallel_width()) + 1),
+         [&](size_t begin, size_t end) { body(int(begin), int(end)); });
+}
+
+// With few rows a thread: the threads share the weights' columns, not the rows, so that each weight is read once.
+bool few(int64_t rows) { return rows < int64_t(kRows) * parallel_width(); }
+
+template <class W>
+const W* weights_of(const Packed& packed) {
+    return static_cast<const W*>(packed.data);
+}
+
+template <class A>
+A* buffer(int slot, int64_t rows, size_t ld) {
+    return static_cast<A*>(scratch(slot, size_t(rows) * ld * sizeof(A)));
+}
+
+struct Norm {
+    const float* x;
+    int width;
+    const float *gain, *bias;
+    float eps;
+
+    template <class A>
+    void operator()(int64_t first, int64_t last, A* out, size_t ld) const {
+        for (int64_t row = first; row < last; ++row, out += ld)
+            layer_norm(x + row * width, width, gain, bias, eps, out);
+    }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm
