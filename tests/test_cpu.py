@@ -254,6 +254,14 @@ def test_packed_weights_are_kept_once_and_freed_with_their_tensor():
     assert len(cpu._packed) == before - 1
 
 
+def test_bf16_panels_are_whole_amx_tiles():
+    """32 outputs and a multiple of 32 inputs; fp32 pads the outputs alone."""
+    from esm_fast.kernels import cpu
+
+    assert cpu.packed(torch.ones(33, 65).bfloat16()).nbytes == 64 * 96 * 2
+    assert cpu.packed(torch.ones(33, 65)).nbytes == 64 * 65 * 4
+
+
 # --- levels ----------------------------------------------------------------------------------------------------------
 
 

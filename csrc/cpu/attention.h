@@ -30,7 +30,8 @@ ESM_INLINE void pack_values(const float* v, size_t ld, int length, int dim, floa
 
 #if defined(__AVX512BF16__)
 ESM_INLINE void pack_keys(const bf16* k, size_t ld, int length, int dim, bf16* out) {
-    std::memset(out + size_t(panels_of(length) - 1) * panel_size(out, dim), 0, panel_size(out, dim) * sizeof *out);
+    const int panels = panels_of(length), full = dim % kInputs ? 0 : panels - 1;  // those without padding
+    std::memset(out + full * panel_size(out, dim), 0, (panels - full) * panel_size(out, dim) * sizeof *out);
     for (int key = 0; key < length; ++key) {
         bf16* to = out + size_t(key / kPanel) * panel_size(out, dim) + 2 * (key % kPanel);
         for (int d = 0; d < dim; d += 2) std::memcpy(to + d * kPanel, k + key * ld + d, 2 * sizeof *out);
@@ -47,6 +48,9 @@ ESM_INLINE void pack_values(const bf16* v, size_t ld, int length, int dim, bf16*
                 for (int c = 0; c < columns; ++c) pairs[c] |= uint32_t(odd[c].bits) << 16;
             std::memcpy(out, pairs, sizeof pairs);
         }
+        const size_t padding = size_t(round_up(length, kInputs) - round_up(length, 2)) * kPanel;
+        std::memset(out, 0, padding * sizeof *out);
+        out += padding;
     }
 }
 #endif

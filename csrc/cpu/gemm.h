@@ -29,7 +29,7 @@ ESM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple 
 ESM_INLINE int panels_of(int64_t columns) { return int((columns + kPanel - 1) / kPanel); }
 
 // Elements of one panel of weights.
-ESM_INLINE size_t panel_size(const bf16*, int64_t in) { return size_t(in + 1) / 2 * 2 * kPanel; }
+ESM_INLINE size_t panel_size(const bf16*, int64_t in) { return size_t(round_up(in, kInputs)) * kPanel; }
 ESM_INLINE size_t panel_size(const float*, int64_t in) { return size_t(in) * kPanel; }
 
 // Elements from one row to the next for rows of at least n: an odd number of cache lines, lest rows share cache sets.

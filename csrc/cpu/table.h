@@ -14,8 +14,10 @@ namespace cpu {
 enum class Type : int { kFloat32, kBfloat16 };
 
 // A (out, in) matrix as the GEMM reads it: panels of 32 outputs, each holding for every pair of inputs 32 pairs
-// (bf16), or for every input 32 floats. Rows and inputs beyond the matrix are zero. The same at every level.
+// (bf16, the inputs padded to a multiple of 32, so that a panel is made of whole AMX tiles), or for every input
+// 32 floats. Rows and inputs beyond the matrix are zero. The same at every level.
 constexpr int kPanel = 32;
+constexpr int kInputs = 32;
 struct Packed {
     const void* data;
     int out, in;

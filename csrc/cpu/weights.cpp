@@ -15,10 +15,15 @@ namespace {
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr int kBlock = 64;
 
-// Group: how many inputs of one output lie side by side, 2 for bf16.
+size_t padded(int n, int multiple) { return size_t(n + multiple - 1) / size_t(multiple) * size_t(multiple); }
+
+// Inputs of a panel, with their padding.
+size_t panel_inputs(Type type, int in) { return type == Type::kFloat32 ? size_t(in) : padded(in, kInputs); }
+
+// Group: how many inputs of one output lie side by side, 2 for bf16. A panel has `inputs` of them with its padding.
 template <class T, int Group>
-void pack(const T* matrix, int out, int in, size_t first, size_t last, T* packed) {
-    const size_t groups = size_t(in + Group - 1) / Group, size = groups * Group * kPanel;
+void pack(const T* matrix, int out, int in, size_t inputs, size_t first, size_t last, T* packed) {
+    const size_t size = inputs * kPanel;
     for (size_t panel = first; panel < last; ++panel) {
         T* to = packed + panel * size;
         std::memset(to, 0, size * sizeof(T));
@@ -40,11 +45,12 @@ struct Work {
 
     static void run(void* context, size_t first, size_t last) {
         const Work& w = *static_cast<const Work*>(context);
+        const size_t inputs = panel_inputs(w.type, w.in);
         if (w.type == Type::kFloat32)
-            pack<uint32_t, 1>(static_cast<const uint32_t*>(w.matrix), w.out, w.in, first, last,
+            pack<uint32_t, 1>(static_cast<const uint32_t*>(w.matrix), w.out, w.in, inputs, first, last,
                               static_cast<uint32_t*>(w.packed));
         else
-            pack<uint16_t, 2>(static_cast<const uint16_t*>(w.matrix), w.out, w.in, first, last,
+            pack<uint16_t, 2>(static_cast<const uint16_t*>(w.matrix), w.out, w.in, inputs, first, last,
                               static_cast<uint16_t*>(w.packed));
     }
 };
@@ -52,8 +58,8 @@ struct Work {
 }  // namespace
 
 Weights::Weights(const void* matrix, int out, int in, Type type) {
-    const size_t panels = size_t(out + kPanel - 1) / kPanel, pairs = size_t(in + 1) / 2;
-    bytes_ = panels * kPanel * (type == Type::kFloat32 ? size_t(in) * sizeof(float) : pairs * 2 * sizeof(uint16_t));
+    const size_t outputs = padded(out, kPanel), element = type == Type::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+    bytes_ = outputs * panel_inputs(type, in) * element;
     // Whole huge pages where they would be filled anyway: fewer of the TLB misses that end a prefetch.
     const size_t unit = bytes_ >= kHugePage ? kHugePage : 64;
     const size_t whole = (bytes_ + unit - 1) / unit * unit;
@@ -64,7 +70,7 @@ Weights::Weights(const void* matrix, int out, int in, Type type) {
 #endif
     packed_ = Packed{memory, out, in, type};
     Work work{matrix, memory, out, in, type};
-    parallel(panels, 1, Work::run, &work);
+    parallel(outputs / kPanel, 1, Work::run, &work);
 }
 
 Weights::~Weights() { std::free(const_cast<void*>(packed_.data)); }
