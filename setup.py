@@ -35,6 +35,7 @@ setup(
         "esm_fast.cli",
         "esm_fast.compat",
         "esm_fast.kernels",
+        "esm_fast.kernels.cpu",
         "esm_fast.models",
         "esm_fast.ops",
         "esm_fast.writers",

@@ -17,7 +17,11 @@ from machine import machine
 
 from esm_fast import _C
 from esm_fast.ops import OPS, registry, verify
+from esm_fast.ops.embedding import _case as embedding_case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
+from esm_fast.ops.masked_lm_head import _case as head_case
+from esm_fast.ops.masked_softmax import _case as softmax_case
+from esm_fast.ops.pool import _case as pool_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case
 
 NATURAL = [1022, 683, 460, 351, 264, 187, 103]
@@ -32,6 +36,15 @@ POINTS = [
             ("4 x 1022", [1022] * 4),
         ]
     ),
+    *(
+        ("embedding", embedding_case(name, lengths, 1280))
+        for name, lengths in [("1 x 300", [300]), ("natural", NATURAL)]
+    ),
+    ("masked_lm_head", head_case("1 row", 1, 1280)),
+    ("masked_lm_head", head_case("150 masked", 1000, 1280, masked=150)),
+    ("masked_lm_head", head_case("1000 rows", 1000, 1280)),
+    *(("masked_softmax", softmax_case(f"20x{n}x{n}", [n], 20)) for n in (100, 300, 1022)),
+    *(("pool", pool_case(name, lengths, 1280)) for name, lengths in [("1 x 300", [300]), ("natural", NATURAL)]),
 ]
 
 
@@ -40,6 +53,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--isa", choices=_C.isas(), default=_C.isa())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ops", nargs="+", choices=sorted({name for name, _ in POINTS}), help="only these")
     parser.add_argument("--alone", action="store_true", help="one thread, timed in CPU seconds")
     args = parser.parse_args()
     if args.alone:
@@ -49,7 +63,8 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in machine().items()))
     print(f"kernels: {args.isa}, {args.dtype}; {'CPU seconds of one thread' if args.alone else 'wall clock'}")
     for op_name, case in POINTS:
-        print(measure(op_name, case, args), flush=True)
+        if not args.ops or op_name in args.ops:
+            print(measure(op_name, case, args), flush=True)
 
 
 @torch.inference_mode()
@@ -58,8 +73,8 @@ def measure(op_name: str, case: registry.Case, args) -> str:
     op = OPS[op_name]
     kernels = {kernel.backend: kernel.forward for kernel in registry.kernels(op_name)}
     arguments = verify.bound(op, case.build(getattr(torch, args.dtype), "cpu", 0))
-    values, flops = arguments.values(), op.cost(**arguments).flops
-    repeats = max(1, int(2e10 / flops))
+    values, (flops, moved) = arguments.values(), op.cost(**arguments)
+    repeats = max(1, int(2e10 / (flops + 20 * moved)))
     seconds: dict[str, list[float]] = {"reference": [], "cpu": []}
     peaks = []
     for turn in range(args.rounds + 1):  # the first warms up, and packs the weights

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import hub, weights
+from . import hub, ops, weights
 from .compat.fair_esm import ProteinBertModel
 from .data import Policy, Records, Report, Tokens, read_fasta, records_from, tokenize
 from .models.esm1 import CONFIGS, ESM1
@@ -261,33 +261,28 @@ def _forward(model: ESM1, batch, outputs: list[Output], segments: list[_Segment]
     batch = batch.to(model.device)
     layers = {output.layer for output in outputs if output != CONTACTS}
     computed = model.forward_packed(batch, layers=layers, contacts=CONTACTS in outputs)
-    bounds = spans(batch.cu_seqlens)
     made = []
     for output in outputs:
         if output == CONTACTS:
             made.append([map_[1:-1, 1:-1].float().cpu().numpy().copy() for map_ in computed.contacts])
         else:
-            made.append(_pooled(computed.representations[output.layer], output.pool, bounds, segments))
+            made.append(_pooled(model, computed.representations[output.layer], output.pool, batch.cu_seqlens, segments))
     return made
 
 
-def _pooled(x: torch.Tensor, pool: str, bounds, segments: list[_Segment]) -> list[np.ndarray]:
+def _pooled(model: ESM1, x: torch.Tensor, pool: str, cu_seqlens, segments: list[_Segment]) -> list[np.ndarray]:
     """Per segment, (embed_dim,), or (residues, embed_dim) for per_residue."""
+    bounds = spans(cu_seqlens)
     if pool == "per_residue":
         rows = x.cpu().numpy()
         return [rows[start + 1 : end - 1].copy() for start, end in bounds]
-    if pool == "cls":
-        return list(torch.stack([x[start] for start, _ in bounds]).cpu().numpy())
-    means = [_mean(x[start + 1 : end - 1], s) for (start, end), s in zip(bounds, segments, strict=True)]
-    return list(torch.stack(means).cpu().numpy())
-
-
-def _mean(rows: torch.Tensor, segment: _Segment) -> torch.Tensor:
-    """The segment's share of its protein's mean: each residue counts once, however many windows cover it."""
-    if len(segment.windows) == 1:
-        return rows.mean(0)
-    share = torch.from_numpy(_share(segment)).to(rows)
-    return (share[:, None] * rows).sum(0) / segment.residues
+    weight = np.zeros(len(x))
+    for (start, end), segment in zip(bounds, segments, strict=True):
+        if pool == "cls":
+            weight[start] = 1
+        else:  # each residue of the protein counts once, however many windows cover it
+            weight[start + 1 : end - 1] = _share(segment) / segment.residues
+    return list(ops.pool(x, cu_seqlens, torch.from_numpy(weight).to(x), backend=model.backend).cpu().numpy())
 
 
 def _share(segment: _Segment) -> np.ndarray:

@@ -275,7 +275,7 @@ def test_a_failure_half_way_leaves_nothing(embed, fasta, monkeypatch, tmp_path):
 def test_numbers_too_large_for_float16_are_refused(embed, fasta, monkeypatch):
     from esm_fast import engine
 
-    monkeypatch.setattr(engine, "_mean", lambda rows, segment: rows.mean(0) + 1e6)
+    monkeypatch.setattr(engine, "_pooled", lambda *where, real=engine._pooled: [mean + 1e6 for mean in real(*where)])
     result = embed(fasta, "--store", "float16")
     assert result.code == 1 and "more than float16 can store; store float32" in error_line(result)
     assert not result.path.exists()

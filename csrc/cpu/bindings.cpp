@@ -68,6 +68,74 @@ void contact_map(Address q, Address k, const std::string& dtype, int64_t rows, A
                           static_cast<float*>(write_at(result))});
 }
 
+// Ids are used as places in memory: one out of range must never get that far.
+const int64_t* places(Address ids, int64_t n, int64_t size, const char* what) {
+    const int64_t* begin = static_cast<const int64_t*>(read_at(ids));
+    const auto wrong = std::find_if(begin, begin + n, [=](int64_t id) { return id < 0 || id >= size; });
+    if (wrong != begin + n)
+        throw py::index_error(std::string(what) + " " + std::to_string(*wrong) + " (number " +
+                              std::to_string(wrong - begin) + ") is not in the table, which has rows 0 to " +
+                              std::to_string(size - 1));
+    return begin;
+}
+
+void embedding(Address tokens, Address positions, Address cu_seqlens, int64_t rows, int64_t sequences,
+               Address token_table, int64_t n_tokens, Address position_table, int64_t n_positions, Address ln_weight,
+               Address ln_bias, const std::string& dtype, int width, bool token_dropout, int64_t mask, float kept,
+               Address scale, float eps, Address result) {
+    const EmbeddingCall call{places(tokens, rows, n_tokens, "token"),
+                             places(positions, rows, n_positions, "position"),
+                             token_dropout ? offsets(cu_seqlens, sequences, rows) : nullptr,
+                             rows,
+                             sequences,
+                             read_at(token_table),
+                             read_at(position_table),
+                             read_at(ln_weight),
+                             read_at(ln_bias),
+                             type_of(dtype),
+                             width,
+                             token_dropout,
+                             mask,
+                             kept,
+                             floats(scale),
+                             eps,
+                             static_cast<float*>(write_at(result))};
+    py::gil_scoped_release release;
+    active().embedding(call);
+}
+
+void masked_lm_head(Address x, int64_t rows_of_x, Address row_of, int64_t rows, Address targets, float eps,
+                    const Weights& dense, Address dense_bias, Address ln_weight, Address ln_bias, const Weights& table,
+                    Address bias, Address logits, Address loss) {
+    const int64_t *chosen = nullptr, *wanted = nullptr;
+    if (row_of) chosen = places(row_of, rows, rows_of_x, "row");
+    if (targets) {
+        const int64_t* first = static_cast<const int64_t*>(read_at(targets));
+        std::for_each(first, first + rows, [&](const int64_t& target) {
+            if (target != kIgnored) places(Address(&target), 1, table.packed().out, "target");
+        });
+        wanted = first;
+    }
+    py::gil_scoped_release release;
+    active().masked_lm_head({floats(x), rows, chosen, wanted, eps, read_at(dense_bias), read_at(ln_weight),
+                             read_at(ln_bias), read_at(bias), dense.packed(), table.packed(), write_at(logits),
+                             static_cast<float*>(write_at(loss))});
+}
+
+void masked_softmax(Address scores, const std::string& dtype, Address lengths, int64_t batch, int64_t heads,
+                    int64_t size, Address result) {
+    const Type type = type_of(dtype);
+    py::gil_scoped_release release;
+    active().masked_softmax({read_at(scores), type, static_cast<const int64_t*>(read_at(lengths)), batch, heads, size,
+                             static_cast<float*>(write_at(result))});
+}
+
+void pool(Address x, int64_t rows, int width, Address cu_seqlens, int64_t sequences, Address weight, Address result) {
+    const int32_t* ends = offsets(cu_seqlens, sequences, rows);
+    py::gil_scoped_release release;
+    active().pool({floats(x), floats(weight), ends, sequences, width, static_cast<float*>(write_at(result))});
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (int i = 0; i < levels(); ++i)
@@ -90,6 +158,10 @@ void bind(py::module_& module) {
     module.def("gelu_ffn", &gelu_ffn);
     module.def("pre_ln_attention", &pre_ln_attention);
     module.def("contact_map", &contact_map);
+    module.def("embedding", &embedding);
+    module.def("masked_lm_head", &masked_lm_head);
+    module.def("masked_softmax", &masked_softmax);
+    module.def("pool", &pool);
     // Instruction-set levels this machine runs, worst first; the one in use; another one, by name.
     module.def("isas", &isas);
     module.def("isa", [] { return active().name; });

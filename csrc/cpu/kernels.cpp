@@ -1,5 +1,6 @@
 // The kernels of one level. CMake compiles this file once per level, with that level's flags and ESM_LEVEL its name.
 #include "contacts.h"
+#include "edges.h"
 #include "layers.h"
 #include "work.h"
 
@@ -37,6 +38,15 @@ void pre_ln_attention(const AttentionCall& call) {
 void contact_map(const ContactCall& call) {
     call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
 }
+void embedding(const EmbeddingCall& call) {
+    call.type == Type::kFloat32 ? embedding_of<float>(call) : embedding_of<bf16>(call);
+}
+void masked_lm_head(const HeadCall& call) {
+    call.dense.type == Type::kFloat32 ? masked_lm_head_of<float>(call) : masked_lm_head_of<bf16>(call);
+}
+void masked_softmax(const SoftmaxCall& call) {
+    call.type == Type::kFloat32 ? masked_softmax_of<float>(call) : masked_softmax_of<bf16>(call);
+}
 
 }  // namespace
 
@@ -45,7 +55,9 @@ void contact_map(const ContactCall& call) {
 #define ESM_TEXT_(a) #a
 #define ESM_TEXT(a) ESM_TEXT_(a)
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
-const Table ESM_JOIN(kernels_, ESM_LEVEL) = {ESM_TEXT(ESM_LEVEL), gelu_ffn, pre_ln_attention, contact_map, peak};
+const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
+    ESM_TEXT(ESM_LEVEL), gelu_ffn,       pre_ln_attention, contact_map, embedding,
+    masked_lm_head,      masked_softmax, pool,             peak};
 
 }  // namespace cpu
 }  // namespace esm

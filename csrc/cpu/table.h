@@ -61,11 +61,63 @@ struct ContactCall {
     float* result;
 };
 
+// tokens, positions: (rows,) within the tables; tables, gains and biases of `type`; ln_weight null for no layer norm.
+struct EmbeddingCall {
+    const int64_t *tokens, *positions;
+    const int32_t* cu_seqlens;
+    int64_t rows, sequences;
+    const void *token_table, *position_table, *ln_weight, *ln_bias;
+    Type type;
+    int width;
+    bool token_dropout;  // the three members below, and cu_seqlens, are read only then
+    int64_t mask;        // the token that has no embedding
+    float kept;          // share of the tokens that were no <mask> in training
+    const float* scale;  // (sequences,), or null for kept / (1 - share of <mask>)
+    float eps;
+    float* result;
+};
+
+// rows: how many to compute; row_of: (rows,) which they are in x, or null for all in order; logits: (rows, outputs of
+// the table) in the weights' type; targets: (rows,) below that number, or kIgnored, or null with loss null.
+constexpr int64_t kIgnored = -100;
+struct HeadCall {
+    const float* x;
+    int64_t rows;
+    const int64_t *row_of, *targets;
+    float eps;
+    const void *dense_bias, *ln_weight, *ln_bias, *bias;
+    Packed dense, table;
+    void* logits;
+    float* loss;
+};
+
+// scores: (batch, heads, size, size) of `type`; lengths: (batch,), read as lying in [0, size]; result as scores.
+struct SoftmaxCall {
+    const void* scores;
+    Type type;
+    const int64_t* lengths;
+    int64_t batch, heads, size;
+    float* result;
+};
+
+// x: (rows, width); weight: (rows,); result: (sequences, width).
+struct PoolCall {
+    const float *x, *weight;
+    const int32_t* cu_seqlens;
+    int64_t sequences;
+    int width;
+    float* result;
+};
+
 struct Table {
     const char* name;
     void (*gelu_ffn)(const FfnCall&);
     void (*pre_ln_attention)(const AttentionCall&);
     void (*contact_map)(const ContactCall&);
+    void (*embedding)(const EmbeddingCall&);
+    void (*masked_lm_head)(const HeadCall&);
+    void (*masked_softmax)(const SoftmaxCall&);
+    void (*pool)(const PoolCall&);
     // GFLOP/s of the GEMM's own instruction on registers alone, all threads together.
     double (*peak)(Type);
 };

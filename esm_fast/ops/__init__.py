@@ -6,6 +6,7 @@ from .embedding import embedding
 from .gelu_ffn import gelu_ffn
 from .masked_lm_head import masked_lm_head
 from .masked_softmax import masked_softmax
+from .pool import pool
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
 
@@ -19,6 +20,7 @@ __all__ = [
     "gelu_ffn",
     "masked_lm_head",
     "masked_softmax",
+    "pool",
     "pre_ln_attention",
     "select",
 ]

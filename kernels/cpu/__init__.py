@@ -3,7 +3,7 @@
 Fused: LN, GEMM, bias, GELU and residual of `gelu_ffn`; LN, projections, attention over the packed sequences and
 residual of `pre_ln_attention`; all heads of `contact_map`, without ever storing a map. Statistics, softmax, sums and
 the residual stream are fp32. A row's result has the same bits whatever the batch around it and the number of threads.
-What won, what lost and by how much: docs/cpu.md.
+What surrounds the layers is in `edges`. What won, what lost and by how much: docs/cpu.md.
 
 Weights are packed once per tensor, which takes as much memory again as the packed matrices (bf16 ESM-1b: 1.3 GB).
 """
@@ -201,3 +201,6 @@ def contact_map(q, k, cu_seqlens, keep, weight, scale):
         result.data_ptr(),
     )
     return result
+
+
+from . import edges  # noqa: E402, F401 -- the rest of the backend, built on the names above
