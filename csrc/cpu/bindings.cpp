@@ -34,10 +34,41 @@ const int32_t* offsets(Address cu_seqlens, int64_t sequences, int64_t rows) {
     return ends;
 }
 
+std::string name_of(Type type) { return type == Type::kFloat32 ? "float32" : "bfloat16"; }
+
 std::unique_ptr<Weights> pack(Address matrix, int out, int in, const std::string& dtype) {
     const Type type = type_of(dtype);
     py::gil_scoped_release release;
     return std::make_unique<Weights>(read_at(matrix), out, in, type);
+}
+
+// Bytes that were packed before, such as those of a mapped file: viewed, and kept alive.
+std::unique_ptr<Weights> view(const py::buffer& buffer, int out, int in, const std::string& dtype) {
+    const Type type = type_of(dtype);
+    auto* held = new py::buffer_info(buffer.request());
+    const std::shared_ptr<const void> memory(held->ptr, [held](const void*) {
+        py::gil_scoped_acquire gil;
+        delete held;
+    });
+    if (out < 0 || in < 0) throw py::value_error("a matrix cannot have a negative size");
+    const size_t bytes = packed_size(type, out, in);
+    if (held->ndim != 1 || held->strides[0] != held->itemsize || size_t(held->size * held->itemsize) != bytes)
+        throw py::value_error("a packed " + dtype + " matrix of " + std::to_string(out) + " x " + std::to_string(in) +
+                              " takes " + std::to_string(bytes) + " contiguous bytes, these are " +
+                              std::to_string(held->size * held->itemsize));
+    if (reinterpret_cast<Address>(held->ptr) % kAlignment)
+        throw py::value_error("packed weights must be aligned to " + std::to_string(kAlignment) + " bytes");
+    return std::make_unique<Weights>(memory, out, in, type);
+}
+
+void unpack(const Weights& weights, Address matrix) {
+    py::gil_scoped_release release;
+    weights.unpack(write_at(matrix));
+}
+
+py::buffer_info bytes_of(const Weights& weights) {
+    const py::ssize_t bytes = py::ssize_t(weights.bytes());
+    return {const_cast<void*>(weights.packed().data), 1, "B", 1, {bytes}, {1}, true};
 }
 
 void gelu_ffn(Address x, Address result, int64_t rows, float eps, Address ln_weight, Address ln_bias,
@@ -152,8 +183,19 @@ double peak(const std::string& dtype) {
 }  // namespace
 
 void bind(py::module_& module) {
-    py::class_<Weights>(module, "Weights").def_property_readonly("nbytes", &Weights::bytes);
+    py::class_<Weights>(module, "Weights", py::buffer_protocol())
+        .def_property_readonly("out", [](const Weights& weights) { return weights.packed().out; })
+        .def_property_readonly("in_", [](const Weights& weights) { return weights.packed().in; })
+        .def_property_readonly("dtype", [](const Weights& weights) { return name_of(weights.packed().type); })
+        .def_property_readonly("nbytes", &Weights::bytes)
+        .def("unpack", &unpack, "matrix"_a)
+        .def_buffer(&bytes_of);
+    module.attr("LAYOUT") = kLayout;
     module.def("pack_weights", &pack, "matrix"_a, "out"_a, "in"_a, "dtype"_a);
+    module.def("view_weights", &view, "packed"_a, "out"_a, "in"_a, "dtype"_a);
+    module.def("packed_size", [](const std::string& dtype, int out, int in) {
+        return packed_size(type_of(dtype), out, in);
+    }, "dtype"_a, "out"_a, "in"_a);
     module.def("fingerprint", [](Address data, size_t bytes) { return fingerprint(read_at(data), bytes); });
     module.def("gelu_ffn", &gelu_ffn);
     module.def("pre_ln_attention", &pre_ln_attention);

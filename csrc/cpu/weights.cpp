@@ -15,65 +15,91 @@ namespace {
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr int kBlock = 64;
 
-size_t padded(int n, int multiple) { return size_t(n + multiple - 1) / size_t(multiple) * size_t(multiple); }
-
-// Inputs of a panel, with their padding.
-size_t panel_inputs(Type type, int in) { return type == Type::kFloat32 ? size_t(in) : padded(in, kInputs); }
-
-// Group: how many inputs of one output lie side by side, 2 for bf16. A panel has `inputs` of them with its padding.
-template <class T, int Group>
-void pack(const T* matrix, int out, int in, size_t inputs, size_t first, size_t last, T* packed) {
-    const size_t size = inputs * kPanel;
-    for (size_t panel = first; panel < last; ++panel) {
-        T* to = packed + panel * size;
-        std::memset(to, 0, size * sizeof(T));
-        // A few inputs at a time, so that what is scattered stays in the first-level cache.
-        for (int start = 0; start < in; start += kBlock)
-            for (int row = 0; row < kPanel && int(panel) * kPanel + row < out; ++row) {
-                const T* from = matrix + (panel * kPanel + size_t(row)) * size_t(in);
-                for (int i = start; i < in && i < start + kBlock; ++i)
-                    to[(size_t(i / Group) * kPanel + size_t(row)) * Group + size_t(i % Group)] = from[i];
-            }
-    }
+// Elements of one panel. Group: how many inputs of one output lie side by side, 2 for bf16.
+template <int Group>
+size_t panel_size(int in) {
+    constexpr int kWhole = Group == 1 ? 1 : kInputs;
+    return size_t(in + kWhole - 1) / kWhole * kWhole * kPanel;
 }
 
+size_t panels_of(int out) { return size_t(out + kPanel - 1) / kPanel; }
+
+// visit(element of the matrix, element of the packed one) for one panel's share of the matrix, a few inputs at a time,
+// so that what is scattered stays in the first-level cache.
+template <int Group, class Visit>
+void each_element(int out, int in, size_t panel, const Visit& visit) {
+    const size_t to = panel * panel_size<Group>(in);
+    for (int start = 0; start < in; start += kBlock)
+        for (int row = 0; row < kPanel && int(panel) * kPanel + row < out; ++row) {
+            const size_t from = (panel * kPanel + size_t(row)) * size_t(in);
+            for (int i = start; i < in && i < start + kBlock; ++i)
+                visit(from + size_t(i), to + (size_t(i / Group) * kPanel + size_t(row)) * Group + size_t(i % Group));
+        }
+}
+
+// Packs the panels [first, last) of a matrix, or unpacks them.
 struct Work {
-    const void* matrix;
-    void* packed;
+    const void* from;
+    void* to;
     int out, in;
     Type type;
+    bool unpack;
 
     static void run(void* context, size_t first, size_t last) {
         const Work& w = *static_cast<const Work*>(context);
-        const size_t inputs = panel_inputs(w.type, w.in);
-        if (w.type == Type::kFloat32)
-            pack<uint32_t, 1>(static_cast<const uint32_t*>(w.matrix), w.out, w.in, inputs, first, last,
-                              static_cast<uint32_t*>(w.packed));
-        else
-            pack<uint16_t, 2>(static_cast<const uint16_t*>(w.matrix), w.out, w.in, inputs, first, last,
-                              static_cast<uint16_t*>(w.packed));
+        w.type == Type::kFloat32 ? w.move<uint32_t, 1>(first, last) : w.move<uint16_t, 2>(first, last);
+    }
+
+    template <class T, int Group>
+    void move(size_t first, size_t last) const {
+        const T* source = static_cast<const T*>(from);
+        T* target = static_cast<T*>(to);
+        for (size_t panel = first; panel < last; ++panel) {
+            if (unpack) {
+                each_element<Group>(out, in, panel, [&](size_t plain, size_t packed) { target[plain] = source[packed]; });
+                continue;
+            }
+            const size_t size = panel_size<Group>(in);
+            std::memset(target + panel * size, 0, size * sizeof(T));
+            each_element<Group>(out, in, panel, [&](size_t plain, size_t packed) { target[packed] = source[plain]; });
+        }
     }
 };
 
-}  // namespace
-
-Weights::Weights(const void* matrix, int out, int in, Type type) {
-    const size_t outputs = padded(out, kPanel), element = type == Type::kFloat32 ? sizeof(float) : sizeof(uint16_t);
-    bytes_ = outputs * panel_inputs(type, in) * element;
+std::shared_ptr<void> allocate(size_t bytes) {
     // Whole huge pages where they would be filled anyway: fewer of the TLB misses that end a prefetch.
-    const size_t unit = bytes_ >= kHugePage ? kHugePage : 64;
-    const size_t whole = (bytes_ + unit - 1) / unit * unit;
-    void* memory = std::aligned_alloc(unit, whole ? whole : unit);
+    const size_t unit = bytes >= kHugePage ? kHugePage : kAlignment;
+    const size_t whole = (bytes + unit - 1) / unit * unit;
+    std::shared_ptr<void> memory(std::aligned_alloc(unit, whole ? whole : unit), std::free);
     if (!memory) throw std::bad_alloc();
 #if defined(__linux__)
-    if (unit == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);
+    if (unit == kHugePage) madvise(memory.get(), whole, MADV_HUGEPAGE);
 #endif
-    packed_ = Packed{memory, out, in, type};
-    Work work{matrix, memory, out, in, type};
-    parallel(outputs / kPanel, 1, Work::run, &work);
+    return memory;
 }
 
-Weights::~Weights() { std::free(const_cast<void*>(packed_.data)); }
+}  // namespace
+
+size_t packed_size(Type type, int out, int in) {
+    return panels_of(out) *
+           (type == Type::kFloat32 ? panel_size<1>(in) * sizeof(float) : panel_size<2>(in) * sizeof(uint16_t));
+}
+
+Weights::Weights(const void* matrix, int out, int in, Type type) {
+    std::shared_ptr<void> memory = allocate(packed_size(type, out, in));
+    packed_ = Packed{memory.get(), out, in, type};
+    Work work{matrix, memory.get(), out, in, type, false};
+    parallel(panels_of(out), 1, Work::run, &work);
+    memory_ = std::move(memory);
+}
+
+Weights::Weights(std::shared_ptr<const void> packed, int out, int in, Type type)
+    : memory_(std::move(packed)), packed_{memory_.get(), out, in, type} {}
+
+void Weights::unpack(void* matrix) const {
+    Work work{packed_.data, matrix, packed_.out, packed_.in, packed_.type, true};
+    parallel(panels_of(packed_.out), 1, Work::run, &work);
+}
 
 uint64_t fingerprint(const void* data, size_t bytes) {
     constexpr size_t kSamples = 32;

@@ -5,7 +5,8 @@ residual of `pre_ln_attention`; all heads of `contact_map`, without ever storing
 the residual stream are fp32. A row's result has the same bits whatever the batch around it and the number of threads.
 What surrounds the layers is in `edges`. What won, what lost and by how much: docs/cpu.md.
 
-Weights are packed once per tensor, which takes as much memory again as the packed matrices (bf16 ESM-1b: 1.3 GB).
+Plain weights are packed once per tensor, beside the original: as much memory again (bf16 ESM-1b: 1.3 GB). With
+`esm_fast.load(packed=True)` or a file of `esm-fast convert --pack` there is the packed copy only (esm_fast/packed.py).
 """
 
 import os
@@ -16,9 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from esm_fast import _C
 from esm_fast.ops.registry import Request, implements
+from esm_fast.packed import NAMES, PackedWeight
 
 BACKEND = "cpu"
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _MAX_HEAD_DIM = 1024
 _UNPROVEN = ("base",)
 
@@ -28,7 +29,7 @@ def why_not(request: Request) -> list[str]:
     reasons = []
     if request.device != "cpu":
         reasons.append(f"needs tensors on the CPU, these are on {request.device}")
-    if request.dtype not in _NAMES:
+    if request.dtype not in NAMES:
         reasons.append(f"has float32 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
     if request.head_dim is not None and (request.head_dim % 2 or request.head_dim > _MAX_HEAD_DIM):
         reasons.append(f"needs an even head_dim up to {_MAX_HEAD_DIM}, this is {request.head_dim}")
@@ -65,19 +66,20 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def packed(weight: torch.Tensor) -> _C.Weights:
-    """The packed copy of a weight matrix, made when first asked for and again when the tensor has changed.
+    """The packed copy of a weight matrix: of a plain tensor, made when first asked for and again when it has changed.
 
     In-place operations and a new `.data` are noticed. Writes that bypass autograd's version counter (through `.data` or
     a NumPy view) are noticed by a sample of 32 words: an update of the whole matrix is, that of one element may not be.
     """
+    if isinstance(weight, PackedWeight):
+        return weight.weights
     size = weight.numel() * weight.element_size()
     version = None if weight.is_inference() else weight._version
     sample = _C.fingerprint(weight.data_ptr(), size) if weight.is_contiguous() else None
     state = _State(version, weight.data_ptr(), weight.shape, weight.dtype, sample)
     known = _packed.get(weight)
     if known is None or known[0] != state or sample is None:
-        rows = weight.detach().contiguous()
-        known = _packed[weight] = (state, _C.pack_weights(rows.data_ptr(), *rows.shape, _NAMES[rows.dtype]))
+        known = _packed[weight] = (state, PackedWeight.pack(weight).weights)
     return known[1]
 
 
@@ -152,7 +154,8 @@ def pre_ln_attention(
     vectors = _vectors(q_weight, ln_weight, ln_bias, q_bias, k_bias, v_bias, out_bias)
     gain, bias, q_bias, k_bias, v_bias, out_bias = (vector.data_ptr() for vector in vectors)
     tables = None if rotary is None else rotary.detach().float().contiguous()
-    q, k = (q_weight.new_empty(len(x), heads, x.shape[1] // heads) for _ in range(2)) if return_qk else (None, None)
+    shape = len(x), heads, x.shape[1] // heads
+    q, k = (torch.empty(shape, dtype=q_weight.dtype) for _ in range(2)) if return_qk else (None, None)
     _C.pre_ln_attention(
         stream.data_ptr(),
         result.data_ptr(),
@@ -190,7 +193,7 @@ def contact_map(q, k, cu_seqlens, keep, weight, scale):
     _C.contact_map(
         q.data_ptr(),
         k.data_ptr(),
-        _NAMES[q.dtype],
+        NAMES[q.dtype],
         len(q),
         ends.data_ptr(),
         len(ends) - 1,
