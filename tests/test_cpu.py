@@ -244,22 +244,22 @@ def test_changed_weights_are_packed_again():
 
 
 def test_packed_weights_are_kept_once_and_freed_with_their_tensor():
-    from esm_fast.kernels import cpu
+    from esm_fast.kernels.cpu import common
 
     weight = torch.randn(64, 96).bfloat16()
-    first = cpu.packed(weight)
-    assert cpu.packed(weight) is first and first.nbytes == weight.numel() * 2
-    before = len(cpu._packed)
+    first = common.packed(weight)
+    assert common.packed(weight) is first and first.nbytes == weight.numel() * 2
+    before = len(common._packed)
     del weight
-    assert len(cpu._packed) == before - 1
+    assert len(common._packed) == before - 1
 
 
 def test_bf16_panels_are_whole_amx_tiles():
     """32 outputs and a multiple of 32 inputs; fp32 pads the outputs alone."""
-    from esm_fast.kernels import cpu
+    from esm_fast.kernels.cpu import common
 
-    assert cpu.packed(torch.ones(33, 65).bfloat16()).nbytes == 64 * 96 * 2
-    assert cpu.packed(torch.ones(33, 65)).nbytes == 64 * 65 * 4
+    assert common.packed(torch.ones(33, 65).bfloat16()).nbytes == 64 * 96 * 2
+    assert common.packed(torch.ones(33, 65)).nbytes == 64 * 65 * 4
 
 
 # --- levels ----------------------------------------------------------------------------------------------------------

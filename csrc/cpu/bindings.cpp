@@ -1,4 +1,4 @@
-// The CPU kernels in esm_fast._C. Tensors come as addresses: kernels/cpu.py has checked what is behind them.
+// The CPU kernels in esm_fast._C. Tensors come as addresses: kernels/cpu/ has checked what is behind them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -6,8 +6,9 @@ from esm_fast import _C
 from esm_fast.alphabet import MASK
 from esm_fast.ops.embedding import KEPT_IN_TRAINING
 from esm_fast.ops.registry import implements
+from esm_fast.packed import NAMES
 
-from . import _NAMES, BACKEND, _follow_torch, _require_one_dtype, _stream, _vectors, packed, why_not, yields
+from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, vectors_of, why_not, yields
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -19,14 +20,14 @@ def embedding(
     tokens, positions, cu_seqlens, token_table, position_table, ln_weight, ln_bias, token_dropout, scale, eps
 ):
     """See `esm_fast.ops.embedding`."""
-    _follow_torch()
-    _require_one_dtype(token_table, position_table)
+    follow_torch()
+    require_one_dtype(token_table, position_table)
     if scale is not None and scale.shape != (len(cu_seqlens) - 1,):
         raise ValueError(f"scale must be (sequences,), ({len(cu_seqlens) - 1},) here, not {tuple(scale.shape)}")
     tables = token_table.detach().contiguous(), position_table.detach().contiguous()
     tokens, positions, ends = tokens.long().contiguous(), positions.long().contiguous(), cu_seqlens.contiguous()
-    gain, bias = (None, None) if ln_weight is None else _vectors(token_table, ln_weight, ln_bias)
-    scale = None if scale is None else _stream(scale)
+    gain, bias = (None, None) if ln_weight is None else vectors_of(token_table, ln_weight, ln_bias)
+    scale = None if scale is None else stream_of(scale)
     result = torch.empty(len(tokens), token_table.shape[1])
     _C.embedding(
         tokens.data_ptr(),
@@ -40,7 +41,7 @@ def embedding(
         len(position_table),
         _address(gain),
         _address(bias),
-        _NAMES[token_table.dtype],
+        NAMES[token_table.dtype],
         token_table.shape[1],
         token_dropout,
         MASK,
@@ -55,9 +56,9 @@ def embedding(
 @implements("masked_lm_head", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
 def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
     """See `esm_fast.ops.masked_lm_head`."""
-    _follow_torch()
-    _require_one_dtype(dense_weight, token_table)
-    stream = _stream(x)
+    follow_torch()
+    require_one_dtype(dense_weight, token_table)
+    stream = stream_of(x)
     if rows is not None:
         rows = torch.arange(len(x))[rows]  # negative rows and masks mean what they mean to torch
     if targets is not None:
@@ -67,7 +68,7 @@ def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table,
         raise ValueError(f"targets must be one for each of the {wanted} rows, not {tuple(targets.shape)}")
     logits = dense_weight.new_empty(wanted, len(token_table), requires_grad=False)
     loss = None if targets is None else torch.empty(())
-    dense_bias, gain, ln_bias, bias = _vectors(dense_weight, dense_bias, ln_weight, ln_bias, bias)
+    dense_bias, gain, ln_bias, bias = vectors_of(dense_weight, dense_bias, ln_weight, ln_bias, bias)
     _C.masked_lm_head(
         stream.data_ptr(),
         len(x),
@@ -90,11 +91,11 @@ def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table,
 @implements("masked_softmax", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
 def masked_softmax(scores, lengths):
     """See `esm_fast.ops.masked_softmax`."""
-    _follow_torch()
+    follow_torch()
     scores, lengths = scores.detach().contiguous(), lengths.long().contiguous()
     result = torch.empty(scores.shape)
     batch, heads, size, _ = scores.shape
-    dtype = _NAMES[scores.dtype]
+    dtype = NAMES[scores.dtype]
     _C.masked_softmax(scores.data_ptr(), dtype, lengths.data_ptr(), batch, heads, size, result.data_ptr())
     return result
 
@@ -102,8 +103,8 @@ def masked_softmax(scores, lengths):
 @implements("pool", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
 def pool(x, cu_seqlens, weight):
     """See `esm_fast.ops.pool`."""
-    _follow_torch()
-    stream, weight, ends = _stream(x), _stream(weight), cu_seqlens.contiguous()
+    follow_torch()
+    stream, weight, ends = stream_of(x), stream_of(weight), cu_seqlens.contiguous()
     result = torch.empty(len(ends) - 1, x.shape[1])
     _C.pool(stream.data_ptr(), *x.shape, ends.data_ptr(), len(result), weight.data_ptr(), result.data_ptr())
     return result

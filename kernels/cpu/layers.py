@@ -1,0 +1,87 @@
+"""The two halves of a transformer layer: `gelu_ffn`, `pre_ln_attention`."""
+
+import torch
+
+from esm_fast import _C
+from esm_fast.ops.registry import implements
+
+from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, vectors_of, why_not, yields
+
+
+@implements("gelu_ffn", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
+    """See `esm_fast.ops.gelu_ffn`."""
+    follow_torch()
+    require_one_dtype(fc1_weight, fc2_weight)
+    stream = stream_of(x)
+    result = torch.empty_like(stream)
+    gain, bias, bias1, bias2 = vectors_of(fc1_weight, ln_weight, ln_bias, fc1_bias, fc2_bias)
+    _C.gelu_ffn(
+        stream.data_ptr(),
+        result.data_ptr(),
+        len(stream),
+        eps,
+        gain.data_ptr(),
+        bias.data_ptr(),
+        packed(fc1_weight),
+        bias1.data_ptr(),
+        packed(fc2_weight),
+        bias2.data_ptr(),
+    )
+    return result.to(x.dtype)
+
+
+@implements("pre_ln_attention", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+def pre_ln_attention(
+    x,
+    cu_seqlens,
+    max_seqlen,
+    ln_weight,
+    ln_bias,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    v_weight,
+    v_bias,
+    out_weight,
+    out_bias,
+    heads,
+    eps,
+    rotary,
+    return_qk,
+):
+    """See `esm_fast.ops.pre_ln_attention`."""
+    follow_torch()
+    require_one_dtype(q_weight, k_weight, v_weight, out_weight)
+    stream, ends = stream_of(x), cu_seqlens.contiguous()
+    result = torch.empty_like(stream)
+    vectors = vectors_of(q_weight, ln_weight, ln_bias, q_bias, k_bias, v_bias, out_bias)
+    gain, bias, q_bias, k_bias, v_bias, out_bias = (vector.data_ptr() for vector in vectors)
+    tables = None if rotary is None else rotary.detach().float().contiguous()
+    shape = len(x), heads, x.shape[1] // heads
+    q, k = (torch.empty(shape, dtype=q_weight.dtype) for _ in range(2)) if return_qk else (None, None)
+    _C.pre_ln_attention(
+        stream.data_ptr(),
+        result.data_ptr(),
+        len(stream),
+        ends.data_ptr(),
+        len(ends) - 1,
+        heads,
+        eps,
+        gain,
+        bias,
+        packed(q_weight),
+        q_bias,
+        packed(k_weight),
+        k_bias,
+        packed(v_weight),
+        v_bias,
+        packed(out_weight),
+        out_bias,
+        0 if tables is None else tables.data_ptr(),
+        0 if q is None else q.data_ptr(),
+        0 if k is None else k.data_ptr(),
+    )
+    result = result.to(x.dtype)
+    return (result, q, k) if return_qk else result
