@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from esm_fast.ops.registry import OPS, REFERENCE, kernels
+from esm_fast.ops.verify import widened
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,17 +59,13 @@ def bind(op, arguments):
 
 def verify(op, kernel, arguments, slack):
     """A kernel may be at most twice as far from the truth in fp64 as the reference in its own dtype."""
-    truth = tensors(op.reference(*(widened(value) for value in arguments.values())))
+    truth = tensors(op.reference(**widened(arguments)))
     plain = tensors(op.reference(*arguments.values()))
     got = plain if kernel.backend == REFERENCE else tensors(kernel.forward(*arguments.values()))
     for true, expected, actual in zip(truth, plain, got, strict=True):
         allowed = 2 * (expected.double() - true).abs().max() + slack * true.abs().max()
         error = (actual.double() - true).abs().max()
         assert error <= allowed, f"{op.name} on {kernel.backend}: error {error:.2e}, allowed {allowed:.2e}; not timed"
-
-
-def widened(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def tensors(outputs):

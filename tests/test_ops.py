@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from esm_fast.ops import OPS, BackendError, registry, select, verify
 from esm_fast.ops.registry import REFERENCE, Kernel, Request
@@ -46,12 +47,16 @@ def test_reference_gradient_is_the_functions(op):
     build = {"masked_lm_head": "one_row", "gelu_ffn": "one_row", "masked_softmax": "one"}.get(op.name, "tiny")
     case = next(case for case in op.cases() if case.name == build)
     arguments = verify.bound(op, case.build(torch.float64, "cpu", 0))
-    leaves = {n: v.requires_grad_() for n, v in arguments.items() if verify.differentiable(v)}
+    leaves, structure = pytree.tree_flatten(arguments)
+    where = [i for i, leaf in enumerate(leaves) if verify.differentiable(leaf)]
 
     def function(*values):
-        return tuple(verify.outputs_of(op.reference(**{**arguments, **dict(zip(leaves, values, strict=True))})))
+        filled = list(leaves)
+        for i, value in zip(where, values, strict=True):
+            filled[i] = value
+        return tuple(verify.outputs_of(op.reference(**pytree.tree_unflatten(filled, structure))))
 
-    assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+    assert torch.autograd.gradcheck(function, tuple(leaves[i].requires_grad_() for i in where), fast_mode=True)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

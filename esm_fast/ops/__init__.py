@@ -9,10 +9,12 @@ from .masked_softmax import masked_softmax
 from .pool import pool
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
+from .transformer_stack import LayerWeights, transformer_stack
 
 __all__ = [
     "OPS",
     "BackendError",
+    "LayerWeights",
     "attention_varlen",
     "contact_map",
     "embedding",
@@ -23,4 +25,5 @@ __all__ = [
     "pool",
     "pre_ln_attention",
     "select",
+    "transformer_stack",
 ]

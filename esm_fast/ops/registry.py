@@ -9,11 +9,12 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 REFERENCE = "reference"
 OPS: dict[str, "Op"] = {}
@@ -58,8 +59,8 @@ class Kernel:
 
     why_not(request) says why it cannot run a request; yields(request) why it is left out of an unnamed choice although
     it could run: where it was measured slower than the next kernel.
-    backward(arguments, outputs, grad_outputs) returns one gradient (or None) per argument, in signature order; without
-    it, the gradient is the reference's, recomputed from the inputs.
+    backward(arguments, outputs, grad_outputs) returns one gradient (or None) per argument, in signature order, for a
+    sequence of tensors one per element; without it, the gradient is the reference's, recomputed from the inputs.
     """
 
     op: str
@@ -73,7 +74,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Op:
-    """A contract. Calling it checks the arguments, selects a kernel and runs it, with gradients where they are due."""
+    """A contract. Calling it checks the arguments, selects a kernel and runs it, with gradients where they are due.
+
+    Arguments are tensors, plain values, and sequences of either, nested as the op likes.
+    """
 
     name: str
     reference: Callable
@@ -81,7 +85,7 @@ class Op:
     cases: Callable[[], list[Case]]
     bench_cases: Callable[[], list[Case]]
     cost: Callable[..., Cost]
-    dtype_of: str  # the argument whose dtype is the compute dtype
+    dtype_of: str  # the argument whose dtype is the compute dtype; of a sequence, its first matrix's
     signature: inspect.Signature = field(repr=False)
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
@@ -93,14 +97,26 @@ class Op:
         values = tuple(bound.arguments.values())
         if kernel.backend == REFERENCE:
             return kernel.forward(*values)
-        return _WithBackward.apply(self, kernel, *values) if request.grad else kernel.forward(*values)
+        if not request.grad:
+            return kernel.forward(*values)
+        leaves, structure = pytree.tree_flatten(values)
+        return _WithBackward.apply(self, kernel, structure, *leaves)
 
     def request(self, arguments: dict[str, Any]) -> Request:
-        lead = arguments[self.dtype_of]
+        lead = next(tensor for tensor in _tensors(arguments[self.dtype_of]) if tensor.ndim > 1)
         arch = torch.cuda.get_device_capability(lead.device) if lead.device.type == "cuda" else None
-        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments))
         return Request(lead.device.type, arch, lead.dtype, _head_dim(arguments), grad)
+
+    def has_kernel(self, arguments: dict[str, Any], backend: str | None) -> bool:
+        """Whether a call without gradients would run a kernel, and one of the backend that is named, if one is."""
+        request = self.request(arguments)
+        kernel = select(self.name, request, backend)
+        return not request.grad and kernel.backend != REFERENCE and backend in (None, kernel.backend)
+
+
+def _tensors(tree) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 def _head_dim(arguments: dict[str, Any]) -> int | None:
@@ -188,39 +204,43 @@ def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
 
 
 class _WithBackward(torch.autograd.Function):
-    """Any kernel, differentiable: by its own backward, or by the reference's on recomputed inputs."""
+    """Any kernel, differentiable: by its own backward, or by the reference's on recomputed inputs.
+
+    autograd sees the tensors inside sequences too: it is handed the leaves of the arguments.
+    """
 
     @staticmethod
-    def forward(ctx, op: Op, kernel: Kernel, *values):
-        outputs = kernel.forward(*values)
-        ctx.op, ctx.kernel = op, kernel
-        ctx.plain = [None if isinstance(v, torch.Tensor) else v for v in values]
-        ctx.where = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
+    def forward(ctx, op: Op, kernel: Kernel, structure: pytree.TreeSpec, *leaves):
+        outputs = kernel.forward(*pytree.tree_unflatten(leaves, structure))
+        ctx.op, ctx.kernel, ctx.structure = op, kernel, structure
+        ctx.plain = [None if isinstance(v, torch.Tensor) else v for v in leaves]
+        ctx.where = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
         ctx.inputs = len(ctx.where)
         ctx.several = isinstance(outputs, tuple)
         kept = outputs if ctx.several else (outputs,)
-        ctx.save_for_backward(*(values[i] for i in ctx.where), *(o for o in kept if o is not None))
+        ctx.save_for_backward(*(leaves[i] for i in ctx.where), *(o for o in kept if o is not None))
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outputs):
         saved = ctx.saved_tensors
-        values = list(ctx.plain)
+        leaves = list(ctx.plain)
         for i, tensor in zip(ctx.where, saved[: ctx.inputs], strict=True):
-            values[i] = tensor
-        needs = ctx.needs_input_grad[2:]
+            leaves[i] = tensor
+        needs = ctx.needs_input_grad[3:]
         if ctx.kernel.backward is not None:
-            grads = ctx.kernel.backward(values, saved[ctx.inputs :], grad_outputs)
+            values = pytree.tree_unflatten(leaves, ctx.structure)
+            grads = pytree.tree_leaves(ctx.kernel.backward(values, saved[ctx.inputs :], grad_outputs))
         else:
-            grads = _reference_grads(ctx.op.reference, values, needs, grad_outputs)
-        return (None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
+            grads = _reference_grads(ctx.op.reference, ctx.structure, leaves, needs, grad_outputs)
+        return (None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
 
 
-def _reference_grads(reference: Callable, values: list, needs, grad_outputs) -> list:
+def _reference_grads(reference: Callable, structure: pytree.TreeSpec, values: list, needs, grad_outputs) -> list:
     with torch.enable_grad():
         leaves = [v.detach().requires_grad_() if need else v for v, need in zip(values, needs, strict=True)]
-        outputs = reference(*leaves)
+        outputs = reference(*pytree.tree_unflatten(leaves, structure))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # An output may depend on no input at all, such as the contacts of a sequence without residues.
         pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]

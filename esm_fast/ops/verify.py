@@ -8,6 +8,7 @@ of a few roundings of the values' own scale. So the tolerance follows from the a
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .registry import Case, Kernel, Op
 
@@ -31,30 +32,31 @@ def forward(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str,
     arguments = bound(op, case.build(dtype, device, seed))
     got = outputs_of(kernel.forward(*arguments.values()))
     plain = outputs_of(op.reference(**arguments))
-    truth = outputs_of(op.reference(**_widened(arguments)))
+    truth = outputs_of(op.reference(**widened(arguments)))
     return _compare([f"output {i}" for i in range(len(got))], got, plain, truth, dtype, 2.0)
 
 
 def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[Check]:
     """Compares the gradient of a random projection of the outputs, for every floating-point input."""
     arguments = bound(op, case.build(dtype, device, seed))
-    names = [name for name, value in arguments.items() if differentiable(value)]
+    names = [name for name, leaf in named_leaves(arguments) if differentiable(leaf)]
 
     def through(run, values) -> list[torch.Tensor]:
-        values = {n: v.detach().requires_grad_() if n in names else v for n, v in values.items()}
+        values = pytree.tree_map(lambda v: v.detach().requires_grad_() if differentiable(v) else v, values)
+        inputs = [leaf for _, leaf in named_leaves(values) if differentiable(leaf)]
         outputs = outputs_of(run(values))
         generator = torch.Generator().manual_seed(seed)
         seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
         pairs = [(out, seed) for out, seed in zip(outputs, seeds, strict=True) if out.requires_grad]
         if not pairs:  # no output depends on any input
-            return [torch.zeros_like(values[n]) for n in names]
+            return [torch.zeros_like(leaf) for leaf in inputs]
         outputs, seeds = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, [values[n] for n in names], seeds, allow_unused=True)
-        return [torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)]
+        found = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+        return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)]
 
     got = through(lambda values: op(**values, backend=kernel.backend), arguments)
     plain = through(lambda values: op.reference(**values), arguments)
-    truth = through(lambda values: op.reference(**values), _widened(arguments))
+    truth = through(lambda values: op.reference(**values), widened(arguments))
     return _compare([f"gradient of {name}" for name in names], got, plain, truth, dtype, 3.0)
 
 
@@ -91,8 +93,15 @@ def bound(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
     return dict(filled.arguments)
 
 
-def _widened(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {n: v.double() if differentiable(v) else v for n, v in arguments.items()}
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """In fp64, tensors inside sequences too."""
+    return pytree.tree_map(lambda leaf: leaf.double() if differentiable(leaf) else leaf, arguments)
+
+
+def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """("x", tensor), ("layers[0].fc1_weight", tensor), ...: the arguments and what sequences among them hold."""
+    leaves, _ = pytree.tree_flatten_with_path(arguments)
+    return [(path[0].key + pytree.keystr(path[1:]), leaf) for path, leaf in leaves]
 
 
 def differentiable(value) -> bool:

@@ -1,0 +1,134 @@
+"""transformer_stack: all layers of a transformer, one after the other; `pre_ln_attention` and `gelu_ffn`, composed."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .common import AWKWARD_LENGTHS, require
+from .gelu_ffn import _case as ffn_case
+from .gelu_ffn import cost as ffn_cost
+from .gelu_ffn import gelu_ffn
+from .pre_ln_attention import _case as attention_case
+from .pre_ln_attention import cost as attention_cost
+from .pre_ln_attention import pre_ln_attention
+from .registry import Case, Cost, op
+
+
+class LayerWeights(NamedTuple):
+    """One layer's tensors, in the order of `pre_ln_attention` and then of `gelu_ffn`, and the eps of the two norms."""
+
+    attn_ln_weight: torch.Tensor
+    attn_ln_bias: torch.Tensor
+    q_weight: torch.Tensor
+    q_bias: torch.Tensor
+    k_weight: torch.Tensor
+    k_bias: torch.Tensor
+    v_weight: torch.Tensor
+    v_bias: torch.Tensor
+    out_weight: torch.Tensor
+    out_bias: torch.Tensor
+    ffn_ln_weight: torch.Tensor
+    ffn_ln_bias: torch.Tensor
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor
+    attn_eps: float = 1e-5
+    ffn_eps: float = 1e-5
+
+    @property
+    def attention(self) -> tuple[torch.Tensor, ...]:
+        return self[:10]
+
+    @property
+    def ffn(self) -> tuple[torch.Tensor, ...]:
+        return self[10:16]
+
+
+def _shapes(width: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    vector, square = (width,), (width, width)
+    attention = (vector, vector, *(square, vector) * 4)
+    return *attention, vector, vector, (hidden, width), (hidden,), (width, hidden), vector
+
+
+def check(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
+    name = "transformer_stack"
+    require(x.ndim == 2, name, "x must be (n, width)", x=x)
+    require(x.shape[1] % heads == 0, name, f"width must be a multiple of {heads} heads", x=x)
+    require(cu_seqlens.dtype == torch.int32, name, "cu_seqlens must be int32", cu_seqlens=cu_seqlens)
+    require(len(layers) > 0, name, "there must be at least one layer", x=x)
+    known = all(1 <= number <= len(layers) for number in return_layers)
+    require(known, name, f"return_layers must be from 1 to {len(layers)}, not {tuple(return_layers)}", x=x)
+    for number, layer in enumerate(layers, start=1):
+        tensors = dict(zip(LayerWeights._fields, layer.attention + layer.ffn, strict=False))
+        expected = _shapes(x.shape[1], layer.fc1_weight.shape[0])
+        fits = tuple(tensor.shape for tensor in tensors.values()) == expected
+        require(fits, name, f"the tensors of layer {number} must have the shapes {expected}", x=x, **tensors)
+
+
+def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=()) -> Case:
+    def build(dtype, device, seed):
+        halves = attention_case(name, lengths, heads, head_dim), ffn_case(name, 0, heads * head_dim, hidden)
+        layers = []
+        for number in range(depth):
+            attention, ffn = (half.build(dtype, device, seed + number) for half in halves)
+            layers.append(LayerWeights(**_tensors("attn", attention), **_tensors("ffn", ffn)))
+        inputs = {name: attention[name] for name in ("x", "cu_seqlens", "max_seqlen")}
+        return dict(**inputs, layers=layers, heads=heads, return_layers=return_layers)
+
+    return Case(name, build)
+
+
+def _tensors(half: str, arguments: dict) -> dict[str, torch.Tensor]:
+    """The weights among an op's arguments, named as `LayerWeights` names them."""
+    names = [name for name in arguments if name.endswith(("_weight", "_bias"))]
+    return {f"{half}_{name}" if name.startswith("ln_") else name: arguments[name] for name in names}
+
+
+def cases() -> list[Case]:
+    ragged = [_case(name, lengths, 2, 16, 80, 2) for name, lengths in AWKWARD_LENGTHS.items()]
+    return [
+        *ragged,
+        _case("one_layer", [5, 33], 2, 20, 37, 1),
+        _case("returned", [9, 30], 3, 8, 64, 4, return_layers=(1, 3, 4)),
+    ]
+
+
+def bench_cases() -> list[Case]:
+    return [_case(f"{n}_tokens", [n], 20, 64, 5120, 2) for n in (10, 300)]
+
+
+def cost(x, cu_seqlens, layers, heads, return_layers, **_) -> Cost:
+    flops = 0
+    # The stream is read and written once; between the layers it may stay in a cache.
+    transferred = (2 + len(return_layers)) * x.numel() * x.element_size()
+    for layer in layers:
+        halves = (
+            attention_cost(x=x, cu_seqlens=cu_seqlens, heads=heads, q_weight=layer.q_weight),
+            ffn_cost(x=x, fc1_weight=layer.fc1_weight),
+        )
+        flops += sum(half.flops for half in halves)
+        transferred += sum(half.bytes - 2 * x.numel() * x.element_size() for half in halves)
+    return Cost(flops, transferred)
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers")
+def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights], heads, return_layers=()):
+    """Every layer of a pre-LN transformer: attention block, feed-forward block, next layer.
+
+    Args:
+        x: (n, width), the residual stream, fp32 (fp64) even when the weights are half.
+        cu_seqlens: (sequences + 1,) int32; max_seqlen: the longest sequence.
+        layers: the layers' weights, at least one.
+        return_layers: numbers of layers (the first is 1) after which the stream is wanted too.
+
+    Returns:
+        The stream after the last layer, then those after `return_layers` in their order, each (n, width).
+    """
+    after = {}
+    for number, layer in enumerate(layers, start=1):
+        x = pre_ln_attention.reference(x, cu_seqlens, max_seqlen, *layer.attention, heads=heads, eps=layer.attn_eps)
+        x = gelu_ffn.reference(x, *layer.ffn, eps=layer.ffn_eps)
+        after[number] = x
+    return x, *(after[number] for number in return_layers)
