@@ -41,42 +41,28 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.final_layer_norm = LayerNorm(width, eps)
 
+    def weights(self) -> ops.LayerWeights:
+        attn, before_attn, before_ffn = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
+        parts = (before_attn, attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, before_ffn, self.fc1, self.fc2)
+        tensors = (tensor for part in parts for tensor in (part.weight, part.bias))
+        return ops.LayerWeights(*tensors, attn_eps=before_attn.eps, ffn_eps=before_ffn.eps)
+
     def forward(self, x, batch: PackedBatch, *, return_qk=False, backend=None):
-        """x (n, width) -> (n, width), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them."""
-        attn, norm = self.self_attn, self.self_attn_layer_norm
+        """x (n, width) -> (x,), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them."""
+        weights = self.weights()
         attended = ops.pre_ln_attention(
             x,
             batch.cu_seqlens,
             batch.max_seqlen,
-            norm.weight,
-            norm.bias,
-            attn.q_proj.weight,
-            attn.q_proj.bias,
-            attn.k_proj.weight,
-            attn.k_proj.bias,
-            attn.v_proj.weight,
-            attn.v_proj.bias,
-            attn.out_proj.weight,
-            attn.out_proj.bias,
+            *weights.attention,
             heads=self.heads,
-            eps=norm.eps,
+            eps=weights.attn_eps,
             return_qk=return_qk,
             backend=backend,
         )
         x, *qk = attended if return_qk else (attended,)
-        norm = self.final_layer_norm
-        x = ops.gelu_ffn(
-            x,
-            norm.weight,
-            norm.bias,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            eps=norm.eps,
-            backend=backend,
-        )
-        return (x, *qk) if return_qk else x
+        x = ops.gelu_ffn(x, *weights.ffn, eps=weights.ffn_eps, backend=backend)
+        return x, *qk
 
 
 class LMHead(nn.Module):

@@ -86,21 +86,30 @@ void rotate(A* x, size_t ld, int length, int dim, const float* cosines, const fl
     }
 }
 
-// q, k, v, out: (length, dim) with rows ld apart; out may be q.
+// Elements of one head's packed keys and values.
 template <class A>
-void attend(const A* q, const A* k, const A* v, A* out, size_t ld, int length, int dim) {
-    const int key_panels = panels_of(length), dim_panels = panels_of(dim);
-    const size_t keys_size = key_panels * panel_size(k, dim), values_size = dim_panels * panel_size(v, length);
-    A* keys = static_cast<A*>(scratch(4, (keys_size + values_size) * sizeof(A)));
-    A* values = keys + keys_size;
-    pack_keys(k, ld, length, dim, keys);
-    pack_values(v, ld, length, dim, values);
+size_t head_size(int64_t length, int dim) {
+    const A* none = nullptr;
+    return panels_of(length) * panel_size(none, dim) + panels_of(dim) * panel_size(none, length);
+}
+template <class A>
+void pack_head(const A* k, const A* v, size_t ld, int length, int dim, A* packed) {
+    pack_keys(k, ld, length, dim, packed);
+    pack_values(v, ld, length, dim, packed + panels_of(length) * panel_size(packed, dim));
+}
 
+// Queries `begin` to `end` of a head against its packed keys and values. q, out: (length, dim) with rows ld apart; out
+// may be q.
+template <class A>
+void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t begin, int64_t end, int dim) {
+    const int key_panels = panels_of(length), dim_panels = panels_of(dim);
+    const A *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
     const size_t ld_scores = size_t(key_panels) * kPanel;
     float* scores = static_cast<float*>(scratch(5, kRows * ld_scores * sizeof(float)));
     A* weights = static_cast<A*>(scratch(6, kRows * ld_scores * sizeof(A)));
     const float scale = 1.0f / __builtin_sqrtf(float(dim));
-    Tiles{length}.each([&](int64_t first, int height) {
+    Tiles{end - begin}.each([&](int64_t row, int height) {
+        const int64_t first = begin + row;
         for (int panel = 0; panel < key_panels; ++panel)
             tile_of(height, q + first * ld, ld, keys + panel * panel_size(keys, dim), dim, scores + panel * kPanel,
                     ld_scores);
@@ -108,11 +117,11 @@ void attend(const A* q, const A* k, const A* v, A* out, size_t ld, int length, i
         for (int r = 0; r < height; ++r)
             inverse[r] = 1.0f / softmax_weights(scores + r * ld_scores, length, scale, weights + r * ld_scores);
         gemm(weights, ld_scores, height, values, length, 0, dim_panels,
-             [&](const float* c, int64_t row, int rows, int column) {
+             [&](const float* c, int64_t done, int rows, int column) {
                  for (int r = 0; r < rows; ++r)
                      each_vector(column, dim, [&](int at, int left) {
-                         const F x = load(c + r * kPanel + at) * inverse[row + r];
-                         A* to = out + (first + row + r) * ld + column + at;
+                         const F x = load(c + r * kPanel + at) * inverse[done + r];
+                         A* to = out + (first + done + r) * ld + column + at;
                          left >= N ? store(to, x) : store_part(to, x, left);
                      });
              });

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <tuple>
 
 #include "table.h"
 #include "weights.h"
@@ -88,6 +90,32 @@ void pre_ln_attention(Address x, Address result, int64_t rows, Address cu_seqlen
                                read_at(ln_weight), read_at(ln_bias), read_at(q_bias), read_at(k_bias),
                                read_at(v_bias), read_at(out_bias), q.packed(), k.packed(), v.packed(), out.packed(),
                                floats(rotary), write_at(q_result), write_at(k_result)});
+}
+
+// A layer's vectors in the order of `ops.LayerWeights`, its matrices likewise, the eps of its norms, and where its
+// stream is wanted too (or 0).
+using Layer = std::tuple<std::array<Address, 10>, std::array<const Weights*, 6>, std::array<float, 2>, Address>;
+
+void transformer_stack(Address x, Address result, int64_t rows, Address cu_seqlens, int64_t sequences, int heads,
+                       const std::vector<Layer>& layers) {
+    const int32_t* ends = offsets(cu_seqlens, sequences, rows);
+    float* stream = static_cast<float*>(write_at(result));
+    const float* from = floats(x);
+    std::vector<LayerCall> calls;
+    for (const auto& [vectors, weights, eps, copy] : layers) {
+        const auto vector = [&v = vectors](int i) { return read_at(v[size_t(i)]); };
+        const auto matrix = [&w = weights](int i) { return w[size_t(i)]->packed(); };
+        calls.push_back({{from, stream, rows, ends, sequences, heads, eps[0], vector(0), vector(1), vector(2),
+                          vector(3), vector(4), vector(5), matrix(0), matrix(1), matrix(2), matrix(3), nullptr,
+                          nullptr, nullptr},
+                         {stream, stream, rows, eps[1], vector(6), vector(7), vector(8), vector(9), matrix(4),
+                          matrix(5)},
+                         static_cast<float*>(write_at(copy))});
+        from = stream;
+    }
+    if (calls.empty()) throw py::value_error("a stack has at least one layer");
+    py::gil_scoped_release release;
+    active().transformer_stack({calls.data(), int64_t(calls.size())});
 }
 
 void contact_map(Address q, Address k, const std::string& dtype, int64_t rows, Address cu_seqlens, int64_t sequences,
@@ -199,6 +227,7 @@ void bind(py::module_& module) {
     module.def("fingerprint", [](Address data, size_t bytes) { return fingerprint(read_at(data), bytes); });
     module.def("gelu_ffn", &gelu_ffn);
     module.def("pre_ln_attention", &pre_ln_attention);
+    module.def("transformer_stack", &transformer_stack);
     module.def("contact_map", &contact_map);
     module.def("embedding", &embedding);
     module.def("masked_lm_head", &masked_lm_head);

@@ -35,6 +35,9 @@ void gelu_ffn(const FfnCall& call) {
 void pre_ln_attention(const AttentionCall& call) {
     call.q.type == Type::kFloat32 ? pre_ln_attention_of<float>(call) : pre_ln_attention_of<bf16>(call);
 }
+void transformer_stack(const StackCall& call) {
+    call.layers->ffn.fc1.type == Type::kFloat32 ? transformer_stack_of<float>(call) : transformer_stack_of<bf16>(call);
+}
 void contact_map(const ContactCall& call) {
     call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
 }
@@ -56,8 +59,8 @@ void masked_softmax(const SoftmaxCall& call) {
 #define ESM_TEXT(a) ESM_TEXT_(a)
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
 const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
-    ESM_TEXT(ESM_LEVEL), gelu_ffn,       pre_ln_attention, contact_map, embedding,
-    masked_lm_head,      masked_softmax, pool,             peak};
+    ESM_TEXT(ESM_LEVEL), gelu_ffn,       pre_ln_attention, transformer_stack, contact_map,
+    embedding,           masked_lm_head, masked_softmax,   pool,              peak};
 
 }  // namespace cpu
 }  // namespace esm

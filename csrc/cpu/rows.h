@@ -55,12 +55,15 @@ float softmax_weights(float* scores, int length, float scale, A* weights) {
 
 // `count` values of a weight type in fp32, then zeros to whole panels; returns where the next vector may begin.
 float* widen(const void* from, Type type, int count, float* to) {
-    const int padded = int(round_up(count, kPanel));
-    std::memset(to, 0, size_t(padded) * sizeof(float));
-    if (type == Type::kFloat32)
+    const int padded = int(round_up(count, kPanel)), whole = count / N * N;
+    std::memset(to + whole, 0, size_t(padded - whole) * sizeof(float));
+    if (type == Type::kFloat32) {
         std::memcpy(to, from, size_t(count) * sizeof(float));
-    else
-        for (int i = 0; i < count; ++i) to[i] = widen(static_cast<const bf16*>(from)[i]);
+    } else {
+        const bf16* values = static_cast<const bf16*>(from);
+        for (int i = 0; i < whole; i += N) store(to + i, load(values + i));
+        for (int i = whole; i < count; ++i) to[i] = widen(values[i]);
+    }
     return to + padded;
 }
 

@@ -48,6 +48,17 @@ struct AttentionCall {
     void *q_result, *k_result;  // (rows, width) in the weights' type, or null
 };
 
+// Layers of one shape over the same rows. The first reads the caller's x; every other reads the result, in place.
+struct LayerCall {
+    AttentionCall attention;
+    FfnCall ffn;
+    float* copy;  // where the stream after this layer goes too, or null
+};
+struct StackCall {
+    const LayerCall* layers;
+    int64_t count;
+};
+
 // q, k: (rows, heads, head_dim) of `type`; keep: (rows,) bytes; weight: (heads,); result: see the op.
 struct ContactCall {
     const void *q, *k;
@@ -113,6 +124,7 @@ struct Table {
     const char* name;
     void (*gelu_ffn)(const FfnCall&);
     void (*pre_ln_attention)(const AttentionCall&);
+    void (*transformer_stack)(const StackCall&);
     void (*contact_map)(const ContactCall&);
     void (*embedding)(const EmbeddingCall&);
     void (*masked_lm_head)(const HeadCall&);

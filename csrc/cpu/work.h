@@ -12,6 +12,9 @@ namespace {
 // Rows a thread takes through a GEMM at once: many rows share one reading of the weights, but they have to stay in L2.
 constexpr int64_t kBlockRows = 192;
 
+ESM_INLINE int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
+ESM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
 template <class Body>
 void each(size_t n, size_t grain, const Body& body) {
     const auto run = [](void* context, size_t begin, size_t end) { (*static_cast<const Body*>(context))(begin, end); };
@@ -60,6 +63,14 @@ struct Norm {
     void operator()(int64_t first, int64_t last, A* out, size_t ld) const {
         for (int64_t row = first; row < last; ++row, out += ld)
             layer_norm(x + row * width, width, gain, bias, eps, out);
+    }
+
+    // Every row, shared among the threads.
+    template <class A>
+    void all(int64_t rows, A* out, size_t ld) const {
+        each(size_t(rows), 8, [&](size_t begin, size_t end) {
+            (*this)(int64_t(begin), int64_t(end), out + begin * ld, ld);
+        });
     }
 };
 

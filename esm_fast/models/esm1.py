@@ -122,15 +122,19 @@ class ESM1(nn.Module):
         x = self._embed(batch, scale) if embedded is None else embedded
         if 0 in layers:
             out.representations[0] = x
+        between = [number for number in layers if 0 < number < self.config.layers]
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
-        for number, layer in enumerate(self.layers[:depth], start=1):
-            if attentions or contacts:
-                x, q, k = layer(x, batch, return_qk=True, backend=self.backend)
-                maps.add(number - 1, q, k)
-            else:
-                x = layer(x, batch, backend=self.backend)
-            if number in layers and number < self.config.layers:
-                out.representations[number] = x
+        stack = self._stack(x, batch, depth, between)
+        if depth and not (attentions or contacts) and ops.transformer_stack.has_kernel(stack, self.backend):
+            x, *streams = ops.transformer_stack(**stack, backend=self.backend)
+            out.representations |= dict(zip(between, streams, strict=True))
+        else:
+            for number, layer in enumerate(self.layers[:depth], start=1):
+                x, *qk = layer(x, batch, return_qk=attentions or contacts, backend=self.backend)
+                if qk:
+                    maps.add(number - 1, *qk)
+                if number in between:
+                    out.representations[number] = x
         if depth == self.config.layers:
             x = self.emb_layer_norm_after(x)
             if depth in layers:
@@ -139,6 +143,17 @@ class ESM1(nn.Module):
             out.logits, _ = self.lm_head(x, backend=self.backend)
         out.attentions, out.contacts = maps.finish()
         return out
+
+    def _stack(self, x: torch.Tensor, batch: PackedBatch, depth: int, return_layers: list[int]) -> dict:
+        """The arguments of `ops.transformer_stack` for the first `depth` layers."""
+        return dict(
+            x=x,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            layers=[layer.weights() for layer in self.layers[:depth]],
+            heads=self.config.attention_heads,
+            return_layers=return_layers,
+        )
 
     def _embed(self, batch: PackedBatch, scale) -> torch.Tensor:
         norm = self.emb_layer_norm_before

@@ -81,8 +81,15 @@ def require_one_dtype(*tensors: torch.Tensor) -> None:
 
 def vectors_of(weight: torch.Tensor, *vectors: torch.Tensor) -> list[torch.Tensor]:
     """Gains and biases as the kernels read them: of the weights' dtype, contiguous."""
-    return [vector.detach().to(weight.dtype).contiguous() for vector in vectors]
+    return [_as(vector, weight.dtype) for vector in vectors]
 
 
 def stream_of(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().float().contiguous()
+    return _as(x, torch.float32)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Itself where nothing is to be done, which is worth asking first: a stack has hundreds of vectors."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to(dtype).contiguous()

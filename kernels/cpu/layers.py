@@ -1,9 +1,10 @@
-"""The two halves of a transformer layer: `gelu_ffn`, `pre_ln_attention`."""
+"""The two halves of a transformer layer, `gelu_ffn` and `pre_ln_attention`, and all layers: `transformer_stack`."""
 
 import torch
 
 from esm_fast import _C
 from esm_fast.ops.registry import implements
+from esm_fast.ops.transformer_stack import LayerWeights
 
 from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, vectors_of, why_not, yields
 
@@ -85,3 +86,33 @@ def pre_ln_attention(
     )
     result = result.to(x.dtype)
     return (result, q, k) if return_qk else result
+
+
+def _matrices(layer: LayerWeights) -> list[torch.Tensor]:
+    return [tensor for tensor in layer.attention + layer.ffn if tensor.ndim == 2]
+
+
+@implements("transformer_stack", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
+    """See `esm_fast.ops.transformer_stack`."""
+    follow_torch()
+    require_one_dtype(*(weight for layer in layers for weight in _matrices(layer)))
+    stream, ends = stream_of(x), cu_seqlens.contiguous()
+    result = torch.empty_like(stream)
+    copies = {number: torch.empty_like(stream) for number in return_layers}
+    vectors = [
+        vectors_of(layer.q_weight, *(t for t in layer.attention + layer.ffn if t.ndim == 1)) for layer in layers
+    ]  # alive until the call returns
+    calls = [
+        (
+            [vector.data_ptr() for vector in layer_vectors],
+            [packed(weight) for weight in _matrices(layer)],
+            (layer.attn_eps, layer.ffn_eps),
+            copies[number].data_ptr() if number in copies else 0,
+        )
+        for number, (layer, layer_vectors) in enumerate(zip(layers, vectors, strict=True), start=1)
+    ]
+    _C.transformer_stack(
+        stream.data_ptr(), result.data_ptr(), len(stream), ends.data_ptr(), len(ends) - 1, heads, calls
+    )
+    return tuple(wanted.to(x.dtype) for wanted in (result, *(copies[number] for number in return_layers)))
