@@ -10,18 +10,22 @@ from pathlib import Path
 import torch
 
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
-PACKAGES = ("esm_fast", "torch", "transformers", "fair-esm", "openvino")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_MAX_CPU_ISA")
+PACKAGES = ("esm_fast", "torch", "transformers", "fair-esm", "openvino", "nncf")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+LEVEL_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "ESM_FAST_ISA")
 
 
 def machine() -> dict[str, str]:
     """Name -> value of everything a reader needs in order to compare a number with another."""
-    variables = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ]
+    from esm_fast import _C
+
     versions = [f"Python {platform.python_version()}", *(f"{name} {installed(name)}" for name in PACKAGES)]
+    at_most = torch.backends.cpu.get_cpu_capability()
     facts = {
         "CPU": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores visible",
         "instruction sets": " ".join(flag for flag in FLAGS if flag in cpu_flags()) or "unknown",
-        "threads": " ".join([str(torch.get_num_threads()), *variables]),
+        "levels in use": " ".join([f"ours {_C.isa()}, torch {at_most}", *variables(LEVEL_VARIABLES)]),
+        "threads": " ".join([str(torch.get_num_threads()), *variables(THREAD_VARIABLES)]),
         "load average at the start": f"{os.getloadavg()[0]:.1f}",
         "versions": ", ".join(versions),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -29,6 +33,10 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
     return facts
+
+
+def variables(names: tuple[str, ...]) -> list[str]:
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
 
 
 def installed(package: str) -> str:
@@ -63,10 +71,22 @@ def _cpuinfo() -> dict[str, str]:
 def gemm_peak(dtype: torch.dtype, n: int = 2048, repeats: int = 4) -> float:
     """FLOP/s of torch's own n x n matrix product, the best of a few: what the machine gives at this moment."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    out = torch.empty(n, n, dtype=dtype)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    out = torch.empty(n, n, dtype=torch.int32 if dtype == torch.int8 else dtype)
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
-        torch.mm(a, b, out=out)
+        multiply(a, b, out=out)
         best = min(best, time.perf_counter() - begin)
     return 2 * n**3 / best
+
+
+def raw_peak(dtype: torch.dtype) -> float | None:
+    """FLOP/s of the instruction our kernels multiply with, on registers alone; None where they have none for it."""
+    from esm_fast import _C
+
+    _C.set_threads(torch.get_num_threads())
+    try:
+        return _C.peak(str(dtype).removeprefix("torch.")) * 1e9
+    except ValueError:
+        return None

@@ -94,14 +94,17 @@ size_t head_size(int64_t length, int dim) {
 }
 template <class A>
 void pack_head(const A* k, const A* v, size_t ld, int length, int dim, A* packed) {
+    const double start = clock_start();
     pack_keys(k, ld, length, dim, packed);
     pack_values(v, ld, length, dim, packed + panels_of(length) * panel_size(packed, dim));
+    clock_stop(Phase::kAttention, start);
 }
 
 // Queries `begin` to `end` of a head against its packed keys and values. q, out: (length, dim) with rows ld apart; out
 // may be q.
 template <class A>
 void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t begin, int64_t end, int dim) {
+    const double start = clock_start();
     const int key_panels = panels_of(length), dim_panels = panels_of(dim);
     const A *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
     const size_t ld_scores = size_t(key_panels) * kPanel;
@@ -126,6 +129,7 @@ void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t 
                      });
              });
     });
+    clock_stop(Phase::kAttention, start);
 }
 
 }  // namespace

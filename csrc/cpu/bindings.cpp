@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <tuple>
 
+#include "clock.h"
 #include "table.h"
 #include "weights.h"
 
@@ -208,6 +210,12 @@ double peak(const std::string& dtype) {
     return active().peak(type);
 }
 
+std::map<std::string, double> phases() {
+    return {{"norm", phase_seconds(Phase::kNorm)},
+            {"gemm", phase_seconds(Phase::kGemm)},
+            {"attention", phase_seconds(Phase::kAttention)}};
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
@@ -238,6 +246,9 @@ void bind(py::module_& module) {
     module.def("isa", [] { return active().name; });
     module.def("set_isa", [](const std::string& name) { select(name.c_str()); }, "name"_a);
     module.def("peak", &peak, "dtype"_a);
+    // Seconds of all threads together per phase since clocks were last set; see clock.h.
+    module.def("set_clocks", &set_clocks, "on"_a);
+    module.def("phases", &phases);
 }
 
 }  // namespace cpu

@@ -2,6 +2,7 @@
 // inputs, whatever the number of rows, so a row's result does not depend on its neighbours or on the threads.
 #pragma once
 
+#include "clock.h"
 #include "table.h"
 #include "vec.h"
 
@@ -144,6 +145,7 @@ struct Tiles {
 template <class A, class W, class Finish>
 void gemm(const A* a, size_t lda, int64_t rows, const W* packed, int in, int first_panel, int last_panel,
           const Finish& finish) {
+    const double start = clock_start();
     alignas(64) float c[kRows * kPanel];
     for (int panel = first_panel; panel < last_panel; ++panel) {
         const W* weights = packed + panel * panel_size(packed, in);
@@ -152,6 +154,7 @@ void gemm(const A* a, size_t lda, int64_t rows, const W* packed, int in, int fir
             finish(c, row, height, panel * kPanel);
         });
     }
+    clock_stop(Phase::kGemm, start);
 }
 
 // Calls use(v, left) for the vectors v of a tile's row that hold columns at all; left is how many, N or more for all.

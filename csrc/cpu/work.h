@@ -61,8 +61,10 @@ struct Norm {
 
     template <class A>
     void operator()(int64_t first, int64_t last, A* out, size_t ld) const {
+        const double start = clock_start();
         for (int64_t row = first; row < last; ++row, out += ld)
             layer_norm(x + row * width, width, gain, bias, eps, out);
+        clock_stop(Phase::kNorm, start);
     }
 
     // Every row, shared among the threads.
