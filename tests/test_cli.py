@@ -18,6 +18,7 @@ import torch
 from fakes import save_fair_esm
 
 import esm_fast
+from esm_fast import _C
 from esm_fast.cli import common, main
 
 FASTA = """\
@@ -100,6 +101,38 @@ def test_embed_layers_and_pools(embed, fasta, fair_checkpoint, pool):
                 stored = file[f"layer_{layer}/{key}"]
                 assert stored.dtype == np.float16 and stored.shape == arrays[layer].shape
                 np.testing.assert_allclose(stored[:], arrays[layer], rtol=2e-3, atol=2e-3)
+
+
+def test_auto_dtype_is_bfloat16_where_the_cpu_has_it(embed, fasta):
+    native = _C.isa() in ("avx512bf16", "amx")
+    result = embed(fasta, "--dtype", "auto", "--device", "cpu")
+    assert result.code == 0
+    dtype = "bfloat16" if native else "float32"
+    assert f"dtype     {dtype} (the kernels' level {_C.isa()} " in result.err
+    named = read(embed(fasta, "--dtype", dtype, "--device", "cpu", "--force").path)
+    auto = read(embed(fasta, "--dtype", "auto", "--device", "cpu", "--force").path)
+    assert all((auto[key] == named[key]).all() for key in named)
+    with h5py.File(result.path) as file:
+        assert file.attrs["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    "isa, gpu, device, dtype",
+    [
+        ("amx", False, "auto", "bfloat16"),
+        ("avx512bf16", True, "cpu", "bfloat16"),
+        ("avx512", False, "cpu", "float32"),
+        ("base", False, "auto", "float32"),
+        ("amx", True, "auto", "float32"),
+        ("amx", True, "cuda:1", "float32"),
+    ],
+)
+def test_auto_dtype_by_machine(monkeypatch, capsys, isa, gpu, device, dtype):
+    monkeypatch.setattr(_C, "isa", lambda: isa)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert common.dtype_of(SimpleNamespace(dtype="auto", device=device)) == dtype
+    assert f"dtype     {dtype} (" in capsys.readouterr().err
+    assert common.dtype_of(SimpleNamespace(dtype="float16", device=device)) == "float16"
 
 
 def test_embed_summary_counts_everything(embed):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 DEMO = "random:esm1b_t6_demo"
 _LISTED = 10
+_NATIVE_BF16 = ("avx512bf16", "amx")  # levels of esm_fast._C
 MEANINGLESS = "random weights: these numbers mean nothing"
 
 
@@ -26,7 +27,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "folder or a file of esm-fast convert; or random:NAME[:seed] (default: %(default)s, WHOSE NUMBERS MEAN "
         "NOTHING: it only shows that everything works)",
     )
-    group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=_WITH_DEFAULT)
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: bfloat16 on CPUs that multiply it natively, else float32; docs/benchmarks.md states its error "
+        "(default: %(default)s)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
     group.add_argument("--backend", help="insist on a backend; esm-fast info lists them (default: the fastest)")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
@@ -48,9 +55,6 @@ def add_policies(parser: argparse.ArgumentParser, overlength: tuple[str, ...]) -
     }
     for name, (values, text) in choices.items():
         group.add_argument(f"--{name}", default=values[0], choices=values, help=f"{text} (default: %(default)s)")
-
-
-_WITH_DEFAULT = "(default: %(default)s)"
 
 
 def positive(text: str) -> int:
@@ -81,6 +85,25 @@ def check_space(folder: Path, needed: int) -> None:
             f"the output will take about {human_bytes(needed)}, and {folder} has {human_bytes(free)} free; choose "
             "another disk, or ask for less"
         )
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    """--dtype; for auto the fastest type whose error is known, which is printed."""
+    if args.dtype != "auto":
+        return args.dtype
+    import torch
+
+    from .. import _C
+
+    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        chosen, why = "float32", "this is a GPU, where bfloat16 is not proven"
+    elif _C.isa() in _NATIVE_BF16:
+        chosen, why = "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
+    else:
+        chosen, why = "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
+    print(f"dtype     {chosen} ({why})", file=sys.stderr)
+    return chosen
 
 
 def load_model(name: str, *, device="auto", dtype="float32", backend=None, threads=None):

@@ -13,6 +13,7 @@ from .common import (
     add_model,
     add_policies,
     check_space,
+    dtype_of,
     load_model,
     output_path,
     progress,
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
         _require_matplotlib()
     single = args.output.endswith(".npz")
     out = output_path(args.output, args.force) if single else _output_folder(args.output, args.force)
-    model = load_model(args.model, device=args.device, dtype=args.dtype, backend=args.backend, threads=args.threads)
+    dtype = dtype_of(args)
+    model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     model.contact_head.require_fitted()
 
     from ..data import Policy

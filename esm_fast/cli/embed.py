@@ -12,6 +12,7 @@ from .common import (
     add_model,
     add_policies,
     check_space,
+    dtype_of,
     human_bytes,
     is_random,
     load_model,
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     out = output_path(args.output, args.force)
-    model = load_model(args.model, device=args.device, dtype=args.dtype, backend=args.backend, threads=args.threads)
+    dtype = dtype_of(args)
+    model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
 
     from ..data import Policy
     from ..engine import Output, layer_numbers, token_budget
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         "model": args.model,
         "layers": layers,
         "pool": args.pool,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "overlength": args.overlength,
         "max_residues": model.config.max_residues,
         "esm_fast": __version__,

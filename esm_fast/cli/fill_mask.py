@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .common import InputError, add_model, load_model, positive
+from .common import InputError, add_model, dtype_of, load_model, positive
 
 NAME = "fill-mask"
 HELP = "the most probable residues at <mask>"
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     ids = _encode(args.sequence)
-    model = load_model(args.model, device=args.device, dtype=args.dtype, backend=args.backend, threads=args.threads)
+    dtype = dtype_of(args)
+    model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     if model.lm_head is None:
         raise InputError(f"{args.model} has no language-model head, so it cannot fill masks")
     if len(ids) > model.config.max_residues:
