@@ -14,7 +14,7 @@ def openvino(precision: str) -> Callable[[Setup], Run]:
     def build(setup):
         import openvino
 
-        model, tokenizer = hf_parts(setup, torch.float32)
+        model, tokenizer = hf_parts(setup.size, setup.state, torch.float32)
         graph = convert(model, tokenizer)
         del model
         if precision == "int8":

@@ -4,20 +4,27 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from common import Peer, Run, Setup
+from common import Peer, Run, Setup, Size
 from openvino_peers import openvino
 from torch_peers import fair_esm, hugging_face, torch_packed
 
 
+def our_model(size: Size, state: dict[str, torch.Tensor], dtype: str, backend: str | None = None):
+    """ESM1 on the shared weights."""
+    from esm_fast.engine import DTYPES
+    from esm_fast.models.esm1 import ESM1, Config
+
+    with torch.device("meta"):
+        model = ESM1(Config(**vars(size)), backend=backend)
+    model.load_state_dict({k: v.to(DTYPES[dtype]) for k, v in state.items()}, assign=True)
+    return model.eval()
+
+
 def ours(dtype: str) -> Callable[[Setup], Run]:
     def build(setup):
-        from esm_fast.engine import DTYPES, embed
-        from esm_fast.models.esm1 import ESM1, Config
+        from esm_fast.engine import embed
 
-        with torch.device("meta"):
-            model = ESM1(Config(**vars(setup.size)))
-        model.load_state_dict({k: v.to(DTYPES[dtype]) for k, v in setup.state.items()}, assign=True)
-        model.eval()
+        model = our_model(setup.size, setup.state, dtype)
 
         def run(job):
             layer = setup.size.layers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Run, Setup, in_padded_batches, mean_of_residues
+from common import Run, Setup, Size, in_padded_batches, mean_of_residues
 
 from esm_fast.alphabet import TOKENS
 
@@ -59,11 +59,10 @@ def hf_name(name: str) -> str:
     return prefix + theirs + rest.removeprefix(ours)
 
 
-def hf_parts(setup: Setup, dtype: torch.dtype):
+def hf_parts(size: Size, weights: dict[str, torch.Tensor], dtype: torch.dtype):
     """(EsmModel with SDPA attention, EsmTokenizer) on the shared weights."""
     from transformers import EsmConfig, EsmModel, EsmTokenizer
 
-    size = setup.size
     config = EsmConfig(
         vocab_size=len(TOKENS),
         hidden_size=size.embed_dim,
@@ -83,10 +82,10 @@ def hf_parts(setup: Setup, dtype: torch.dtype):
     )
     with torch.device("meta"):
         model = EsmModel(config, add_pooling_layer=False)
-    encoder = {k: v for k, v in setup.state.items() if not k.startswith(("lm_head.", "contact_head."))}
+    encoder = {k: v for k, v in weights.items() if not k.startswith(("lm_head.", "contact_head."))}
     state = {hf_name(k): v.to(dtype) for k, v in encoder.items()}
     # transformers keeps the contact head inside the encoder, where mean embeddings have no use for it
-    state |= {k: v for k, v in setup.state.items() if k.startswith("contact_head.")}
+    state |= {k: v for k, v in weights.items() if k.startswith("contact_head.")}
     model.load_state_dict(state, assign=True)
     model.embeddings.position_ids = torch.arange(size.max_positions + 2)[None]  # the one buffer no checkpoint holds
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +97,7 @@ def hf_parts(setup: Setup, dtype: torch.dtype):
 
 def hugging_face(dtype: torch.dtype) -> Callable[[Setup], Run]:
     def build(setup):
-        model, tokenizer = hf_parts(setup, dtype)
+        model, tokenizer = hf_parts(setup.size, setup.state, dtype)
 
         def embed(proteins):
             inputs = tokenizer([residues for _, residues in proteins], padding=True, return_tensors="pt")

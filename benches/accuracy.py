@@ -1,0 +1,171 @@
+"""How far each way of computing ESM-1b is from exact arithmetic, on random weights that round like trained ones.
+
+    python benches/accuracy.py             # full size; about 20 minutes on two cores, 7 GB
+    python benches/accuracy.py --tiny      # seconds: shows that all of it runs, its numbers mean nothing
+
+Per residue and protein: a few proteins, one of them at a time, against fp64. Nearest neighbours: all proteins of the
+file, cut short, against our own fp32. docs/benchmarks.md says how to read the result.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import TINY, Proteins, Size
+from machine import machine
+from peers import int8_missing, our_model
+from proteins import choose, read
+from random_weights import trained_like_state
+from report import facts
+from rounds import cosines
+from tables import markdown
+from torch_peers import hf_parts
+
+from esm_fast.engine import embed
+
+SAMPLE = Path(__file__).parents[1] / "examples" / "uniprot_sample.fasta.gz"
+ERRORS = {
+    "arithmetic": "{}", "relative error": "{:.1e}", "largest error": "{:.1e}", "cosine, residues": "{:.7f}",
+    "cosine, proteins": "{:.7f}",
+}  # fmt: skip
+NEIGHBOURS = {"arithmetic": "{}", "recall@1": "{:.1%}", "cosine, proteins": "{:.7f}"}
+OURS = "esm_fast fp32"  # the truth of the neighbours
+
+State = dict[str, torch.Tensor]
+PerResidue = Callable[[Proteins], list[np.ndarray]]  # proteins -> (residues, embed_dim) each
+
+
+def ours(dtype: str, backend: str | None = None) -> Callable[[Size, State], PerResidue]:
+    def build(size, state):
+        model = our_model(size, state, dtype, backend)
+        return lambda proteins: [arrays[-1] for _, arrays in embed(model, proteins, pool="per_residue")]
+
+    return build
+
+
+def hugging_face(size: Size, state: State) -> PerResidue:
+    model, tokenizer = hf_parts(size, state, torch.bfloat16)
+
+    @torch.inference_mode()
+    def run(proteins):
+        tokens = (tokenizer([residues], return_tensors="pt") for _, residues in proteins)
+        return [model(**inputs).last_hidden_state[0, 1:-1].float().numpy() for inputs in tokens]
+
+    return run
+
+
+ARITHMETICS = {
+    OURS: ours("float32"),
+    "torch bf16, fp32 residual": ours("bfloat16", "reference"),
+    "Hugging Face bf16": hugging_face,
+    "esm_fast bf16": ours("bfloat16"),
+    "esm_fast int8": ours("int8"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    size = TINY if args.tiny else Size()
+    size = replace(size, layers=args.layers or size.layers)
+    whole = read(args.fasta)
+    few = choose(whole, 0, args.proteins, 4096)
+    short = [(label, residues[: args.cut]) for label, residues in choose(whole, 0, args.neighbours, 4096)]
+    header = machine() | {
+        "model": f"{size.layers} layers x {size.embed_dim}, trained-like random weights (seed {args.seed})",
+        "against fp64": f"{len(few)} proteins, {sum(len(residues) for _, residues in few)} residues",
+        "neighbours": f"{len(short)} proteins, the first {args.cut} residues of each",
+    }
+    print("\n".join(f"{name}: {value}" for name, value in header.items()), flush=True)
+    state = trained_like_state(size, args.seed)
+    truth = np.concatenate(exact(size, state, few))
+    errors, means = [], {}
+    for name, build in ARITHMETICS.items():
+        if name == "esm_fast int8" and (missing := int8_missing()):
+            print(f"{name} is missing: {missing}")
+            continue
+        run = build(size, state)
+        errors.append({"arithmetic": name} | compare(run(few), truth))
+        print(json.dumps(errors[-1]), flush=True)
+        means[name] = np.stack([rows.mean(0) for rows in run(short)])
+        del run
+        gc.collect()
+    neighbours = [
+        {"arithmetic": name, "recall@1": recall(got, means[OURS])}
+        | {"cosine, proteins": float(cosines(got, means[OURS]).min())}
+        for name, got in means.items()
+    ]
+    write(errors, neighbours, header, args.out)
+    return 0
+
+
+def parse(argv) -> argparse.Namespace:
+    summary, examples = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--fasta", type=Path, default=SAMPLE, help="proteins (default: the sample in examples/)")
+    add("--proteins", type=int, default=4, help="so many against fp64, of mixed lengths (default 4)")
+    add("--neighbours", type=int, default=200, help="so many for the nearest neighbours (default 200)")
+    add("--cut", type=int, default=100, help="their first residues only (default 100)")
+    add("--layers", type=int, help="fewer layers than ESM-1b's 33, for a quicker look")
+    add("--tiny", action="store_true", help="a toy model: only to see that everything runs")
+    add("--seed", type=int, default=0, help="of the random weights")
+    add("--out", type=Path, default=Path("out/accuracy"), help="folder of the results (default out/accuracy)")
+    return parser.parse_args(argv)
+
+
+def exact(size: Size, state: State, proteins: Proteins) -> list[np.ndarray]:
+    """The reference in fp64. Each layer is in fp64 only while it runs: all of them would take 5 GB."""
+    model = our_model(size, state, "float32", "reference")
+    for part in (model.embed_tokens, model.embed_positions, model.emb_layer_norm_before, model.emb_layer_norm_after):
+        part.double()
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: layer.double() and None)
+        layer.register_forward_hook(lambda layer, inputs, output: layer.float() and None)
+    together = sum(len(residues) + 2 for _, residues in proteins)
+    return [arrays[-1] for _, arrays in embed(model, proteins, pool="per_residue", batch_tokens=together)]
+
+
+def compare(got: list[np.ndarray], truth: np.ndarray) -> dict[str, float]:
+    """Errors of the rows of all proteins; relative: Euclidean, largest: of an element, in units of the truth's RMS."""
+    ends = np.cumsum([len(rows) for rows in got])[:-1]
+    rows = np.concatenate(got).astype(np.float64)
+    means = [np.stack([protein.mean(0) for protein in np.split(all_rows, ends)]) for all_rows in (rows, truth)]
+    return {
+        "relative error": float(np.linalg.norm(rows - truth) / np.linalg.norm(truth)),
+        "largest error": float(np.abs(rows - truth).max() / np.sqrt(np.mean(truth**2))),
+        "cosine, residues": float(cosines(rows, truth).min()),
+        "cosine, proteins": float(cosines(*means).min()),
+    }
+
+
+def recall(got: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the proteins whose nearest neighbour, by cosine, is the one the truth finds."""
+    return float(np.mean(nearest(got) == nearest(truth)))
+
+
+def nearest(means: np.ndarray) -> np.ndarray:
+    unit = means.astype(np.float64) / np.linalg.norm(means, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return similarity.argmax(1)
+
+
+def write(errors: list[dict], neighbours: list[dict], header: dict[str, str], out: Path) -> None:
+    text = f"{markdown(errors, ERRORS)}\n\n{markdown(neighbours, NEIGHBOURS)}"
+    print(f"\n{text}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "accuracy.md").write_text(f"{text}\n\n{facts(header)}\n")
+    numbers = {"header": header, "errors": errors, "neighbours": neighbours}
+    (out / "accuracy.json").write_text(json.dumps(numbers, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
