@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -18,7 +19,7 @@ namespace {
 
 using Body = std::function<void(size_t, size_t)>;
 
-thread_local bool inside_region = false;
+thread_local bool inside_region = false, in_session = false;
 
 struct Job {
     const Body& body;
@@ -43,6 +44,19 @@ struct Job {
     }
 };
 
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// What a thread of a session spends at most on looking for what comes next before it sleeps. Waking a sleeping thread
+// takes from 5 us to 50 us (a virtual machine's idle core), so this much is lost at worst and won most times; longer
+// waits are those for a long piece, or for a thread that lost its core to another process.
+constexpr std::chrono::microseconds kLook{50};
+
 class Pool {
   public:
     explicit Pool(int size) : size_(size) {}
@@ -51,65 +65,99 @@ class Pool {
 
     void resize(int size) {
         std::lock_guard<std::mutex> region(region_);
-        {
-            std::lock_guard<std::mutex> lock(state_);
-            stop_ = true;
-        }
-        wake_.notify_all();
+        stop_ = true;
+        ++round_;
+        wake(workers_.size());
         for (auto& worker : workers_) worker.join();
         workers_.clear();
         stop_ = false;
         size_ = size;
     }
 
+    bool enter() {
+        if (size_ <= 1 || inside_region || in_session || !region_.try_lock()) return false;
+        return in_session = session_ = true;
+    }
+    void leave() {
+        in_session = session_ = false;
+        region_.unlock();
+    }
+
     void run(size_t n, size_t grain, const Body& body) {
         const size_t pieces = (n + grain - 1) / grain;
         std::unique_lock<std::mutex> region(region_, std::defer_lock);
-        if (pieces <= 1 || size_ <= 1 || inside_region || !region.try_lock()) {
+        if (pieces <= 1 || size_ <= 1 || inside_region || !(in_session || region.try_lock())) {
             if (n) body(0, n);
             return;
         }
-        while (workers_.size() + 1 < size_t(size_)) workers_.emplace_back([this] { serve(); });
+        while (workers_.size() + 1 < size_t(size_)) workers_.emplace_back([this, seen = round_.load()] { serve(seen); });
         Job job(body, n, grain);
-        const size_t helpers = std::min(pieces - 1, workers_.size());
-        {
-            std::lock_guard<std::mutex> lock(state_);
-            job_ = &job;
-            tickets_ = helpers;
-        }
-        for (size_t i = 0; i < helpers; ++i) wake_.notify_one();
+        job_ = &job;
+        ++round_;
+        wake(std::min(pieces - 1, workers_.size()));
         job.work();
-        std::unique_lock<std::mutex> lock(state_);
-        tickets_ = 0;  // a worker that has not woken yet is not waited for
-        done_.wait(lock, [this] { return active_ == 0; });
-        lock.unlock();
+        job_ = nullptr;  // a worker that has not come yet is not waited for
+        if (!look([this] { return active_ == 0; })) {
+            std::unique_lock<std::mutex> lock(sleep_);
+            waiting_ = true;
+            done_.wait(lock, [this] { return active_ == 0; });
+            waiting_ = false;
+        }
         if (job.error) std::rethrow_exception(job.error);
     }
 
   private:
-    void serve() {
-        std::unique_lock<std::mutex> lock(state_);
+    // Serves every round after `seen`. `active_` goes up before the job is looked at, and the caller looks at it after
+    // taking the job away: so a worker either finds no job, or is waited for.
+    void serve(size_t seen) {
         for (;;) {
-            wake_.wait(lock, [this] { return stop_ || tickets_ > 0; });
+            const auto called = [&] { return stop_ || round_ != seen; };
+            if (!look(called)) {
+                std::unique_lock<std::mutex> lock(sleep_);
+                ++sleeping_;
+                wake_.wait(lock, called);
+                --sleeping_;
+            }
             if (stop_) return;
-            --tickets_;
+            seen = round_;
             ++active_;
-            Job* job = job_;
-            lock.unlock();
-            job->work();
-            lock.lock();
-            if (--active_ == 0) done_.notify_one();
+            if (Job* job = job_) job->work();
+            if (--active_ == 0 && waiting_) {
+                std::lock_guard<std::mutex> lock(sleep_);
+                done_.notify_one();
+            }
         }
     }
 
+    void wake(size_t count) {
+        if (sleeping_ == 0) return;
+        std::lock_guard<std::mutex> lock(sleep_);  // or one that has looked and not slept yet would miss the call
+        for (size_t i = 0; i < count; ++i) wake_.notify_one();
+    }
+
+    // Whether it is ready, at once or, in a session, soon.
+    template <class Ready>
+    bool look(const Ready& ready) const {
+        if (ready()) return true;
+        if (!session_) return false;
+        for (const auto end = std::chrono::steady_clock::now() + kLook; session_;) {
+            for (int i = 0; i < 32; ++i, pause())
+                if (ready()) return true;
+            if (std::chrono::steady_clock::now() > end) return false;
+        }
+        return false;
+    }
+
     std::atomic<int> size_;
-    std::mutex region_;  // held by the caller whose region runs
-    std::mutex state_;   // guards the members below
-    std::condition_variable wake_, done_;
+    std::mutex region_;  // held by the caller whose region or session runs
     std::vector<std::thread> workers_;
-    Job* job_ = nullptr;
-    size_t tickets_ = 0, active_ = 0;
-    bool stop_ = false;
+
+    std::atomic<Job*> job_{nullptr};
+    std::atomic<size_t> round_{0};  // goes up to call the workers
+    std::atomic<size_t> active_{0}, sleeping_{0};
+    std::atomic<bool> stop_{false}, session_{false}, waiting_{false};
+    std::mutex sleep_;
+    std::condition_variable wake_, done_;
 };
 
 int default_size() {
@@ -143,5 +191,10 @@ int threads() { return pool().size(); }
 void set_threads(int n) { pool().resize(n); }
 
 void parallel_for(size_t n, size_t grain, const Body& body) { pool().run(n, std::max<size_t>(grain, 1), body); }
+
+Session::Session() : entered_(pool().enter()) {}
+Session::~Session() {
+    if (entered_) pool().leave();
+}
 
 }  // namespace esm

@@ -7,6 +7,7 @@
 #include <map>
 #include <tuple>
 
+#include "../threads.h"
 #include "clock.h"
 #include "table.h"
 #include "weights.h"
@@ -78,6 +79,7 @@ py::buffer_info bytes_of(const Weights& weights) {
 void gelu_ffn(Address x, Address result, int64_t rows, float eps, Address ln_weight, Address ln_bias,
               const Weights& fc1, Address fc1_bias, const Weights& fc2, Address fc2_bias) {
     py::gil_scoped_release release;
+    const Session session;
     active().gelu_ffn({floats(x), static_cast<float*>(write_at(result)), rows, eps, read_at(ln_weight),
                        read_at(ln_bias), read_at(fc1_bias), read_at(fc2_bias), fc1.packed(), fc2.packed()});
 }
@@ -88,6 +90,7 @@ void pre_ln_attention(Address x, Address result, int64_t rows, Address cu_seqlen
                       Address out_bias, Address rotary, Address q_result, Address k_result) {
     const int32_t* ends = offsets(cu_seqlens, sequences, rows);
     py::gil_scoped_release release;
+    const Session session;
     active().pre_ln_attention({floats(x), static_cast<float*>(write_at(result)), rows, ends, sequences, heads, eps,
                                read_at(ln_weight), read_at(ln_bias), read_at(q_bias), read_at(k_bias),
                                read_at(v_bias), read_at(out_bias), q.packed(), k.packed(), v.packed(), out.packed(),
@@ -117,6 +120,7 @@ void transformer_stack(Address x, Address result, int64_t rows, Address cu_seqle
     }
     if (calls.empty()) throw py::value_error("a stack has at least one layer");
     py::gil_scoped_release release;
+    const Session session;
     active().transformer_stack({calls.data(), int64_t(calls.size())});
 }
 
