@@ -28,7 +28,8 @@ void* write_at(Address address) { return reinterpret_cast<void*>(address); }
 Type type_of(const std::string& dtype) {
     if (dtype == "float32") return Type::kFloat32;
     if (dtype == "bfloat16") return Type::kBfloat16;
-    throw py::value_error("the CPU kernels take float32 and bfloat16 weights, not " + dtype);
+    if (dtype == "int8") return Type::kInt8;
+    throw py::value_error("the CPU kernels take float32, int8 and bfloat16 weights, not " + dtype);
 }
 
 // Wrong offsets would have the kernels read beyond the rows.
@@ -39,12 +40,29 @@ const int32_t* offsets(Address cu_seqlens, int64_t sequences, int64_t rows) {
     return ends;
 }
 
-std::string name_of(Type type) { return type == Type::kFloat32 ? "float32" : "bfloat16"; }
+std::string name_of(Type type) {
+    return type == Type::kFloat32 ? "float32" : type == Type::kBfloat16 ? "bfloat16" : "int8";
+}
 
 std::unique_ptr<Weights> pack(Address matrix, int out, int in, const std::string& dtype) {
     const Type type = type_of(dtype);
     py::gil_scoped_release release;
     return std::make_unique<Weights>(read_at(matrix), out, in, type);
+}
+
+std::unique_ptr<Weights> pack_quantized(Address numbers, Address scales, int out, int in) {
+    py::gil_scoped_release release;
+    return std::make_unique<Weights>(static_cast<const int8_t*>(read_at(numbers)), floats(scales), out, in);
+}
+
+void unpack_quantized(const Weights& weights, Address numbers, Address scales) {
+    py::gil_scoped_release release;
+    weights.unpack(static_cast<int8_t*>(write_at(numbers)), static_cast<float*>(write_at(scales)));
+}
+
+void int8_linear(Address x, int64_t rows, const Weights& weights, Address result) {
+    py::gil_scoped_release release;
+    active().int8_linear(floats(x), rows, weights.packed(), static_cast<float*>(write_at(result)));
 }
 
 // Bytes that were packed before, such as those of a mapped file: viewed, and kept alive.
@@ -229,9 +247,11 @@ void bind(py::module_& module) {
         .def_property_readonly("dtype", [](const Weights& weights) { return name_of(weights.packed().type); })
         .def_property_readonly("nbytes", &Weights::bytes)
         .def("unpack", &unpack, "matrix"_a)
+        .def("unpack_quantized", &unpack_quantized, "numbers"_a, "scales"_a)
         .def_buffer(&bytes_of);
     module.attr("LAYOUT") = kLayout;
     module.def("pack_weights", &pack, "matrix"_a, "out"_a, "in"_a, "dtype"_a);
+    module.def("pack_quantized", &pack_quantized, "numbers"_a, "scales"_a, "out"_a, "in"_a);
     module.def("view_weights", &view, "packed"_a, "out"_a, "in"_a, "dtype"_a);
     module.def("packed_size", [](const std::string& dtype, int out, int in) {
         return packed_size(type_of(dtype), out, in);
@@ -245,6 +265,8 @@ void bind(py::module_& module) {
     module.def("masked_lm_head", &masked_lm_head);
     module.def("masked_softmax", &masked_softmax);
     module.def("pool", &pool);
+    module.def("int8_linear", &int8_linear, "x"_a, "rows"_a, "weights"_a, "result"_a);
+    module.attr("GROUP") = kGroup;  // inputs that share a scale in int8 weights
     // Instruction-set levels this machine runs, worst first; the one in use; another one, by name.
     module.def("isas", &isas);
     module.def("isa", [] { return active().name; });

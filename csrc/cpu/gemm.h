@@ -26,6 +26,16 @@ struct ActivationOf<bf16> {
 };
 #endif
 
+// What the GEMM itself reads; see int8.h for the weights where that is another type.
+template <class W>
+struct OperandOf : ActivationOf<W> {};
+
+// Type of the vectors and results beside weights W.
+template <class W>
+struct PlainOf {
+    typedef W type;
+};
+
 ESM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 ESM_INLINE int panels_of(int64_t columns) { return int((columns + kPanel - 1) / kPanel); }
 

@@ -8,35 +8,49 @@ namespace esm {
 namespace cpu {
 namespace {
 
+#define ESM_BY_TYPE(type, kernel, arguments)                    \
+    switch (type) {                                             \
+        case Type::kFloat32: return kernel<float> arguments;    \
+        case Type::kBfloat16: return kernel<bf16> arguments;    \
+        default: return kernel<int8> arguments;                 \
+    }
+
 // One tile's work on operands that stay in the first-level cache.
 template <class W>
 double peak_of() {
-    typedef typename ActivationOf<W>::type A;
-    constexpr int kInner = 64, kRounds = 20000;
+    typedef typename OperandOf<W>::type A;
+    constexpr int kInner = sizeof(W) == 1 ? kGroup : 64, kRounds = 1280000 / kInner;
     const size_t threads = size_t(parallel_width());
     const double start = seconds();
     each(threads, 1, [&](size_t begin, size_t end) {
-        alignas(64) A a[kRows * kInner] = {};
-        alignas(64) W panel[kPanel * kInner] = {};
+        const size_t ld = leading<A>(kInner);
+        A* a = buffer<A>(1, kRows, ld);
+        W* panel = buffer<W>(2, 1, panel_size(static_cast<W*>(nullptr), kInner));
+        std::memset(a, 0, kRows * ld * sizeof *a);
+        std::memset(panel, 0, panel_size(panel, kInner) * sizeof *panel);
         alignas(64) float c[kRows * kPanel];
         for (size_t i = begin; i < end; ++i)
             for (int round = 0; round < kRounds; ++round) {
-                tile_of(kRows, a, kInner, panel, kInner, c, kPanel);
+                tile_of(kRows, a, ld, panel, kInner, c, kPanel);
                 asm volatile("" : : "r"(a), "r"(panel), "r"(c) : "memory");  // or the loop would be no work at all
             }
     });
     return 2.0 * kRows * kPanel * kInner * kRounds * double(threads) / (seconds() - start) / 1e9;
 }
-double peak(Type type) { return type == Type::kFloat32 ? peak_of<float>() : peak_of<bf16>(); }
-
-void gelu_ffn(const FfnCall& call) {
-    call.fc1.type == Type::kFloat32 ? gelu_ffn_of<float>(call) : gelu_ffn_of<bf16>(call);
-}
-void pre_ln_attention(const AttentionCall& call) {
-    call.q.type == Type::kFloat32 ? pre_ln_attention_of<float>(call) : pre_ln_attention_of<bf16>(call);
+double peak(Type type) { ESM_BY_TYPE(type, peak_of, ()); }
+void gelu_ffn(const FfnCall& call) { ESM_BY_TYPE(call.fc1.type, gelu_ffn_of, (call)); }
+void pre_ln_attention(const AttentionCall& call) { ESM_BY_TYPE(call.q.type, pre_ln_attention_of, (call)); }
+void int8_linear(const float* x, int64_t rows, const Packed& weights, float* result) {
+    const int8* panels = weights_of<int8>(weights);
+    const float* zeros = static_cast<const float*>(std::memset(buffer<float>(0, 1, leading<float>(weights.out)), 0, leading<float>(weights.out) * sizeof(float)));
+    each_block(rows, [&](int64_t first, int64_t last) {
+        const Rows<biased8> in = operand(panels, x + first * weights.in, size_t(weights.in), last - first, weights.in, 4);
+        gemm(in.data, in.ld, last - first, panels, weights.in, 0, panels_of(weights.out),
+             Project<float>{result + first * weights.out, size_t(weights.out), zeros, weights.out});
+    });
 }
 void transformer_stack(const StackCall& call) {
-    call.layers->ffn.fc1.type == Type::kFloat32 ? transformer_stack_of<float>(call) : transformer_stack_of<bf16>(call);
+    ESM_BY_TYPE(call.layers->ffn.fc1.type, transformer_stack_of, (call));
 }
 void contact_map(const ContactCall& call) {
     call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
@@ -60,7 +74,8 @@ void masked_softmax(const SoftmaxCall& call) {
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
 const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
     ESM_TEXT(ESM_LEVEL), gelu_ffn,       pre_ln_attention, transformer_stack, contact_map,
-    embedding,           masked_lm_head, masked_softmax,   pool,              peak};
+    embedding,           masked_lm_head, masked_softmax,   pool,              int8_linear,
+    peak};
 
 }  // namespace cpu
 }  // namespace esm

@@ -14,7 +14,7 @@ namespace {
 
 // Scratch slots. The calling thread's, for all to see: small vectors, and rows (or packed heads) that threads share.
 // Every thread's own: the rows of its block, or one head of its own; attend() uses two more.
-enum Slot { kVectors, kQkv, kShared, kMiddle, kOwn, kOwnMiddle };
+enum Slot { kVectors, kQkv, kShared, kMiddle, kOwn, kOwnMiddle, kOwnOperand };
 
 // Fewer queries than this are not worth a part of their own.
 constexpr int kPartRows = 48;
@@ -23,12 +23,15 @@ constexpr int kPartRows = 48;
 template <class W>
 class Attention {
     typedef typename ActivationOf<W>::type A;
+    typedef typename OperandOf<W>::type B;
+    typedef typename PlainOf<W>::type Plain;
 
   public:
     // Floats that the small vectors take.
     static int64_t vectors(const AttentionCall& call) { return 6 * round_up(call.q.in, kPanel); }
 
-    Attention(const AttentionCall& call, float* memory) : call_(&call), width_(call.q.in), ld_(leading<A>(width_)) {
+    Attention(const AttentionCall& call, float* memory)
+        : call_(&call), width_(call.q.in), ld_(leading<A>(width_)), ld_normed_(leading<B>(width_)) {
         const void* vectors[6] = {call.ln_weight, call.ln_bias, call.q_bias, call.k_bias, call.v_bias, call.out_bias};
         for (int i = 0; i < 6; ++i) {
             vector_[i] = memory;
@@ -39,13 +42,13 @@ class Attention {
 
     // LN, q, k and v of some rows, on this thread.
     void project(int64_t first, int64_t last) const {
-        A* normed = buffer<A>(kOwn, last - first, ld_);
-        norm()(first, last, normed, ld_);
+        B* normed = buffer<B>(kOwn, last - first, ld_normed_);
+        norm()(first, last, normed, ld_normed_);
         for (int which = 0; which < 3; ++which) project(which, normed, first, last - first, 0, panels());
     }
     void project_by_panels() const {
-        A* normed = buffer<A>(kShared, call_->rows, ld_);
-        norm().all(call_->rows, normed, ld_);
+        B* normed = buffer<B>(kShared, call_->rows, ld_normed_);
+        norm().all(call_->rows, normed, ld_normed_);
         each_panel(3 * panels(), [&](int begin, int end) {
             for (int i = begin; i < end; ++i)
                 project(i / panels(), normed, 0, call_->rows, i % panels(), i % panels() + 1);
@@ -76,9 +79,10 @@ class Attention {
     }
 
     // The output projection and the residual of some rows, on this thread.
-    void finish(int64_t first, int64_t last) const { finish(first, last, 0, panels()); }
+    void finish(int64_t first, int64_t last) const { finish(mixed(first, last, kOwn), first, last, 0, panels()); }
     void finish_by_panels() const {
-        each_panel(panels(), [&](int begin, int end) { finish(0, call_->rows, begin, end); });
+        const Rows<B> all = mixed(0, call_->rows, kShared);
+        each_panel(panels(), [&](int begin, int end) { finish(all, 0, call_->rows, begin, end); });
     }
 
   private:
@@ -103,9 +107,9 @@ class Attention {
         return {ends[0], ends[1] - ends[0], int(i % call_->heads) * dim()};
     }
 
-    void project(int which, const A* normed, int64_t first, int64_t rows, int from, int to) const {
+    void project(int which, const B* normed, int64_t first, int64_t rows, int from, int to) const {
         const Packed* matrices[3] = {&call_->q, &call_->k, &call_->v};
-        gemm(normed, ld_, rows, weights_of<W>(*matrices[which]), width_, from, to,
+        gemm(normed, ld_normed_, rows, weights_of<W>(*matrices[which]), width_, from, to,
              Project<A>{qkv_ + (which * call_->rows + first) * ld_, ld_, vector_[2 + which], width_});
     }
 
@@ -120,8 +124,8 @@ class Attention {
         }
         if (call_->q_result) {
             const int64_t at = head.first * width_ + head.column;
-            copy_head(q, ld_, length, dim(), static_cast<W*>(call_->q_result) + at, size_t(width_));
-            copy_head(k, ld_, length, dim(), static_cast<W*>(call_->k_result) + at, size_t(width_));
+            copy_head(q, ld_, length, dim(), static_cast<Plain*>(call_->q_result) + at, size_t(width_));
+            copy_head(k, ld_, length, dim(), static_cast<Plain*>(call_->k_result) + at, size_t(width_));
         }
         pack_head(k, v, ld_, head.length, dim(), packed);
     }
@@ -134,14 +138,17 @@ class Attention {
         cpu::attend(q, packed, q, ld_, head.length, begin, end, dim());
     }
 
-    void finish(int64_t first, int64_t last, int from, int to) const {
-        gemm(qkv_ + first * ld_, ld_, last - first, weights_of<W>(call_->out), width_, from, to,
+    Rows<B> mixed(int64_t first, int64_t last, int slot) const {
+        return operand(weights_of<W>(call_->out), qkv_ + first * ld_, ld_, last - first, width_, slot);
+    }
+    void finish(Rows<B> in, int64_t first, int64_t last, int from, int to) const {
+        gemm(in.data, in.ld, last - first, weights_of<W>(call_->out), width_, from, to,
              AddTo{call_->x + first * width_, call_->result + first * width_, size_t(width_), vector_[5], width_});
     }
 
     const AttentionCall* call_;
     int width_;
-    size_t ld_;
+    size_t ld_, ld_normed_;
     A* qkv_;
     const float* vector_[6];
 };
@@ -150,6 +157,7 @@ class Attention {
 template <class W>
 class Ffn {
     typedef typename ActivationOf<W>::type A;
+    typedef typename OperandOf<W>::type B;
 
   public:
     static int64_t vectors(const FfnCall& call) {
@@ -157,7 +165,7 @@ class Ffn {
     }
 
     Ffn(const FfnCall& call, float* memory)
-        : call_(&call), width_(call.fc1.in), hidden_(call.fc1.out), ld_(leading<A>(width_)),
+        : call_(&call), width_(call.fc1.in), hidden_(call.fc1.out), ld_(leading<B>(width_)),
           ld_middle_(leading<A>(hidden_)) {
         const Type type = call.fc1.type;
         float* ln_bias = widen(call.ln_weight, type, width_, memory);
@@ -170,26 +178,30 @@ class Ffn {
 
     // Some rows, on this thread.
     void rows(int64_t first, int64_t last) const {
-        A* normed = buffer<A>(kOwn, last - first, ld_);
+        B* normed = buffer<B>(kOwn, last - first, ld_);
         A* middle = buffer<A>(kOwnMiddle, last - first, ld_middle_);
         norm_(first, last, normed, ld_);
         widened(normed, middle, last - first, 0, panels_of(hidden_));
-        narrowed(middle, first, last, 0, panels_of(width_));
+        narrowed(operand_of(middle, last - first, kOwnOperand), first, last, 0, panels_of(width_));
     }
     void by_panels() const {
-        A* normed = buffer<A>(kShared, call_->rows, ld_);
+        B* normed = buffer<B>(kShared, call_->rows, ld_);
         A* middle = buffer<A>(kMiddle, call_->rows, ld_middle_);
         norm_.all(call_->rows, normed, ld_);
         each_panel(panels_of(hidden_), [&](int begin, int end) { widened(normed, middle, call_->rows, begin, end); });
-        each_panel(panels_of(width_), [&](int begin, int end) { narrowed(middle, 0, call_->rows, begin, end); });
+        const Rows<B> in = operand_of(middle, call_->rows, kShared);
+        each_panel(panels_of(width_), [&](int begin, int end) { narrowed(in, 0, call_->rows, begin, end); });
     }
 
   private:
-    void widened(const A* normed, A* middle, int64_t rows, int from, int to) const {
+    void widened(const B* normed, A* middle, int64_t rows, int from, int to) const {
         gemm(normed, ld_, rows, weights_of<W>(call_->fc1), width_, from, to, Gelu<A>{middle, ld_middle_, bias1_});
     }
-    void narrowed(const A* middle, int64_t first, int64_t last, int from, int to) const {
-        gemm(middle, ld_middle_, last - first, weights_of<W>(call_->fc2), hidden_, from, to,
+    Rows<B> operand_of(const A* middle, int64_t rows, int slot) const {
+        return operand(weights_of<W>(call_->fc2), middle, ld_middle_, rows, hidden_, slot);
+    }
+    void narrowed(Rows<B> in, int64_t first, int64_t last, int from, int to) const {
+        gemm(in.data, in.ld, last - first, weights_of<W>(call_->fc2), hidden_, from, to,
              AddTo{call_->x + first * width_, call_->result + first * width_, size_t(width_), bias2_, width_});
     }
 

@@ -1,7 +1,7 @@
 // Row by row: layer norm, softmax, and the small vectors of a call in fp32.
 #pragma once
 
-#include "gemm.h"
+#include "int8.h"
 #include "vec.h"
 
 namespace esm {
@@ -35,6 +35,12 @@ void layer_norm(const float* x, int width, const float* gain, const float* bias,
     }
 }
 
+void layer_norm(const float* x, int width, const float* gain, const float* bias, float eps, biased8* out) {
+    float* row = static_cast<float*>(scratch(7, size_t(round_up(width, kPanel)) * sizeof(float)));
+    layer_norm(x, width, gain, bias, eps, row);
+    quantize_row(row, width, out);
+}
+
 // weights[i] = e^(scale (scores[i] - max)), with zeros up to a whole vector; returns their sum in fp32. The scores'
 // own padding is overwritten.
 template <class A>
@@ -53,7 +59,7 @@ float softmax_weights(float* scores, int length, float scale, A* weights) {
     return sum(total);
 }
 
-// `count` values of a weight type in fp32, then zeros to whole panels; returns where the next vector may begin.
+// `count` values of the vectors beside weights of `type` in fp32, then zeros to whole panels; returns where the next vector may begin.
 float* widen(const void* from, Type type, int count, float* to) {
     const int padded = int(round_up(count, kPanel)), whole = count / N * N;
     std::memset(to + whole, 0, size_t(padded - whole) * sizeof(float));

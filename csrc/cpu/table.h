@@ -11,13 +11,19 @@
 namespace esm {
 namespace cpu {
 
-enum class Type : int { kFloat32, kBfloat16 };
+enum class Type : int { kFloat32, kBfloat16, kInt8 };
 
 // A (out, in) matrix as the GEMM reads it: panels of 32 outputs, each holding for every pair of inputs 32 pairs
 // (bf16, the inputs padded to a multiple of 32, so that a panel is made of whole AMX tiles), or for every input
 // 32 floats. Rows and inputs beyond the matrix are zero. The same at every level.
 constexpr int kPanel = 32;
 constexpr int kInputs = 32;
+// 8 bits: a panel is its groups of kGroup inputs, one after the other. A group holds 32 corrections (int32: -kZero times
+// the sum of an output's numbers, see int8.h), 32 scales (float), and for every 4 inputs 32 quadruples of int8; the
+// last group's inputs are padded with zeros to a multiple of kInputs8, so that it too is made of whole AMX tiles.
+constexpr int kGroup = 256;
+constexpr int kInputs8 = 64;
+constexpr int kZero = 128;
 struct Packed {
     const void* data;
     int out, in;
@@ -130,6 +136,8 @@ struct Table {
     void (*masked_lm_head)(const HeadCall&);
     void (*masked_softmax)(const SoftmaxCall&);
     void (*pool)(const PoolCall&);
+    // (rows, in) times 8-bit weights, transposed: the GEMM alone.
+    void (*int8_linear)(const float* x, int64_t rows, const Packed&, float* result);
     // GFLOP/s of the GEMM's own instruction on registers alone, all threads together.
     double (*peak)(Type);
 };

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <new>
 
+#include "quantized.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -81,6 +83,7 @@ std::shared_ptr<void> allocate(size_t bytes) {
 }  // namespace
 
 size_t packed_size(Type type, int out, int in) {
+    if (type == Type::kInt8) return quantized_size(out, in);
     return panels_of(out) *
            (type == Type::kFloat32 ? panel_size<1>(in) * sizeof(float) : panel_size<2>(in) * sizeof(uint16_t));
 }
@@ -95,6 +98,17 @@ Weights::Weights(const void* matrix, int out, int in, Type type) {
 
 Weights::Weights(std::shared_ptr<const void> packed, int out, int in, Type type)
     : memory_(std::move(packed)), packed_{memory_.get(), out, in, type} {}
+
+Weights::Weights(const int8_t* numbers, const float* scales, int out, int in) {
+    std::shared_ptr<void> memory = allocate(quantized_size(out, in));
+    packed_ = Packed{memory.get(), out, in, Type::kInt8};
+    pack_quantized(numbers, scales, out, in, memory.get());
+    memory_ = std::move(memory);
+}
+
+void Weights::unpack(int8_t* numbers, float* scales) const {
+    unpack_quantized(packed_.data, packed_.out, packed_.in, numbers, scales);
+}
 
 void Weights::unpack(void* matrix) const {
     Work work{packed_.data, matrix, packed_.out, packed_.in, packed_.type, true};

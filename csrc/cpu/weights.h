@@ -18,16 +18,19 @@ size_t packed_size(Type type, int out, int in);
 
 class Weights {
   public:
-    // Packs a row-major (out, in) matrix of `type`. Throws std::bad_alloc.
+    // Packs a row-major (out, in) matrix of `type`, float32 or bfloat16. Throws std::bad_alloc.
     Weights(const void* matrix, int out, int in, Type type);
+    // Packs a matrix of 8 bits: numbers (out, in) from -127 to 127 and scales (out, groups); see quantized.h.
+    Weights(const int8_t* numbers, const float* scales, int out, int in);
     // Views packed_size(type, out, in) bytes that were packed before, aligned to kAlignment; they live as long as the
     // pointer does.
     Weights(std::shared_ptr<const void> packed, int out, int in, Type type);
 
     const Packed& packed() const { return packed_; }
     size_t bytes() const { return packed_size(packed_.type, packed_.out, packed_.in); }
-    // Writes the row-major matrix back.
+    // Writes the row-major matrix back, or the numbers and scales of one of 8 bits.
     void unpack(void* matrix) const;
+    void unpack(int8_t* numbers, float* scales) const;
 
   private:
     std::shared_ptr<const void> memory_;

@@ -1,0 +1,164 @@
+// Weights and activations of 8 bits. A row of activations has a scale of its own for every kGroup inputs, and so has
+// every output of the weights: within a group products and sums are exact integers, at every level the same ones, and
+// the groups' sums are added up in fp32.
+#pragma once
+
+#include "gemm.h"
+
+namespace esm {
+namespace cpu {
+namespace {
+
+// A weight, from -127 to 127.
+struct int8 {
+    int8_t bits;
+};
+
+// An activation from -127 to 127, plus 128: VNNI and AMX multiply unsigned by signed bytes. What the 128 add to a sum
+// depends on the weights alone, and their panel holds it. A row's scales follow its bytes.
+struct biased8 {
+    uint8_t bits;
+};
+
+template <>
+struct ActivationOf<int8> : ActivationOf<bf16> {};
+template <>
+struct PlainOf<int8> {
+    typedef bf16 type;
+};
+template <>
+struct OperandOf<int8> {
+    typedef biased8 type;
+};
+
+constexpr float kTiniest = 1e-30f;
+
+ESM_INLINE int groups_of(int64_t in) { return int((in + kGroup - 1) / kGroup); }
+
+template <>
+ESM_INLINE size_t leading<biased8>(int64_t n) {
+    const int64_t bytes = round_up(n, kInputs8) + groups_of(n) * int64_t(sizeof(float));
+    return size_t(round_up(bytes, 64) | 64);
+}
+
+// Where a row of n activations keeps its scales.
+ESM_INLINE const float* scales_of(const biased8* row, int64_t n) {
+    return reinterpret_cast<const float*>(row + round_up(n, kInputs8));
+}
+
+typedef uint8_t Bytes __attribute__((vector_size(N)));
+
+// One row of n, to the nearest of 255 values a group. The largest magnitude is found as an integer, which puts NaN above
+// infinity above all numbers: the scale is then NaN or infinite, and so is every output of the row. Magnitudes too small
+// to be divided by count as 0.
+template <class A>
+void quantize_row(const A* x, int n, biased8* out) {
+    float* scales = const_cast<float*>(scales_of(out, n));
+    std::memset(out + n, kZero, size_t(round_up(n, kInputs8) - n));
+    for (int first = 0; first < n; first += kGroup) {
+        const int end = n - first < kGroup ? n : first + kGroup, whole = first + (end - first) / N * N;
+        I best = {};
+        for (int i = first; i < end; i += N) {
+            const I magnitude = (I)abs(i < whole ? load(x + i) : load_part(x + i, end - i));
+            best = best > magnitude ? best : magnitude;
+        }
+        int32_t most = best[0];
+        for (int i = 1; i < N; ++i) most = best[i] > most ? best[i] : most;
+        float largest;
+        std::memcpy(&largest, &most, sizeof largest);
+        const float inverse = largest < kTiniest ? 0.0f : 127.0f / largest;
+        *scales++ = largest < kTiniest ? 0.0f : largest / 127.0f;
+        for (int i = first; i < end; i += N) {
+            const F value = i < whole ? load(x + i) : load_part(x + i, end - i);
+            // Adding 1.5 * 2^23 rounds to an integer, whose lowest byte is the sum's.
+            const Bytes bytes = __builtin_convertvector((U)(value * inverse + 12582912.0f), Bytes) ^ uint8_t(kZero);
+            std::memcpy(out + i, &bytes, size_t(i < whole ? N : end - i));
+        }
+    }
+}
+
+// Rows as a GEMM with weights W reads them: these themselves, or copies of 8 bits in scratch memory.
+template <class B>
+struct Rows {
+    const B* data;
+    size_t ld;
+};
+template <class W, class A>
+ESM_INLINE Rows<A> operand(const W*, const A* rows, size_t ld, int64_t, int, int) {
+    return {rows, ld};
+}
+template <class A>
+Rows<biased8> operand(const int8*, const A* rows, size_t ld, int64_t count, int n, int slot) {
+    const size_t to = leading<biased8>(n);
+    biased8* quantized = static_cast<biased8*>(scratch(slot, size_t(count) * to));
+    for (int64_t row = 0; row < count; ++row) quantize_row(rows + row * ld, n, quantized + row * to);
+    return {quantized, to};
+}
+
+// A panel's groups one after the other: see Packed.
+ESM_INLINE size_t group_size(int64_t inputs) { return size_t(round_up(inputs, kInputs8) + 2 * sizeof(float)) * kPanel; }
+ESM_INLINE size_t panel_size(const int8*, int64_t in) {
+    return size_t(round_up(in, kInputs8) + groups_of(in) * int64_t(2 * sizeof(float))) * kPanel;
+}
+
+// c = a times one panel, as the other tiles. What a group adds to a row is (its integer sum) x (weight's scale x row's).
+#if defined(__AVX512VNNI__)
+ESM_INLINE I dot(I sum, __m512i a, __m512i b) { return (I)_mm512_dpbusd_epi32((__m512i)sum, a, b); }
+
+template <int R>
+ESM_INLINE void tile(const biased8* a, size_t lda, const int8* panel, int in, float* c, size_t ldc) {
+    for (int first = 0, group = 0; first < in; first += kGroup, ++group) {
+        const int inputs = int(round_up(in - first < kGroup ? in - first : kGroup, kInputs8));
+        const int8* b = panel + 2 * kPanel * sizeof(float);
+        const I c0 = load_as<I>(panel), c1 = load_as<I>(panel + 64);
+        I sums[R][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) sums[r][0] = c0, sums[r][1] = c1;
+        for (int k = 0; k < inputs; k += 4, b += 4 * kPanel) {
+            const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                const __m512i x = _mm512_set1_epi32(load_as<int32_t>(a + r * lda + first + k));
+                sums[r][0] = dot(sums[r][0], x, b0);
+                sums[r][1] = dot(sums[r][1], x, b1);
+            }
+        }
+        const F s0 = load_as<F>(panel + 128), s1 = load_as<F>(panel + 192);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const float x = load_as<float>(scales_of(a + r * lda, in) + group);
+            float* to = c + r * ldc;
+            const F y0 = __builtin_convertvector(sums[r][0], F), y1 = __builtin_convertvector(sums[r][1], F);
+            store(to, first ? fma(y0, s0 * x, load(to)) : y0 * (s0 * x));
+            store(to + N, first ? fma(y1, s1 * x, load(to + N)) : y1 * (s1 * x));
+        }
+        panel = b;
+    }
+}
+#else
+template <int R>
+void tile(const biased8* a, size_t lda, const int8* panel, int in, float* c, size_t ldc) {
+    for (int first = 0, group = 0; first < in; first += kGroup, ++group) {
+        const int inputs = int(round_up(in - first < kGroup ? in - first : kGroup, kInputs8));
+        const int8* b = panel + 2 * kPanel * sizeof(float);
+        for (int r = 0; r < R; ++r) {
+            int32_t sums[kPanel];
+            float scale[kPanel];
+            std::memcpy(sums, panel, sizeof sums);
+            std::memcpy(scale, panel + sizeof sums, sizeof scale);
+            const biased8* row = a + r * lda + first;
+            for (int k = 0; k < inputs; k += 4)
+                for (int o = 0; o < kPanel; ++o)
+                    for (int i = 0; i < 4; ++i) sums[o] += row[k + i].bits * b[k * kPanel + 4 * o + i].bits;
+            const float x = load_as<float>(scales_of(a + r * lda, in) + group);
+            for (int o = 0; o < kPanel; ++o)
+                c[r * ldc + o] = (first ? c[r * ldc + o] : 0.0f) + float(sums[o]) * (scale[o] * x);
+        }
+        panel = b + inputs * kPanel;
+    }
+}
+#endif
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm
