@@ -26,6 +26,11 @@ def layer_norm(x, weight, bias, eps):
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
 
 
+def linear(x, weight, bias):
+    """x W' + b. Weights of 8 bits bring their own definition (esm_fast/quantized.py)."""
+    return weight.linear(x, bias) if hasattr(weight, "linear") else F.linear(x, weight, bias)
+
+
 def gelu(x):
     """The exact GELU, by erf (Hendrycks & Gimpel 2016), as ESM-1b was trained; not the tanh approximation."""
     return F.gelu(x)

@@ -1,8 +1,6 @@
 """gelu_ffn: x + fc2(gelu(fc1(LN(x)))), the second half of a transformer layer, row by row."""
 
-import torch.nn.functional as F
-
-from .common import Maker, gelu, layer_norm, require
+from .common import Maker, gelu, layer_norm, linear, require
 from .registry import Case, Cost, op
 
 
@@ -67,4 +65,4 @@ def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
         (n, width) in x's dtype.
     """
     normed = layer_norm(x, ln_weight, ln_bias, eps).to(fc1_weight.dtype)
-    return x + F.linear(gelu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return x + linear(gelu(linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)

@@ -1,10 +1,9 @@
 """pre_ln_attention: x + out(attention(q, k, v of LN(x))), the first half of a transformer layer, packed."""
 
 import torch
-import torch.nn.functional as F
 
 from .attention_varlen import attention_varlen
-from .common import AWKWARD_LENGTHS, Maker, layer_norm, require, spans
+from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, require, spans
 from .registry import Case, Cost, op
 
 
@@ -120,11 +119,11 @@ def compose(
     n, width = x.shape
     normed = layer_norm(x, ln_weight, ln_bias, eps).to(q_weight.dtype)
     projections = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
-    q, k, v = (F.linear(normed, w, b).view(n, heads, width // heads) for w, b in projections)
+    q, k, v = (linear(normed, w, b).view(n, heads, width // heads) for w, b in projections)
     if rotary is not None:
         q, k = _rotate(q, rotary), _rotate(k, rotary)
     mixed = attention(q, k, v, cu_seqlens, max_seqlen, (width // heads) ** -0.5)
-    out = x + F.linear(mixed.reshape(n, width), out_weight, out_bias)
+    out = x + linear(mixed.reshape(n, width), out_weight, out_bias)
     return (out, q, k) if return_qk else out
 
 

@@ -1,0 +1,96 @@
+"""8-bit weights for inference on CPUs, made without any calibration data.
+
+`ops.quantize` defines their arithmetic. Everything else of the model (embedding, layer norms, softmax and the attention
+products, residual stream, language-model head) stays in bf16 and fp32.
+"""
+
+import torch
+from torch import nn
+
+from . import _C
+from .ops.quantize import Quantized, int8_linear, quantize
+from .packed import MATRICES, PackedWeight
+
+
+class Int8Weight(PackedWeight):
+    """A packed matrix of 8 bits. Its dtype is that of the arithmetic around it: to() changes nothing else."""
+
+    @staticmethod
+    def __new__(cls, weights: _C.Weights, dtype: torch.dtype = torch.bfloat16):
+        packed = torch.Tensor._make_wrapper_subclass(cls, (weights.out, weights.in_), dtype=dtype, device="cpu")
+        packed.weights = weights
+        return packed
+
+    @classmethod
+    def pack(cls, matrix: torch.Tensor) -> "Int8Weight":
+        """A floating-point matrix on the CPU, quantised in fp32."""
+        numbers, scales = quantize(matrix.detach().float())
+        scales = scales.contiguous()
+        return cls(_C.pack_quantized(numbers.data_ptr(), scales.data_ptr(), *matrix.shape))
+
+    def quantized(self) -> Quantized:
+        out, inputs = self.shape
+        numbers, scales = torch.empty(out, inputs, dtype=torch.int8), torch.empty(out, -(-inputs // _C.GROUP))
+        self.weights.unpack_quantized(numbers.data_ptr(), scales.data_ptr())
+        return Quantized(numbers, scales)
+
+    def unpack(self) -> torch.Tensor:
+        """The matrix it stands for, as a new plain tensor."""
+        return self.quantized().values().to(self.dtype)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The definition that the kernels are held to."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("8-bit weights have no gradients; load the model with another dtype")
+        return int8_linear(x, self.quantized(), bias)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].weights, args[0].dtype)
+        dtype = (kwargs or {}).get("dtype")
+        if func is torch.ops.aten._to_copy.default and dtype is not None and dtype.is_floating_point:
+            return cls(args[0].weights, dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __repr__(self, **options) -> str:
+        return f"Int8Weight({self.shape[0]} x {self.shape[1]}, around it {self.dtype})"
+
+
+def quantize_model(model, forget=lambda tensor: None) -> None:
+    """Replaces the matrices of an ESM1's layers by 8-bit ones, one by one, and drops each original.
+
+    Args:
+        forget: is given each original when it is packed.
+    """
+    model.requires_grad_(False)
+    for layer in model.layers:
+        read_by = {layer.self_attn_layer_norm: MATRICES[:3], layer.final_layer_norm: ("fc1",)}
+        factors = {}
+        for norm, names in read_by.items():
+            matrices = [layer.get_submodule(name).weight for name in names]
+            if not any(isinstance(matrix, Int8Weight) for matrix in matrices):
+                factors |= dict.fromkeys(names, _balance(norm, matrices))
+        for name in MATRICES:
+            linear = layer.get_submodule(name)
+            original = linear.weight
+            if not isinstance(original, Int8Weight):
+                balanced = original * factors[name] if name in factors else original
+                linear.weight = nn.Parameter(Int8Weight.pack(balanced), requires_grad=False)
+                forget(original)
+
+
+def _balance(norm: nn.LayerNorm, matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Takes a factor per channel out of a layer norm and returns it, for the matrices that read the norm.
+
+    A layer norm's gain is known without data, and a channel with a large gain would make all others of its group coarse.
+    With the factor sqrt(gain / largest weight) activations and weights share the burden (as in SmoothQuant, Xiao et al.
+    2023, the gain standing in for measured activations). Powers of two: bf16 holds the results exactly.
+    """
+    gain = norm.weight.abs().double()
+    largest = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0).double()
+    exponent = (torch.log2(gain / largest) / 2).round().nan_to_num(0, 0, 0).clamp(-30, 30)
+    factor = torch.exp2(exponent).to(norm.weight.dtype)
+    for parameter in (norm.weight, norm.bias):
+        parameter.data = parameter.data / factor
+    return factor
