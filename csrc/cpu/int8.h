@@ -48,6 +48,17 @@ ESM_INLINE const float* scales_of(const biased8* row, int64_t n) {
 
 typedef uint8_t Bytes __attribute__((vector_size(N)));
 
+// Adding 1.5 * 2^23 rounds to an integer, and leaves it in the lowest byte.
+ESM_INLINE Bytes round_biased(F x) {
+    const U rounded = (U)(x + 12582912.0f);
+#if defined(__AVX512F__)  // GCC makes 60 instructions of __builtin_convertvector
+    const Bytes bytes = (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)rounded);
+#else
+    const Bytes bytes = __builtin_convertvector(rounded, Bytes);
+#endif
+    return bytes ^ uint8_t(kZero);
+}
+
 // One row of n, to the nearest of 255 values a group. The largest magnitude is found as an integer, which puts NaN above
 // infinity above all numbers: the scale is then NaN or infinite, and so is every output of the row. Magnitudes too small
 // to be divided by count as 0.
@@ -56,23 +67,28 @@ void quantize_row(const A* x, int n, biased8* out) {
     float* scales = const_cast<float*>(scales_of(out, n));
     std::memset(out + n, kZero, size_t(round_up(n, kInputs8) - n));
     for (int first = 0; first < n; first += kGroup) {
-        const int end = n - first < kGroup ? n : first + kGroup, whole = first + (end - first) / N * N;
-        I best = {};
-        for (int i = first; i < end; i += N) {
-            const I magnitude = (I)abs(i < whole ? load(x + i) : load_part(x + i, end - i));
+        const int end = n - first < kGroup ? n : first + kGroup, rest = (end - first) % N, whole = end - rest;
+        I best = rest ? (I)abs(load_part(x + whole, rest)) : I{};
+        for (int i = first; i < whole; i += N) {
+            const I magnitude = (I)abs(load(x + i));
             best = best > magnitude ? best : magnitude;
         }
-        int32_t most = best[0];
-        for (int i = 1; i < N; ++i) most = best[i] > most ? best[i] : most;
+        int32_t most[N];
+        std::memcpy(most, &best, sizeof most);
+        for (int width = N / 2; width; width /= 2)
+            for (int i = 0; i < width; ++i) most[i] = most[i] > most[i + width] ? most[i] : most[i + width];
         float largest;
-        std::memcpy(&largest, &most, sizeof largest);
-        const float inverse = largest < kTiniest ? 0.0f : 127.0f / largest;
-        *scales++ = largest < kTiniest ? 0.0f : largest / 127.0f;
-        for (int i = first; i < end; i += N) {
-            const F value = i < whole ? load(x + i) : load_part(x + i, end - i);
-            // Adding 1.5 * 2^23 rounds to an integer, whose lowest byte is the sum's.
-            const Bytes bytes = __builtin_convertvector((U)(value * inverse + 12582912.0f), Bytes) ^ uint8_t(kZero);
-            std::memcpy(out + i, &bytes, size_t(i < whole ? N : end - i));
+        std::memcpy(&largest, most, sizeof largest);
+        const bool none = largest < kTiniest;
+        const float inverse = none ? 0.0f : 127.0f / largest;
+        *scales++ = none ? 0.0f : largest / 127.0f;
+        for (int i = first; i < whole; i += N) {
+            const Bytes bytes = round_biased(load(x + i) * inverse);
+            std::memcpy(out + i, &bytes, sizeof bytes);
+        }
+        if (rest) {
+            const Bytes bytes = round_biased(load_part(x + whole, rest) * inverse);
+            std::memcpy(out + whole, &bytes, size_t(rest));
         }
     }
 }
