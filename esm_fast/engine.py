@@ -11,9 +11,11 @@ import torch
 from . import hub, ops, weights
 from .compat.fair_esm import ProteinBertModel
 from .data import Policy, Records, Report, Tokens, read_fasta, records_from, tokenize
+from .memory import MappedFiles, without_values
 from .models.esm1 import CONFIGS, ESM1
 from .ops.common import spans
 from .ops.registry import require_backend
+from .packed import pack_model, why_not
 from .packing import pack, plan
 
 POOLS = ("mean", "cls", "per_residue")
@@ -24,31 +26,58 @@ _BATCHES_AHEAD = 8
 _SPECIAL = 2  # <cls> and <eos>
 
 
-def load(name_or_path, *, device="auto", dtype="float32", backend=None):
+def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None):
     """Loads a model, as `esm.pretrained` does, and returns (model, alphabet).
 
     Args:
         name_or_path: a published name (esm1b_t33_650M_UR50S, facebook/esm-1b, esm1v_t33_650M_UR90S_1 ... 5), found in
             the torch-hub or Hugging Face cache or downloaded; a fair-esm .pt file; a Hugging Face folder; a file
             written by `esm-fast convert`; or random:NAME[:seed], that architecture with seeded random weights.
-        device: "auto" (a GPU if there is one), or anything torch.device takes.
-        dtype: "float32" (also "auto": the reference's numbers), "bfloat16", "float16", "float64" or a torch.dtype.
+        device: "auto" (a GPU if there is one and the weights are not packed), or anything torch.device takes.
+        dtype: "auto" (float32, the reference's numbers; that of a packed file), "float32", "bfloat16", "float16",
+            "float64" or a torch.dtype.
         backend: name of a backend that must run every op it implements; None takes the best that can run.
+        packed: whether the layers' matrices are held packed for the CPU kernels: half the memory, and for inference
+            only. None: if the file is packed (`esm-fast convert --pack`), which is then mapped and used as it lies;
+            True: yes; "auto": where the CPU kernels are going to run; False: no, all parameters are ordinary tensors.
 
     Raises:
-        FileNotFoundError, weights.CheckpointError, ValueError, ops.BackendError.
+        FileNotFoundError, weights.CheckpointError, ops.BackendError; ValueError, also with the reason why packed
+        weights could not be used here.
     """
     require_backend(backend)
-    wanted = _dtype(dtype)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = str(name_or_path)
+    if packed not in (None, True, False, "auto"):
+        raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
+    wanted, name = _dtype(dtype), str(name_or_path)
     if name.startswith("random:"):
-        model = random_model(name, backend=backend).to(wanted)
+        model = random_model(name, backend=backend).to(wanted or torch.float32)
     else:
         checkpoint = weights.read(hub.resolve(name_or_path))
-        model = weights.build(checkpoint, ProteinBertModel, dtype=wanted, backend=backend)
+        if packed is False:
+            checkpoint = checkpoint.unpacked()
+        elif checkpoint.packed:
+            packed = True
+            _require_own_dtype(checkpoint, wanted)
+            wanted = checkpoint.dtype
+        model = weights.build(checkpoint, ProteinBertModel, dtype=wanted or torch.float32, backend=backend)
+        del checkpoint  # or it would keep what packing drops
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and packed is not True else "cpu"
+    on_cpu = torch.device(device).type == "cpu"
+    if packed is True and not on_cpu:
+        raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
+    if packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
+        pack_model(model, forget=MappedFiles().forget)
     return model.eval().to(device), model.alphabet
+
+
+def _require_own_dtype(checkpoint: weights.Checkpoint, wanted: torch.dtype | None) -> None:
+    if wanted not in (None, checkpoint.dtype):
+        own = str(checkpoint.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{checkpoint.source} holds {own} weights, packed; load it with dtype={own!r} or 'auto', or convert its "
+            "original to the type you want"
+        )
 
 
 def random_model(name: str, *, backend=None) -> ProteinBertModel:
@@ -58,7 +87,7 @@ def random_model(name: str, *, backend=None) -> ProteinBertModel:
     if architecture not in CONFIGS or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
         raise ValueError(f"{name!r}: expected random:NAME[:seed] with NAME one of {', '.join(CONFIGS)}")
     generator = torch.Generator().manual_seed(int(rest[0]) if rest else 0)
-    with torch.device("meta"):
+    with without_values():
         model = ProteinBertModel(CONFIGS[architecture], backend=backend)
     model = model.to_empty(device="cpu")
     model.lm_head.weight = model.embed_tokens.weight  # to_empty gives each its own
@@ -336,10 +365,13 @@ def _layer_number(layer: int, depth: int) -> int:
     return layer % (depth + 1)
 
 
-def _dtype(dtype) -> torch.dtype:
+def _dtype(dtype) -> torch.dtype | None:
+    """The dtype to convert to; None for "auto"."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     try:
-        return DTYPES["float32" if dtype == "auto" else dtype]
+        return DTYPES[dtype]
     except (KeyError, TypeError):
         raise ValueError(f"dtype is {dtype!r}; choose one of auto, {', '.join(DTYPES)}") from None

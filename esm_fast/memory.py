@@ -1,11 +1,30 @@
-"""Handing back pages of memory-mapped checkpoints that have been converted and are not needed again."""
+"""Loading in little more memory than the weights take: models without values, and pages handed back."""
 
 import ctypes
 import mmap
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def without_values():
+    """Modules made in this context have their parameters on the meta device.
+
+    They are not initialised either: on that device the initialisers would do nothing, but import all of sympy first.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) != torch.nn.init.__name__:
+            return function(*args, **(kwargs or {}))
+        return args[0] if args else kwargs["tensor"]
 
 
 class MappedFiles:

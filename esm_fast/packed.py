@@ -147,7 +147,8 @@ def why_not(model) -> str | None:
 
 
 def pack_model(model, forget=lambda tensor: None) -> None:
-    """Replaces the matrices of an ESM1's layers by packed ones, one by one, and drops each original.
+    """Makes an ESM1 one for inference on the CPU kernels: its layers' matrices are packed, one by one, each original
+    dropped, and no parameter takes gradients.
 
     Args:
         forget: is given each original when it is packed.
@@ -157,6 +158,7 @@ def pack_model(model, forget=lambda tensor: None) -> None:
     """
     if (reason := why_not(model)) is not None:
         raise ValueError(f"the weights cannot be packed: {reason}")
+    model.requires_grad_(False)
     for layer in model.layers:
         for name in MATRICES:
             linear = layer.get_submodule(name)

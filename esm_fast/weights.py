@@ -10,16 +10,18 @@ import math
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import _C, packed_file
 from .alphabet import MASK, PAD, TOKENS
-from .memory import MappedFiles
+from .memory import MappedFiles, without_values
 from .models.esm1 import ESM1, Config
+from .packed import PackedWeight, plain
 
 CONTACT_KEYS = {"contact_head.regression.weight", "contact_head.regression.bias"}
 FORMAT = "esm_fast"
@@ -31,16 +33,37 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in fair-esm's canonical keys. kind: "fair-esm", "transformers" or "esm_fast"."""
+    """A checkpoint in fair-esm's canonical keys. kind: "fair-esm", "transformers" or "esm_fast".
+
+    sha256: what our own file says of itself.
+    """
 
     source: Path
     kind: str
     config: Config
     tensors: dict[str, torch.Tensor]
+    sha256: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it holds matrices as `esm-fast convert --pack` stores them."""
+        return any(isinstance(tensor, PackedWeight) for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["embed_tokens.weight"].dtype
+
+    def unpacked(self) -> "Checkpoint":
+        """With plain matrices only, for training and for anything but the CPU kernels."""
+        return replace(self, tensors={key: plain(tensor) for key, tensor in self.tensors.items()})
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
     """Reads a checkpoint file or a Hugging Face folder.
+
+    Args:
+        verify: also compare the packed matrices of a packed file with its checksum, which means to read them all.
+            Otherwise their names and sizes are checked, and everything else in full.
 
     Raises:
         FileNotFoundError, CheckpointError.
@@ -51,7 +74,7 @@ def read(path: str | Path) -> Checkpoint:
     if path.is_dir():
         return _read_hf_folder(path)
     if _is_safetensors(path):
-        return _read_own(path)
+        return _read_own(path, verify)
     content = _torch_load(path)
     if isinstance(content, dict) and isinstance(content.get("args"), Namespace) and "model" in content:
         return _read_fair_esm(path, content)
@@ -70,8 +93,8 @@ def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch
     A missing, extra, mis-shaped or non-finite tensor is a CheckpointError naming it. Without contact regression or
     language-model head the model loads with a warning and says so when these are asked for.
     """
-    with torch.device("meta"):
-        model = model_class(checkpoint.config, backend=backend)
+    with without_values():
+        model = model_class(checkpoint.config, backend=backend).requires_grad_(not checkpoint.packed)
     tensors = dict(checkpoint.tensors)
     _check_tied(checkpoint, tensors)
     if not any(key.startswith("lm_head.") for key in tensors):
@@ -91,17 +114,25 @@ def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch
 
 
 def save(model: ESM1, path: str | Path) -> str:
-    """Writes a model as our own safetensors (no pickle) with its configuration and checksum; returns the checksum."""
+    """Writes a model as our own safetensors (no pickle) with its configuration and checksum; returns the checksum.
+
+    The matrices of a packed model are stored packed.
+    """
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     if not bool(tensors["contact_head.regression.weight"].any()):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
-    digest = checksum(tensors)
-    metadata = {"format": FORMAT, "version": "1", "config": json.dumps(asdict(model.config)), "sha256": digest}
+    config = json.dumps(asdict(model.config))
+    metadata = {"format": FORMAT, "version": "1", "config": config, "sha256": checksum(tensors)}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
+    kinds = {tensor.weights.dtype for tensor in tensors.values() if isinstance(tensor, PackedWeight)}
+    if kinds:
+        metadata |= {"packed": kinds.pop(), "layout": str(_C.LAYOUT), "sha256_start": _start_checksum(config, tensors)}
+        packed_file.write(partial, tensors, metadata)
+    else:
+        save_file(tensors, partial, metadata)
     partial.replace(path)
-    return digest
+    return metadata["sha256"]
 
 
 def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], None] = lambda tensor: None) -> str:
@@ -110,9 +141,15 @@ def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], N
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(packed_file.content(tensor))
         after(tensor)
     return digest.hexdigest()
+
+
+def _start_checksum(config: str, tensors: dict[str, torch.Tensor]) -> str:
+    """What is checked each time a packed file is loaded: all but the panels, which are 99 % of it."""
+    rest = {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, PackedWeight)}
+    return hashlib.sha256((config + checksum(rest)).encode()).hexdigest()
 
 
 # --- fair-esm -------------------------------------------------------------------------------------------------------
@@ -286,7 +323,7 @@ def _hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
 # --- our own --------------------------------------------------------------------------------------------------------
 
 
-def _read_own(path: Path) -> Checkpoint:
+def _read_own(path: Path, verify: bool) -> Checkpoint:
     with _safetensors_errors(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
@@ -297,10 +334,28 @@ def _read_own(path: Path) -> Checkpoint:
         config = Config(**json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read ({error})") from None
-    tensors = _safetensors(path)
-    if checksum(tensors, after=MappedFiles().forget) != metadata.get("sha256"):
+    tensors, forget = _safetensors(path), MappedFiles().forget
+    if "packed" in metadata:
+        tensors, forget = _packed(path, config, tensors, metadata), lambda tensor: None
+    if ("packed" not in metadata or verify) and checksum(tensors, after=forget) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
-    return Checkpoint(path, "esm_fast", config, tensors)
+    return Checkpoint(path, "esm_fast", config, tensors, metadata.get("sha256"))
+
+
+def _packed(path: Path, config: Config, stored: dict[str, torch.Tensor], metadata: dict[str, str]):
+    """The tensors of a file of `esm-fast convert --pack`; the panels stay unread."""
+    if metadata.get("layout") != str(_C.LAYOUT):
+        raise CheckpointError(
+            f"{path} holds packed weights in layout {metadata.get('layout')}, this version of esm_fast reads layout "
+            f"{_C.LAYOUT}; convert the original again"
+        )
+    try:
+        tensors = packed_file.view(stored, config, metadata["packed"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged or was rewritten: {error}; convert the original again") from None
+    if _start_checksum(metadata["config"], tensors) != metadata.get("sha256_start"):
+        raise CheckpointError(f"{path} is damaged: it does not match its checksum; convert or download it again")
+    return tensors
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -373,9 +428,15 @@ def _check_tensors(source: Path, tensors: dict[str, torch.Tensor], expected: dic
 
 
 def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors in dtype, each checked to be finite, in little more memory than the result takes."""
+    """The tensors in dtype, each checked to be finite, in little more memory than the result takes.
+
+    Packed ones were checked when they were packed, and keep their type.
+    """
     mapped, problems, converted = MappedFiles(), [], {}
     for key, tensor in tensors.items():
+        if isinstance(tensor, PackedWeight):
+            converted[key] = tensor
+            continue
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
             problems.append(f"{key} holds NaN or infinity")
         converted[key] = tensor.to(dtype)

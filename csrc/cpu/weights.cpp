@@ -69,13 +69,12 @@ struct Work {
 };
 
 std::shared_ptr<void> allocate(size_t bytes) {
-    // Whole huge pages where they would be filled anyway: fewer of the TLB misses that end a prefetch.
-    const size_t unit = bytes >= kHugePage ? kHugePage : kAlignment;
-    const size_t whole = (bytes + unit - 1) / unit * unit;
-    std::shared_ptr<void> memory(std::aligned_alloc(unit, whole ? whole : unit), std::free);
+    // Huge pages as far as they are filled: fewer of the TLB misses that end a prefetch.
+    const size_t huge = bytes / kHugePage * kHugePage, unit = huge ? kHugePage : kAlignment;
+    std::shared_ptr<void> memory(std::aligned_alloc(unit, bytes ? (bytes + unit - 1) / unit * unit : unit), std::free);
     if (!memory) throw std::bad_alloc();
 #if defined(__linux__)
-    if (unit == kHugePage) madvise(memory.get(), whole, MADV_HUGEPAGE);
+    if (huge) madvise(memory.get(), huge, MADV_HUGEPAGE);
 #endif
     return memory;
 }

@@ -106,8 +106,8 @@ def dtype_of(args: argparse.Namespace) -> str:
     return chosen
 
 
-def load_model(name: str, *, device="auto", dtype="float32", backend=None, threads=None):
-    """The model; warnings and BackendError become lines for the user."""
+def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=None):
+    """The model, packed where the CPU kernels are going to run; warnings and BackendError become lines for the user."""
     import torch
 
     from .. import _C, engine
@@ -125,7 +125,7 @@ def load_model(name: str, *, device="auto", dtype="float32", backend=None, threa
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, _ = engine.load(name, device=device, dtype=dtype, backend=backend)
+            model, _ = engine.load(name, device=device, dtype=dtype, backend=backend, packed="auto")
         if backend:
             next(engine.embed(model, ["M"]))  # one that cannot run here says so now, not after the input is read
     except BackendError as error:

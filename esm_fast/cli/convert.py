@@ -11,10 +11,15 @@ DESCRIPTION = """\
 Reads a fair-esm .pt file (with its contact regression beside it), a Hugging Face folder or a
 converted file, checks every tensor, and writes one safetensors file that holds no code, loads
 memory-mapped, and carries its configuration and a checksum. The file is read back and compared
-before it gets its name."""
+before it gets its name.
+
+With --pack the layers' matrices are stored as the CPU kernels read them. Loading such a file reads
+next to nothing, and processes on one machine share its memory. It is for inference on CPUs; its
+matrices are compared with the checksum by esm-fast info OUT, not each time it is loaded."""
 EXAMPLES = """\
   esm-fast convert esm1b_t33_650M_UR50S.pt esm1b.safetensors
   esm-fast convert facebook/esm-1b esm1b.bf16.safetensors --dtype bfloat16
+  esm-fast convert facebook/esm-1b esm1b.packed.safetensors --dtype bfloat16 --pack
 """
 
 
@@ -23,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in SOURCE")
+    parser.add_argument("--pack", action="store_true", help="pack the matrices for the CPU kernels")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,21 +39,29 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from .. import hub, weights
+    from ..memory import MappedFiles
+    from ..packed import NAMES, pack_model
     from ..writers.files import atomic
 
-    checkpoint = weights.read(hub.resolve(args.source))
-    dtype = getattr(torch, args.dtype) if args.dtype else checkpoint.tensors["embed_tokens.weight"].dtype
+    checkpoint = weights.read(hub.resolve(args.source)).unpacked()
+    kind, source = checkpoint.kind, checkpoint.source
+    dtype = getattr(torch, args.dtype) if args.dtype else checkpoint.dtype
+    if args.pack and dtype not in NAMES:
+        raise InputError("--pack stores float32 or bfloat16; give --dtype bfloat16")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = weights.build(checkpoint, dtype=dtype)
+        model = weights.build(checkpoint, dtype=dtype, backend="cpu" if args.pack else None)
+    del checkpoint  # or it would keep what packing drops
+    if args.pack:
+        pack_model(model, forget=MappedFiles().forget)
     with atomic(out) as temporary:
         digest = weights.save(model, temporary)
-        _compare(weights.read(temporary), model)
+        _compare(weights.read(temporary, verify=True), model)
     for warning in caught:
         print(f"note      {warning.message}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"source    {checkpoint.source} ({checkpoint.kind})")
-    print(f"model     {parameters:,} parameters, {str(dtype).removeprefix('torch.')}")
+    print(f"source    {source} ({kind})")
+    print(f"model     {parameters:,} parameters, {str(dtype).removeprefix('torch.')}{', packed' if args.pack else ''}")
     print(f"sha256    {digest}  (of the tensors; read back and equal)")
     print(f"output    {out} ({human_bytes(out.stat().st_size)})")
 

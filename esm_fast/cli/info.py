@@ -155,7 +155,7 @@ def _print_checkpoint(name: str) -> None:
 
     from .. import hub, weights
 
-    checkpoint = weights.read(hub.resolve(name))
+    checkpoint = weights.read(hub.resolve(name), verify=True)
     weights.build(checkpoint)  # every tensor checked
     parameters = sum(tensor.numel() for key, tensor in checkpoint.tensors.items() if key != "lm_head.weight")
     size = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
@@ -163,11 +163,12 @@ def _print_checkpoint(name: str) -> None:
     own = checkpoint.kind == weights.FORMAT
     print(f"file        {checkpoint.source}")
     print(f"kind        {checkpoint.kind}")
-    print(f"parameters  {parameters:,}, {', '.join(sorted(dtypes))}, {human_bytes(size)}")
+    packed = ", packed for the CPU kernels" if checkpoint.packed else ""
+    print(f"parameters  {parameters:,}, {', '.join(sorted(dtypes))}, {human_bytes(size)}{packed}")
     for key, value in asdict(checkpoint.config).items():
         print(f"  {key:22} {value}")
     print(f"contacts    {'fitted' if set(checkpoint.tensors) >= weights.CONTACT_KEYS else 'no regression'}")
     if own:
-        print(f"sha256      {weights.checksum(checkpoint.tensors)} (right)")
+        print(f"sha256      {checkpoint.sha256} (right)")
     else:
         print("sha256      none in this format; esm-fast convert writes one")

@@ -96,7 +96,7 @@ class _Pretrained:
             path = hub.cached(hub.canonical_name(name)) if kwargs.get("local_files_only") else hub.resolve(name)
         if path is None or not path.is_file():
             return super().from_pretrained(path if path and path.is_dir() else name, *args, **kwargs)
-        checkpoint = weights.read(path)
+        checkpoint = weights.read(path).unpacked()
         fields = _hf_config(checkpoint.config)
         config, kwargs = transformers.EsmConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
         tensors = _hf_tensors(cls, config, checkpoint)
