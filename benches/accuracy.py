@@ -60,8 +60,14 @@ def hugging_face(size: Size, state: State) -> PerResidue:
     return run
 
 
+def rounded_weights(size: Size, state: State) -> PerResidue:
+    """What bf16 weights cost by themselves: the rest is exact to fp32."""
+    return ours("float32")(size, {name: tensor.bfloat16().float() for name, tensor in state.items()})
+
+
 ARITHMETICS = {
     OURS: ours("float32"),
+    "fp32 on bf16 weights": rounded_weights,
     "torch bf16, fp32 residual": ours("bfloat16", "reference"),
     "Hugging Face bf16": hugging_face,
     "esm_fast bf16": ours("bfloat16"),

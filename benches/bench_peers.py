@@ -65,7 +65,13 @@ def parse(argv) -> argparse.Namespace:
     )
     names = [peer.name for peer in PEERS]
     add = parser.add_argument
-    add("--peers", nargs="+", choices=names, default=names, metavar="PEER", help=f"any of {', '.join(names)}")
+    add(
+        "--peers",
+        nargs="+",
+        choices=names,
+        metavar="PEER",
+        help=f"any of {', '.join(names)} (default: all; held to AVX2, where torch's bf16 takes minutes, those in fp32)",
+    )
     add("--fasta", type=Path, default=SAMPLE, help="proteins to embed (default: the sample in examples/)")
     add("--residues", type=int, default=10000, help="about how many, in whole batches of the file (default 10000)")
     add("--proteins", type=int, help="instead: so many proteins of mixed lengths, which pad more")
@@ -80,7 +86,9 @@ def parse(argv) -> argparse.Namespace:
     add("--tiny", action="store_true", help="a toy model: only to see that everything runs")
     add("--seed", type=int, default=0, help="of the random weights")
     add("--out", type=Path, default=Path("out/peers"), help="folder of the results (default out/peers)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.peers = args.peers or [peer.name for peer in PEERS if args.isa != "avx2" or peer.dtype == "fp32"]
+    return args
 
 
 def proteins_of(args, whole: Proteins) -> Proteins:

@@ -1,6 +1,7 @@
 """The peers of the side-by-side runs, and ourselves."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -10,13 +11,22 @@ from torch_peers import fair_esm, hugging_face, torch_packed
 
 
 def our_model(size: Size, state: dict[str, torch.Tensor], dtype: str, backend: str | None = None):
-    """ESM1 on the shared weights."""
+    """ESM1 on the shared weights; without a named backend packed or quantised, as the command line loads it."""
     from esm_fast.engine import DTYPES
     from esm_fast.models.esm1 import ESM1, Config
+    from esm_fast.packed import pack_model, why_not
 
     with torch.device("meta"):
         model = ESM1(Config(**vars(size)), backend=backend)
-    model.load_state_dict({k: v.to(DTYPES[dtype]) for k, v in state.items()}, assign=True)
+    plain = DTYPES["float32" if dtype == "int8" else dtype]
+    model.load_state_dict({name: tensor.to(plain) for name, tensor in state.items()}, assign=True)
+    if dtype == "int8":
+        from esm_fast.quantized import quantize_model
+
+        quantize_model(model)
+        model.to(torch.bfloat16)
+    elif backend is None and why_not(model) is None:
+        pack_model(model)
     return model.eval()
 
 
@@ -37,9 +47,7 @@ def ours(dtype: str) -> Callable[[Setup], Run]:
 
 
 def int8_missing() -> str:
-    from esm_fast.engine import DTYPES
-
-    return "" if "int8" in DTYPES else "esm_fast.load has no int8 here"
+    return "" if find_spec("esm_fast.quantized") else "this version of esm_fast has no 8-bit weights"
 
 
 OURS = "esm_fast-"  # how the names of our own begin

@@ -136,7 +136,7 @@ def test_latency_is_of_one_protein_of_that_length(bench, fasta, tmp_path):
     assert bench.main([*arguments, "--latency", "150", "--profile"]) == 0
     written = json.loads((tmp_path / "peers.json").read_text())
     assert written["header"]["work"].startswith("1 of the 20 proteins of proteins.fasta, 150 residues (150 to 150")
-    assert "| op: pre_ln_attention" in (tmp_path / "peers.md").read_text()
+    assert "| op: embedding" in (tmp_path / "peers.md").read_text()
     with pytest.raises(SystemExit, match="no protein of the file has 1023 residues"):
         bench.main([*arguments, "--latency", "1023"])
 
