@@ -16,11 +16,11 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Full-size ESM-1b against its peers, side by side: about 8 GB of packages, 12 GB of memory, tens of minutes.
+# Full-size ESM-1b against its peers, side by side: about 8 GB of packages, 16 GB of memory, an hour.
 bench: .venv/bench
 	mkdir -p out
 	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
-	$(BIN)/python benches/bench_peers.py --out out/peers
+	$(BIN)/python benches/bench_peers.py --profile --out out/peers
 
 .venv/core: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .
