@@ -2,7 +2,7 @@
 // GEMM's tiles; a few query rows at a time get all their scores at once, and an ordinary softmax.
 #pragma once
 
-#include "gemm.h"
+#include "amx.h"
 #include "rows.h"
 
 namespace esm {
@@ -108,15 +108,15 @@ void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t 
     const int key_panels = panels_of(length), dim_panels = panels_of(dim);
     const A *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
     const size_t ld_scores = size_t(key_panels) * kPanel;
-    float* scores = static_cast<float*>(scratch(5, kRows * ld_scores * sizeof(float)));
-    A* weights = static_cast<A*>(scratch(6, kRows * ld_scores * sizeof(A)));
+    float* scores = static_cast<float*>(scratch(5, kTileRows<A> * ld_scores * sizeof(float)));
+    A* weights = static_cast<A*>(scratch(6, kTileRows<A> * ld_scores * sizeof(A)));
     const float scale = 1.0f / __builtin_sqrtf(float(dim));
-    Tiles{end - begin}.each([&](int64_t row, int height) {
+    Tiles<A>{end - begin}.each([&](int64_t row, int height) {
         const int64_t first = begin + row;
         for (int panel = 0; panel < key_panels; ++panel)
             tile_of(height, q + first * ld, ld, keys + panel * panel_size(keys, dim), dim, scores + panel * kPanel,
                     ld_scores);
-        float inverse[kRows];
+        float inverse[kTileRows<A>];
         for (int r = 0; r < height; ++r)
             inverse[r] = 1.0f / softmax_weights(scores + r * ld_scores, length, scale, weights + r * ld_scores);
         gemm(weights, ld_scores, height, values, length, 0, dim_panels,

@@ -9,6 +9,7 @@
 
 #include "../threads.h"
 #include "clock.h"
+#include "detect.h"
 #include "table.h"
 #include "weights.h"
 
@@ -226,6 +227,13 @@ std::vector<std::string> isas() {
     return names;
 }
 
+py::dict missing_isas() {
+    py::dict reasons;
+    for (int i = 0; i < levels(); ++i)
+        if (!runs(i)) reasons[level(i)] = missing(level(i), machine());
+    return reasons;
+}
+
 double peak(const std::string& dtype) {
     const Type type = type_of(dtype);
     py::gil_scoped_release release;
@@ -267,8 +275,10 @@ void bind(py::module_& module) {
     module.def("pool", &pool);
     module.def("int8_linear", &int8_linear, "x"_a, "rows"_a, "weights"_a, "result"_a);
     module.attr("GROUP") = kGroup;  // inputs that share a scale in int8 weights
-    // Instruction-set levels this machine runs, worst first; the one in use; another one, by name.
+    // Instruction-set levels this machine runs, worst first; what it lacks for the others; the one in use; another one,
+    // by name.
     module.def("isas", &isas);
+    module.def("missing_isas", &missing_isas);
     module.def("isa", [] { return active().name; });
     module.def("set_isa", [](const std::string& name) { select(name.c_str()); }, "name"_a);
     module.def("peak", &peak, "dtype"_a);

@@ -11,7 +11,7 @@ namespace {
 
 // Query rows of one task. Fixed, since their columns' sums are added task by task: the order of that sum must not
 // depend on the number of threads.
-constexpr int kContactRows = 8 * kRows;
+constexpr int kContactRows = 96;
 
 // Sequences up to this long go through `exact_contacts`.
 constexpr int kExactLength = 32;
@@ -96,9 +96,9 @@ struct Contacts {
         const int begin = task * kContactRows, rows = length - begin < kContactRows ? length - begin : kContactRows;
         std::memset(total + begin * ld, 0, rows * ld * sizeof(float));
         std::memset(partial_of(task, 0), 0, heads * ld * sizeof(float));
-        float* scores = static_cast<float*>(scratch(5, kRows * ld * sizeof(float)));
+        float* scores = static_cast<float*>(scratch(5, kTileRows<A> * ld * sizeof(float)));
         for (int head = 0; head < heads; ++head)
-            Tiles{rows}.each([&](int64_t first, int height) {
+            Tiles<A>{rows}.each([&](int64_t first, int height) {
                 const A* from = queries + (size_t(head) * length + begin + first) * dim;
                 for (int panel = 0; panel < panels(); ++panel)
                     tile_of(height, from, dim, keys + head * keys_size() + panel * panel_size(keys, dim), dim,

@@ -111,7 +111,7 @@ void masked_lm_head_of(const HeadCall& call) {
     };
 
     const int panels = panels_of(width), table_panels = panels_of(tokens);
-    if (few(call.rows)) {
+    if (few<W>(call.rows)) {
         A* rows = buffer<A>(2, call.rows, ld);
         float* hidden = buffer<float>(3, call.rows, ld_hidden);
         take(0, call.rows, rows);

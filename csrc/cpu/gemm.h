@@ -13,6 +13,10 @@ namespace {
 // Rows of a tile: kRows x 2 vectors of sums fill most of the registers, with room for two vectors of weights.
 constexpr int kRows = N == 16 ? 12 : 6;
 
+// Rows of a tile for activations A: as above, but for amx.h.
+template <class A>
+constexpr int kTileRows = kRows;
+
 // Type of the activations that multiply weights W. With a bf16 dot product they are bf16 too; without, products are
 // in fp32 and rounding the activations would only lose digits.
 template <class W>
@@ -138,11 +142,12 @@ void tile_of(int rows, const A* a, size_t lda, const W* panel, int in, float* c,
 }
 
 // Tiles of nearly equal height: 13 rows go as 7 and 6, because a tile of one row waits for its own sums.
+template <class A>
 struct Tiles {
     int64_t rows;
     template <class Body>
     ESM_INLINE void each(const Body& body) const {
-        int64_t left = (rows + kRows - 1) / kRows;
+        int64_t left = (rows + kTileRows<A> - 1) / kTileRows<A>;
         for (int64_t row = 0; row < rows; --left) {
             const int height = int((rows - row + left - 1) / left);
             body(row, height);
@@ -156,10 +161,10 @@ template <class A, class W, class Finish>
 void gemm(const A* a, size_t lda, int64_t rows, const W* packed, int in, int first_panel, int last_panel,
           const Finish& finish) {
     const double start = clock_start();
-    alignas(64) float c[kRows * kPanel];
+    alignas(64) float c[kTileRows<A> * kPanel];
     for (int panel = first_panel; panel < last_panel; ++panel) {
         const W* weights = packed + panel * panel_size(packed, in);
-        Tiles{rows}.each([&](int64_t row, int height) {
+        Tiles<A>{rows}.each([&](int64_t row, int height) {
             tile_of(height, a + row * lda, lda, weights, in, c, kPanel);
             finish(c, row, height, panel * kPanel);
         });

@@ -7,11 +7,9 @@
 #include <string>
 
 #include "../threads.h"
+#include "detect.h"
 #include "table.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,62 +17,27 @@
 namespace esm {
 namespace cpu {
 
-extern const Table kernels_base;
-#if defined(ESM_X86_LEVELS)
-extern const Table kernels_avx2, kernels_avx512, kernels_avx512bf16;
-#endif
+// CMake says which levels there are, best last: ESM_LEVELS is X(base) X(avx2) and so on.
+#define X(level) extern const Table kernels_##level;
+ESM_LEVELS
+#undef X
 
 namespace {
 
-#if defined(ESM_X86_LEVELS)
-struct Cpu {
-    bool avx2 = false, avx512 = false, avx512bf16 = false;
-
-    // A level needs the CPU's word for its instructions (CPUID) and the system's for saving its registers (XGETBV).
-    Cpu() {
-        unsigned a, b, c, d;
-        if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-        const bool fma = c & bit_FMA, f16c = c & bit_F16C, saves = c & bit_OSXSAVE;
-        if (!saves || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-        unsigned low, high;
-        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-        const bool ymm = (low & 0x06) == 0x06, zmm = (low & 0xe6) == 0xe6;
-        const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-        avx2 = ymm && fma && f16c && (b & bit_AVX2);
-        avx512 = avx2 && zmm && (b & wanted) == wanted;
-        const unsigned subleafs = a;
-        if (avx512 && subleafs >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512bf16 = a & (1u << 5);
-    }
-};
-const Cpu& cpu() {
-    static const Cpu found;
-    return found;
-}
-#endif
-
-struct Level {
-    const Table* table;
-    bool (*runs)();
-};
-
-const Level kLevels[] = {
-    {&kernels_base, [] { return true; }},
-#if defined(ESM_X86_LEVELS)
-    {&kernels_avx2, [] { return cpu().avx2; }},
-    {&kernels_avx512, [] { return cpu().avx512; }},
-    {&kernels_avx512bf16, [] { return cpu().avx512bf16; }},
-#endif
-};
+#define X(level) &kernels_##level,
+const Table* const kLevels[] = {ESM_LEVELS};
+#undef X
 constexpr int kCount = int(sizeof kLevels / sizeof *kLevels);
 
 const Table* find(const std::string& name) {
     std::string known;
-    for (const Level& candidate : kLevels) {
-        if (name == candidate.table->name) {
-            if (candidate.runs()) return candidate.table;
-            throw std::invalid_argument("this machine does not run the instruction set '" + name + "'");
+    for (const Table* candidate : kLevels) {
+        if (name == candidate->name) {
+            const std::string lacks = missing(name, machine());
+            if (lacks.empty()) return candidate;
+            throw std::invalid_argument("this machine does not run the instruction set '" + name + "': it has no " + lacks);
         }
-        known += (known.empty() ? "" : ", ") + std::string(candidate.table->name);
+        known += (known.empty() ? "" : ", ") + std::string(candidate->name);
     }
     throw std::invalid_argument("there is no instruction set '" + name + "'; choose one of " + known);
 }
@@ -84,8 +47,8 @@ const Table* first_choice() {
     if (forced && *forced) return find(forced);
     int best = 0;
     for (int i = 0; i < kCount; ++i)
-        if (kLevels[i].runs()) best = i;
-    return kLevels[best].table;
+        if (runs(i)) best = i;
+    return kLevels[best];
 }
 
 const Table*& chosen() {
@@ -122,8 +85,8 @@ class Scratch {
 
 const Table& active() { return *chosen(); }
 int levels() { return kCount; }
-const char* level(int i) { return kLevels[i].table->name; }
-bool runs(int i) { return kLevels[i].runs(); }
+const char* level(int i) { return kLevels[i]->name; }
+bool runs(int i) { return missing(level(i), machine()).empty(); }
 void select(const char* name) { chosen() = find(name); }
 
 void parallel(size_t n, size_t grain, void (*body)(void*, size_t, size_t), void* context) {

@@ -19,23 +19,24 @@ namespace {
 template <class W>
 double peak_of() {
     typedef typename OperandOf<W>::type A;
-    constexpr int kInner = sizeof(W) == 1 ? kGroup : 64, kRounds = 1280000 / kInner;
+    constexpr int kHeight = kTileRows<A>, kInner = sizeof(W) == 1 || kHeight == 32 ? kGroup : 64;
+    constexpr int kRounds = 1280000 / kInner;
     const size_t threads = size_t(parallel_width());
     const double start = seconds();
     each(threads, 1, [&](size_t begin, size_t end) {
         const size_t ld = leading<A>(kInner);
-        A* a = buffer<A>(1, kRows, ld);
+        A* a = buffer<A>(1, kHeight, ld);
         W* panel = buffer<W>(2, 1, panel_size(static_cast<W*>(nullptr), kInner));
-        std::memset(a, 0, kRows * ld * sizeof *a);
+        std::memset(a, 0, kHeight * ld * sizeof *a);
         std::memset(panel, 0, panel_size(panel, kInner) * sizeof *panel);
-        alignas(64) float c[kRows * kPanel];
+        alignas(64) float c[kHeight * kPanel];
         for (size_t i = begin; i < end; ++i)
             for (int round = 0; round < kRounds; ++round) {
-                tile_of(kRows, a, ld, panel, kInner, c, kPanel);
+                tile_of(kHeight, a, ld, panel, kInner, c, kPanel);
                 asm volatile("" : : "r"(a), "r"(panel), "r"(c) : "memory");  // or the loop would be no work at all
             }
     });
-    return 2.0 * kRows * kPanel * kInner * kRounds * double(threads) / (seconds() - start) / 1e9;
+    return 2.0 * kHeight * kPanel * kInner * kRounds * double(threads) / (seconds() - start) / 1e9;
 }
 double peak(Type type) { ESM_BY_TYPE(type, peak_of, ()); }
 void gelu_ffn(const FfnCall& call) { ESM_BY_TYPE(call.fc1.type, gelu_ffn_of, (call)); }

@@ -217,7 +217,7 @@ float* vectors_memory(int64_t floats) { return buffer<float>(kVectors, floats, 1
 template <class W>
 void pre_ln_attention_of(const AttentionCall& call) {
     const Attention<W> attention(call, vectors_memory(Attention<W>::vectors(call)));
-    if (few(call.rows)) {
+    if (few<W>(call.rows)) {
         attention.project_by_panels();
         attention.attend();
         attention.finish_by_panels();
@@ -231,7 +231,7 @@ void pre_ln_attention_of(const AttentionCall& call) {
 template <class W>
 void gelu_ffn_of(const FfnCall& call) {
     const Ffn<W> ffn(call, vectors_memory(Ffn<W>::vectors(call)));
-    if (few(call.rows))
+    if (few<W>(call.rows))
         ffn.by_panels();
     else
         each_block(call.rows, [&](int64_t first, int64_t last) { ffn.rows(first, last); });
@@ -255,7 +255,7 @@ void transformer_stack_of(const StackCall& call) {
         return Attention<W>(call.layers[i].attention, memory + i % 2 * attention_floats);
     };
     const int64_t rows = call.layers->attention.rows;
-    const bool by_panels = few(rows);
+    const bool by_panels = few<W>(rows);
 
     Attention<W> attention = attention_of(0);
     if (by_panels)

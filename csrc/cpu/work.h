@@ -1,7 +1,7 @@
 // How the kernels share work among the threads, and the memory they work in.
 #pragma once
 
-#include "gemm.h"
+#include "amx.h"
 #include "rows.h"
 #include "table.h"
 
@@ -17,7 +17,10 @@ ESM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 template <class Body>
 void each(size_t n, size_t grain, const Body& body) {
-    const auto run = [](void* context, size_t begin, size_t end) { (*static_cast<const Body*>(context))(begin, end); };
+    const auto run = [](void* context, size_t begin, size_t end) {
+        (*static_cast<const Body*>(context))(begin, end);
+        release_tiles();
+    };
     parallel(n, grain, run, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
@@ -41,7 +44,10 @@ void each_panel(int panels, const Body& body) {
 }
 
 // With few rows a thread: the threads share the weights' columns, not the rows, so that each weight is read once.
-bool few(int64_t rows) { return rows < int64_t(kRows) * parallel_width(); }
+template <class W>
+bool few(int64_t rows) {
+    return rows < int64_t(kTileRows<typename OperandOf<W>::type>) * parallel_width();
+}
 
 template <class W>
 const W* weights_of(const Packed& packed) {

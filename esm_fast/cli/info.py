@@ -55,6 +55,8 @@ def _print_machine() -> None:
     flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
     print(f"          {' '.join(flag for flag in _FLAGS if flag in flags) or 'no known instruction-set flags'}")
     print(f"kernels   {_C.isa()}, of {', '.join(_C.isas())} (ESM_FAST_ISA forces one)")
+    for level, lacks in list(_C.missing_isas().items())[:1]:  # the next better one; those after it lack more
+        print(f"          {level} needs {lacks}")
     print(f"threads   {torch.get_num_threads()} for torch and our kernels, {_C.threads()} for input and packing")
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"

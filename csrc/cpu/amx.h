@@ -1,0 +1,227 @@
+// Rows x packed weights of bf16 or 8 bits on AMX's tile registers, in the place of the products of gemm.h and int8.h
+// where the CPU has them.
+//
+// A tile of 32 rows x 32 outputs takes all eight registers: four of sums, two of rows, two of weights, so that every
+// load feeds two products. Packed weights are tiles as they stand: a step is 16 lines, of 32 outputs with 2 inputs side
+// by side (bf16) or 4 (8 bits), the left 16 outputs in the first half of each line, the right 16 in the second.
+#pragma once
+
+#include "int8.h"
+
+#if defined(ESM_EMULATE_AMX)
+#include "amx_emulator.h"
+#endif
+
+namespace esm {
+namespace cpu {
+namespace {
+
+#if defined(__AMX_BF16__)
+
+constexpr int kRegisterRows = 16;
+constexpr size_t kLine = 128;
+template <>
+constexpr int kTileRows<bf16> = 2 * kRegisterRows;
+template <>
+constexpr int kTileRows<biased8> = 2 * kRegisterRows;
+
+// Height of the tile that this thread's registers are configured for, 0 without a configuration.
+thread_local int configured_height = 0;
+
+// The registers of rows and sums get the very rows that a tile has: nothing beyond them is read or written.
+ESM_INLINE void configure(int height) {
+    if (height == configured_height) return;
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    const int upper = height < kRegisterRows ? height : kRegisterRows, lower = height - upper;
+    const int rows[8] = {upper, upper, lower, lower, upper, lower, kRegisterRows, kRegisterRows};
+    for (int i = 0; i < 8; ++i) config.rows[i] = uint8_t(rows[i]), config.row_bytes[i] = rows[i] ? 64 : 0;
+    asm volatile("" : : "r"(&config) : "memory");  // the intrinsic does not say that it reads all of it
+    _tile_loadconfig(&config);
+    configured_height = height;
+}
+
+// For the end of each piece of a thread's work (each() in work.h), whose first tile has configured the registers. A
+// thread that parked or went back to Python with live tiles would have the system save and restore their 8 KB at every
+// switch, and other code of the process would find our configuration in its way. (After an exception, for want of
+// memory, the next piece releases them.)
+ESM_INLINE void release_tiles() {
+    if (configured_height) _tile_release();
+    configured_height = 0;
+}
+
+// The last inputs of the rows, zeros behind them. What follows a row in memory may be NaN, or another head's queries
+// while another thread is writing there.
+ESM_INLINE void copy_end(const bf16* a, size_t lda, int height, int count, bf16* to) {
+    const __mmask32 mask = (__mmask32(1) << count) - 1;
+    for (int r = 0; r < height; ++r) _mm512_store_si512(to + r * kInputs, _mm512_maskz_loadu_epi16(mask, a + r * lda));
+}
+
+// The weights of so many steps stay in the first-level cache for the next tile of rows; the rest, and the rows, pass it
+// by.
+constexpr int kKept = 20;
+
+// One step of a tile: the sums += rows (`stride` bytes apart) x 16 lines of a panel.
+template <class A>
+ESM_INLINE void step(int number, bool lower, const A* rows, size_t stride, const void* lines) {
+    const char *upper = reinterpret_cast<const char*>(rows), *left = static_cast<const char*>(lines), *right = left + 64;
+    // The intrinsics do not say what they read: all stores before this line are made before them.
+    asm volatile("" : : "r"(upper), "r"(left) : "memory");
+    _tile_stream_loadd(4, upper, stride);
+    if (number < kKept) {
+        _tile_loadd(6, left, kLine);
+        _tile_loadd(7, right, kLine);
+    } else {
+        _tile_stream_loadd(6, left, kLine);
+        _tile_stream_loadd(7, right, kLine);
+    }
+    if (lower) _tile_stream_loadd(5, upper + kRegisterRows * stride, stride);
+    if constexpr (sizeof(A) == sizeof(bf16)) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (lower) {
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    } else {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        if (lower) {
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+    }
+}
+
+// The sums, of 4 bytes each, to rows of so many elements.
+template <class T>
+ESM_INLINE void store_sums(bool lower, T* c, size_t ldc) {
+    const size_t stride = ldc * sizeof(T);
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + kRegisterRows, stride);
+    if (lower) {
+        _tile_stored(2, c + kRegisterRows * ldc, stride);
+        _tile_stored(3, c + kRegisterRows * ldc + kRegisterRows, stride);
+    }
+}
+
+// c (height x 32, rows ldc apart) = a (height x in, rows lda apart) times one panel, and `beside` called once for
+// every 32 inputs: the vector units are free meanwhile. The inputs' order is the same for every height.
+template <class Beside>
+ESM_INLINE void tile(int height, const bf16* a, size_t lda, const bf16* panel, int in, float* c, size_t ldc,
+                     const Beside& beside) {
+    const bool lower = height > kRegisterRows;
+    alignas(64) bf16 end[kTileRows<bf16> * kInputs];
+    configure(height);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (lower) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int k = 0, number = 0; k < in; k += kInputs, ++number, panel += kInputs * kPanel) {
+        if (in - k < kInputs) {
+            copy_end(a + k, lda, height, in - k, end);
+            step(number, lower, end, kInputs * sizeof(bf16), panel);
+        } else {
+            step(number, lower, a + k, lda * sizeof(bf16), panel);
+        }
+        beside();
+    }
+    store_sums(lower, c, ldc);
+}
+
+ESM_INLINE void tile_of(int height, const bf16* a, size_t lda, const bf16* panel, int in, float* c, size_t ldc) {
+    tile(height, a, lda, panel, in, c, ldc, [] {});
+}
+
+// The same for 8 bits, a group at a time. A group's sums begin with its corrections, which are the same for every row:
+// a load with a stride of 0.
+inline void tile_of(int height, const biased8* a, size_t lda, const int8* panel, int in, float* c, size_t ldc) {
+    const bool lower = height > kRegisterRows;
+    alignas(64) int32_t sums[kTileRows<biased8> * kPanel];
+    configure(height);
+    for (int first = 0, group = 0, number = 0; first < in; first += kGroup, ++group) {
+        const int8 *lines = panel + 2 * kPanel * sizeof(float), *right = panel + kRegisterRows * sizeof(int32_t);
+        const int inputs = int(round_up(in - first < kGroup ? in - first : kGroup, kInputs8));
+        asm volatile("" : : "r"(panel) : "memory");
+        _tile_loadd(0, panel, 0);
+        _tile_loadd(1, right, 0);
+        if (lower) {
+            _tile_loadd(2, panel, 0);
+            _tile_loadd(3, right, 0);
+        }
+        for (int k = 0; k < inputs; k += kInputs8, ++number, lines += kInputs8 * kPanel)
+            step(number, lower, a + first + k, lda, lines);
+        store_sums(lower, sums, kPanel);
+        const F s0 = load_as<F>(panel + 128), s1 = load_as<F>(panel + 192);
+        for (int r = 0; r < height; ++r) {
+            const float x = load_as<float>(scales_of(a + r * lda, in) + group);
+            float* to = c + r * ldc;
+            const F y0 = __builtin_convertvector(load_as<I>(sums + r * kPanel), F);
+            const F y1 = __builtin_convertvector(load_as<I>(sums + r * kPanel + N), F);
+            store(to, first ? fma(y0, s0 * x, load(to)) : y0 * (s0 * x));
+            store(to + N, first ? fma(y1, s1 * x, load(to + N)) : y1 * (s1 * x));
+        }
+        panel = lines;
+    }
+}
+
+// A tile of sums on its way through the epilogue, some rows at a time.
+struct Finishing {
+    const float* c = nullptr;
+    int64_t row = 0;
+    int height = 0, column = 0, done = 0;
+
+    template <class Finish>
+    ESM_INLINE void advance(int rows, const Finish& finish) {
+        const int more = height - done < rows ? height - done : rows;
+        if (more > 0) finish(c + done * kPanel, row + done, more, column);
+        done += more;
+    }
+};
+
+// gemm.h's, but the epilogue of a tile runs beside the products of the next one, and so do prefetches of the next
+// panel into the second-level cache, which the rows' tiles share out evenly among themselves.
+template <class Finish>
+void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, int first_panel, int last_panel,
+          const Finish& finish) {
+    constexpr int kMostLines = 8;  // prefetches per 32 inputs: more would displace the loads
+    if (rows <= 0) return;
+    const double start = clock_start();
+    alignas(64) float sums[2][kTileRows<bf16> * kPanel];
+    Finishing last;
+    const int steps = int(round_up(in, kInputs) / kInputs), tiles = int((rows + kTileRows<bf16> - 1) / kTileRows<bf16>);
+    const int even = (kPanel + tiles - 1) / tiles, lines = even < kMostLines ? even : kMostLines;
+    const int rows_a_step = (kTileRows<bf16> + steps - 1) / steps;  // so that a tile is finished within the next one
+    bool turn = false;
+    for (int panel = first_panel; panel < last_panel; ++panel) {
+        const bf16* weights = packed + panel * panel_size(packed, in);
+        const char* ahead = reinterpret_cast<const char*>(weights + panel_size(packed, in));
+        const char* end = panel + 1 < last_panel ? ahead + panel_size(packed, in) * sizeof(bf16) : ahead;
+        Tiles<bf16>{rows}.each([&](int64_t row, int height) {
+            float* c = sums[turn];
+            tile(height, a + row * lda, lda, weights, in, c, kPanel, [&] {
+                last.advance(rows_a_step, finish);
+                for (int i = 0; i < lines && ahead < end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+            });
+            last = Finishing{c, row, height, panel * kPanel, 0};
+            turn = !turn;
+        });
+    }
+    last.advance(kTileRows<bf16>, finish);
+    clock_stop(Phase::kGemm, start);
+}
+
+#else
+
+ESM_INLINE void release_tiles() {}
+
+#endif
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm

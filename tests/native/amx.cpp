@@ -1,0 +1,269 @@
+// csrc/cpu/amx.h on the emulator, and the emulator itself, against plain loops. Built and run by tests/test_amx.py:
+// without an argument everything is checked; with one, that single fault is committed, and the emulator must object.
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "work.h"
+
+using namespace esm::cpu;
+
+namespace esm {
+namespace cpu {
+// What work.h needs from outside, on one thread.
+void parallel(size_t n, size_t grain, void (*body)(void*, size_t, size_t), void* context) {
+    for (size_t begin = 0; begin < n; begin += grain) body(context, begin, begin + grain < n ? begin + grain : n);
+}
+int parallel_width() { return 1; }
+void* scratch(int, size_t) { return nullptr; }
+double clock_start() { return 0; }
+void clock_stop(Phase, double) {}
+}  // namespace cpu
+}  // namespace esm
+
+namespace {
+
+std::mt19937 generator(1);
+
+void require(bool ok, const std::string& what) {
+    if (ok) return;
+    std::printf("wrong: %s\n", what.c_str());
+    std::exit(1);
+}
+
+bf16 narrow(float x) {
+    bf16 result;
+    store_part(&result, splat(x), 1);
+    return result;
+}
+float bits(uint32_t word) {
+    float x;
+    std::memcpy(&x, &word, 4);
+    return x;
+}
+
+// Normal numbers, rounded to bf16.
+std::vector<bf16> random(size_t n) {
+    std::normal_distribution<float> normal;
+    std::vector<bf16> values(n);
+    for (bf16& value : values) value = narrow(normal(generator));
+    return values;
+}
+
+// --- the emulator --------------------------------------------------------------------------------------------------
+
+struct Shape {
+    int rows, bytes;
+};
+void configure(const std::vector<Shape>& shapes) {
+    alignas(64) uint8_t config[64] = {1};
+    for (size_t i = 0; i < shapes.size(); ++i)
+        config[48 + i] = uint8_t(shapes[i].rows), config[16 + 2 * i] = uint8_t(shapes[i].bytes);
+    _tile_loadconfig(config);
+}
+
+void check_loads() {
+    uint8_t from[16 * 80], to[16 * 80];
+    for (size_t i = 0; i < sizeof from; ++i) from[i] = uint8_t(i % 251 + 1);
+    configure({{16, 64}, {5, 12}});
+    for (int tile = 0; tile < 2; ++tile) {
+        const int rows = tile ? 5 : 16, bytes = tile ? 12 : 64;
+        std::memset(to, 0, sizeof to);
+        _tile_loadd(tile, from, 80);
+        _tile_stored(tile, to, 80);
+        for (int i = 0; i < 16 * 80; ++i)
+            require(to[i] == (i / 80 < rows && i % 80 < bytes ? from[i] : 0), "a stored tile");
+    }
+    _tile_zero(1);
+    _tile_stored(1, to, 80);
+    for (int i = 0; i < 12; ++i) require(to[i] == 0, "a zeroed tile");
+}
+
+// One product of every shape of whole 4-byte groups, in double: 64 products lose at most their sum's last digits.
+void check_products() {
+    for (int rows : {1, 7, 16})
+        for (int groups : {1, 5, 16})
+            for (int columns : {1, 9, 16}) {
+                const std::vector<bf16> a = random(size_t(rows * groups * 2)), b = random(size_t(groups * columns * 2));
+                std::vector<float> sums(size_t(rows * columns), 0.5f), got(sums.size());
+                configure({{rows, columns * 4}, {rows, groups * 4}, {groups, columns * 4}});
+                _tile_loadd(0, sums.data(), size_t(columns) * 4);
+                _tile_loadd(1, a.data(), size_t(groups) * 4);
+                _tile_loadd(2, b.data(), size_t(columns) * 4);
+                _tile_dpbf16ps(0, 1, 2);
+                _tile_stored(0, got.data(), size_t(columns) * 4);
+                for (int m = 0; m < rows; ++m)
+                    for (int n = 0; n < columns; ++n) {
+                        double truth = 0.5, scale = 0.5;
+                        for (int k = 0; k < 2 * groups; ++k) {
+                            const double x = widen(a[size_t(m * 2 * groups + k)]);
+                            const double y = widen(b[size_t((k / 2 * columns + n) * 2 + k % 2)]);
+                            truth += x * y, scale += __builtin_fabs(x * y);
+                        }
+                        const double wrong = __builtin_fabs(got[size_t(m * columns + n)] - truth);
+                        require(wrong <= 4e-6 * scale, "a product");
+                    }
+            }
+}
+
+// A product of single numbers: sum + (a[0] b[0] + a[2] b[2] + ...) + (a[1] b[1] + a[3] b[3] + ...).
+float product(float sum, const std::vector<float>& a, const std::vector<float>& b) {
+    const int groups = int(a.size()) / 2;
+    std::vector<bf16> left, right;
+    for (float x : a) left.push_back(narrow(x));
+    for (float x : b) right.push_back(narrow(x));
+    configure({{1, 4}, {1, 4 * groups}, {groups, 4}});
+    _tile_loadd(0, &sum, 4);
+    _tile_loadd(1, left.data(), 64);
+    _tile_loadd(2, right.data(), 4);
+    _tile_dpbf16ps(0, 1, 2);
+    _tile_stored(0, &sum, 4);
+    return sum;
+}
+
+void check_rounding() {
+    const float big = 16777216.0f, least = bits(0x00800000), denormal = bits(0x00010000);
+    // One chain would lose the ones one by one; the odd products' own chain keeps them.
+    require(product(0, {big, 1, 0, 1}, {1, 1, 0, 1}) == big + 2, "the two chains of a product");
+    require(product(big, {1, 0, 1, 0}, {1, 0, 1, 0}) == big + 2, "the sum comes last");
+    require(product(0, {big, 0, 1, 0, 1, 0}, {1, 0, 1, 0, 1, 0}) == big, "a rounding per product");
+    // 256 * 256 + 1: the product alone would not fit bf16, so it must not be rounded to it.
+    require(product(-65536, {256, 1}, {256, 1}) == 1, "exact products");
+    require(product(0, {denormal, 0}, {big, 0}) == 0, "a denormal factor");
+    require(product(denormal, {0, 0}, {0, 0}) == 0, "a denormal sum");
+    require(product(0, {least, 0}, {0.5f, 0}) == 0, "a denormal product");
+    require(product(-least, {least, 0}, {1.5f, 0}) == 0, "a denormal result");
+    require(product(0, {least, 0}, {1, 0}) == least, "the least normal number");
+    require(__builtin_isnan(product(0, {__builtin_inff(), 0}, {0, 0})), "infinity times zero");
+}
+
+// --- amx.h ---------------------------------------------------------------------------------------------------------
+
+// A matrix and its packed form, as weights.cpp packs it.
+struct Matrix {
+    int out, in;
+    std::vector<bf16> values;
+    std::vector<bf16> packed;
+
+    Matrix(int out_, int in_) : out(out_), in(in_), values(random(size_t(out_) * size_t(in_))) {
+        const size_t size = panel_size(static_cast<const bf16*>(nullptr), in);
+        packed.resize(size_t(panels_of(out)) * size);
+        for (int o = 0; o < out; ++o)
+            for (int i = 0; i < in; ++i)
+                packed[size_t(o / kPanel) * size + size_t(i / 2 * kPanel + o % kPanel) * 2 + size_t(i % 2)] =
+                    values[size_t(o * in + i)];
+    }
+    // With one row of the other factor: the product, and the sum of its terms' sizes.
+    void times(const bf16* row, int o, double& truth, double& scale) const {
+        truth = scale = 0;
+        for (int i = 0; i < in; ++i) {
+            const double term = double(widen(row[i])) * double(widen(values[size_t(o * in + i)]));
+            truth += term, scale += __builtin_fabs(term);
+        }
+    }
+};
+
+// Rows `ld` apart, in memory that ends with the last row's last value, NaN between the rows: what a product must not
+// read, and what it must not use.
+struct Rows {
+    std::unique_ptr<bf16[]> memory;
+    size_t ld;
+
+    Rows(int rows, int width, size_t ld_) : ld(ld_) {
+        const size_t size = size_t(rows - 1) * ld + size_t(width);
+        memory.reset(new bf16[size]);
+        const std::vector<bf16> values = random(size);
+        for (size_t i = 0; i < size; ++i) memory[i] = i % ld < size_t(width) ? values[i] : bf16{0x7fc0};
+    }
+    const bf16* row(int i) const { return memory.get() + size_t(i) * ld; }
+};
+
+void check_tiles() {
+    for (int in : {1, 2, 20, 31, 32, 33, 64, 95, 700}) {
+        const Matrix weights(kPanel, in);
+        const Rows a(32, in, size_t(in) + 3);
+        float whole[32 * kPanel];
+        for (int height : {32, 31, 17, 16, 15, 5, 1, 2, 20}) {
+            const size_t ldc = kPanel + 5;
+            std::vector<float> c(32 * ldc, -1.0f);
+            tile_of(height, a.row(32 - height), a.ld, weights.packed.data(), in, c.data(), ldc);
+            for (int r = 0; r < 32; ++r)
+                for (int o = 0; o < int(ldc); ++o) {
+                    const float got = c[size_t(r) * ldc + size_t(o)];
+                    if (r >= height || o >= kPanel) {
+                        require(got == -1.0f, "written beyond the tile");
+                        continue;
+                    }
+                    double truth, scale;
+                    weights.times(a.row(32 - height + r), o, truth, scale);
+                    require(__builtin_fabs(got - truth) <= 1e-5 * scale, "a tile");
+                    float& same = whole[(32 - height + r) * kPanel + o];
+                    if (height == 32) same = got;
+                    require(same == got, "the same bits at any height");
+                }
+        }
+    }
+    release_tiles();
+    require(!emulated::state.configured, "released");
+}
+
+void check_gemm() {
+    for (int rows : {0, 1, 16, 31, 33, 75, 97})
+        for (int out : {1, 32, 70, 130}) {
+            const int in = rows == 75 ? 700 : 45;
+            const Matrix weights(out, in);
+            const Rows a(rows ? rows : 1, in, size_t(in));
+            std::vector<int> seen(size_t(rows * out));
+            each(1, 1, [&](size_t, size_t) {
+                gemm(a.row(0), a.ld, rows, weights.packed.data(), in, 0, panels_of(out),
+                     [&](const float* c, int64_t row, int height, int column) {
+                         for (int r = 0; r < height; ++r)
+                             for (int o = column; o < out && o < column + kPanel; ++o) {
+                                 double truth, scale;
+                                 weights.times(a.row(int(row) + r), o, truth, scale);
+                                 const float got = c[r * kPanel + o - column];
+                                 require(__builtin_fabs(got - truth) <= 1e-5 * scale, "a GEMM");
+                                 ++seen[size_t((row + r) * out + o)];
+                             }
+                     });
+            });
+            for (int count : seen) require(count == 1, "every output once");
+            require(!emulated::state.configured, "released after the work");
+        }
+}
+
+void commit(const std::string& fault) {
+    alignas(64) uint8_t config[64] = {1};
+    float memory[256];
+    if (fault == "unconfigured") _tile_zero(0);
+    if (fault == "released") configure({{16, 64}}), _tile_release(), _tile_zero(0);
+    if (fault == "left out") configure({{16, 64}}), _tile_loadd(1, memory, 64);
+    if (fault == "palette") config[0] = 2, _tile_loadconfig(config);
+    if (fault == "reserved") config[5] = 1, _tile_loadconfig(config);
+    if (fault == "too many rows") configure({{17, 64}});
+    if (fault == "rows too long") configure({{16, 65}});
+    if (fault == "rows without bytes") configure({{16, 0}});
+    if (fault == "ninth tile") config[48 + 8] = 16, config[16 + 16] = 64, _tile_loadconfig(config);
+    if (fault == "same tile") configure({{16, 64}, {16, 64}}), _tile_dpbf16ps(0, 1, 1);
+    if (fault == "inputs") configure({{16, 64}, {16, 32}, {16, 64}}), _tile_dpbf16ps(0, 1, 2);
+    if (fault == "rows") configure({{16, 64}, {15, 64}, {16, 64}}), _tile_dpbf16ps(0, 1, 2);
+    if (fault == "outputs") configure({{16, 32}, {16, 64}, {16, 64}}), _tile_dpbf16ps(0, 1, 2);
+    if (fault == "odd bytes") configure({{16, 64}, {16, 62}, {16, 64}}), _tile_dpbf16ps(0, 1, 2);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc > 1) {
+        commit(argv[1]);
+        return 0;
+    }
+    check_loads();
+    check_products();
+    check_rounding();
+    check_tiles();
+    check_gemm();
+    std::printf("right\n");
+}
