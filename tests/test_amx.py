@@ -49,7 +49,7 @@ def at_once(jobs):
 
 def native(folder, *flags, sources=CPU):
     """tests/native/amx.cpp, on the headers of a folder."""
-    return compiled(folder / "amx", *EMULATED, "-O1", *flags, "-I", sources, NATIVE / "amx.cpp")
+    return compiled(folder / "amx.out", *EMULATED, "-O1", *flags, "-I", sources, NATIVE / "amx.cpp")
 
 
 @needs_avx512
@@ -87,6 +87,7 @@ MUTANTS = {
     "inputs beyond the row": ("amx.h", "if (in - k < kInputs)", "if (false)"),
     "rows beyond the tile": ("amx.h", "lower = height - upper;", "lower = height > upper ? kRegisterRows : 0;"),
     "another height's configuration": ("amx.h", "if (height == configured_height)", "if (configured_height)"),
+    "bytes uncorrected": ("amx.h", "_tile_loadd(2, panel, 0);", "_tile_zero(2);"),
     "no epilogue for the last tile": ("amx.h", "    }\n    last.advance(kTileRows<bf16>, finish);\n", "    }\n"),
     "an epilogue cut short": ("amx.h", "(kTileRows<bf16> + steps - 1) / steps;", "kTileRows<bf16> / steps;"),
     "tiles kept": ("amx.h", "if (configured_height) _tile_release();", ""),

@@ -108,6 +108,30 @@ void check_products() {
             }
 }
 
+// Integers, exact up to the ends of their ranges: 16 x 4 products of 255 and -128.
+void check_bytes() {
+    for (int rows : {1, 16})
+        for (int columns : {3, 16}) {
+            uint8_t a[16 * 64], b[16 * 64];
+            int32_t sums[16 * 16], got[16 * 16];
+            for (int i = 0; i < 16 * 64; ++i) a[i] = uint8_t(generator()), b[i] = uint8_t(generator());
+            std::memset(a, 255, 64), std::memset(b, 128, 64);
+            for (int32_t& sum : sums) sum = int32_t(generator() % 1000000);
+            configure({{rows, columns * 4}, {rows, 64}, {16, columns * 4}});
+            _tile_loadd(0, sums, 64);
+            _tile_loadd(1, a, 64);
+            _tile_loadd(2, b, 64);
+            _tile_dpbusd(0, 1, 2);
+            _tile_stored(0, got, 64);
+            for (int m = 0; m < rows; ++m)
+                for (int n = 0; n < columns; ++n) {
+                    int32_t truth = sums[m * 16 + n];
+                    for (int k = 0; k < 64; ++k) truth += a[m * 64 + k] * int8_t(b[k / 4 * 64 + n * 4 + k % 4]);
+                    require(got[m * 16 + n] == truth, "a product of bytes");
+                }
+        }
+}
+
 // A product of single numbers: sum + (a[0] b[0] + a[2] b[2] + ...) + (a[1] b[1] + a[3] b[3] + ...).
 float product(float sum, const std::vector<float>& a, const std::vector<float>& b) {
     const int groups = int(a.size()) / 2;
@@ -209,6 +233,40 @@ void check_tiles() {
     require(!emulated::state.configured, "released");
 }
 
+// Against int8.h's own tile, bit by bit: its sums are exact, and the rest is the same arithmetic.
+void check_bytes_tiles() {
+    for (int in : {1, 64, 65, 256, 300, 1600}) {
+        const size_t ld = leading<biased8>(in), size = panel_size(static_cast<const int8*>(nullptr), in), ldc = kPanel + 5;
+        std::vector<int8> panel(size);
+        for (size_t at = 0, first = 0; at < size; first += kGroup) {
+            const size_t inputs = size_t(round_up(size_t(in) - first < kGroup ? int64_t(in) - int64_t(first) : kGroup, kInputs8));
+            for (int o = 0; o < kPanel; ++o) {
+                const int32_t correction = int32_t(generator() % 100000) - 50000;
+                const float scale = float(generator() % 1000) * 1e-3f;
+                std::memcpy(&panel[at + size_t(o) * 4], &correction, 4);
+                std::memcpy(&panel[at + size_t(kPanel + o) * 4], &scale, 4);
+            }
+            for (size_t i = 0; i < inputs * kPanel; ++i) panel[at + 256 + i].bits = int8_t(int(generator() % 255) - 127);
+            at += group_size(int64_t(inputs));
+        }
+        std::unique_ptr<biased8[]> a(new biased8[32 * ld]);
+        for (int r = 0; r < 32; ++r) {
+            std::vector<float> row(size_t(in) + N);
+            for (float& x : row) x = float(int(generator() % 2001) - 1000);
+            quantize_row(row.data(), in, a.get() + size_t(r) * ld);
+        }
+        for (int height : {32, 17, 16, 3}) {
+            std::vector<float> c(32 * ldc, -1.0f), truth(32 * ldc, -1.0f);
+            const biased8* rows = a.get() + size_t(32 - height) * ld;
+            tile_of(height, rows, ld, panel.data(), in, c.data(), ldc);
+            for (int r = 0; r < height; ++r)
+                tile<1>(rows + size_t(r) * ld, ld, panel.data(), in, truth.data() + size_t(r) * ldc, ldc);
+            require(!std::memcmp(c.data(), truth.data(), c.size() * sizeof(float)), "a tile of bytes");
+        }
+    }
+    release_tiles();
+}
+
 void check_gemm() {
     for (int rows : {0, 1, 16, 31, 33, 75, 97})
         for (int out : {1, 32, 70, 130}) {
@@ -263,7 +321,9 @@ int main(int argc, char** argv) {
     check_loads();
     check_products();
     check_rounding();
+    check_bytes();
     check_tiles();
+    check_bytes_tiles();
     check_gemm();
     std::printf("right\n");
 }
