@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import hub, ops, weights
+from . import hub, ops, quantized, weights
 from .compat.fair_esm import ProteinBertModel
 from .data import Policy, Records, Report, Tokens, read_fasta, records_from, tokenize
 from .memory import MappedFiles, without_values
@@ -20,6 +20,7 @@ from .packing import pack, plan
 
 POOLS = ("mean", "cls", "per_residue")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"int8": torch.int8}  # of the layers' matrices, with bfloat16 around them (see quantized.py)
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Batches planned together: enough to fill each one well, few enough to keep results waiting for their turn small.
 _BATCHES_AHEAD = 8
@@ -35,7 +36,8 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
             written by `esm-fast convert`; or random:NAME[:seed], that architecture with seeded random weights.
         device: "auto" (a GPU if there is one and the weights are not packed), or anything torch.device takes.
         dtype: "auto" (float32, the reference's numbers; that of a packed file), "float32", "bfloat16", "float16",
-            "float64" or a torch.dtype.
+            "float64" or a torch.dtype. "int8": the layers' matrices in 8 bits, bfloat16 around them; for inference on
+            CPUs, and less exact (docs/cpu.md says by how much).
         backend: name of a backend that must run every op it implements; None takes the best that can run.
         packed: whether the layers' matrices are held packed for the CPU kernels: half the memory, and for inference
             only. None: if the file is packed (`esm-fast convert --pack`), which is then mapped and used as it lies;
@@ -49,6 +51,9 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     if packed not in (None, True, False, "auto"):
         raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
     wanted, name = _dtype(dtype), str(name_or_path)
+    if int8 := wanted == torch.int8:
+        device, wanted = "cpu" if device == "auto" else device, torch.bfloat16
+        quantized.require_int8(device, backend, packed)
     if name.startswith("random:"):
         model = random_model(name, backend=backend).to(wanted or torch.float32)
     else:
@@ -66,7 +71,9 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     on_cpu = torch.device(device).type == "cpu"
     if packed is True and not on_cpu:
         raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
-    if packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
+    if int8:
+        quantized.quantize_model(model, forget=MappedFiles().forget)
+    elif packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
         pack_model(model, forget=MappedFiles().forget)
     return model.eval().to(device), model.alphabet
 

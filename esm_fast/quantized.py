@@ -57,6 +57,20 @@ class Int8Weight(PackedWeight):
         return f"Int8Weight({self.shape[0]} x {self.shape[1]}, around it {self.dtype})"
 
 
+_NATIVE = ("avx512vnni", "avx512bf16", "amx")  # levels that multiply 8 bits faster than 16
+
+
+def require_int8(device: str, backend: str | None) -> None:
+    """Raises ValueError where a model with 8-bit weights would not run, or not fast unless the backend is named."""
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"dtype 'int8' runs on CPUs only, not on {device}; choose bfloat16 there")
+    if _C.isa() not in _NATIVE and backend is None:
+        raise ValueError(
+            f"the CPU kernels' level here, {_C.isa()}, has no instructions for 8 bits and would be slower than with "
+            "other types; choose float32 or bfloat16, or insist with backend='cpu'"
+        )
+
+
 def quantize_model(model, forget=lambda tensor: None) -> None:
     """Replaces the matrices of an ESM1's layers by 8-bit ones, one by one, and drops each original.
 

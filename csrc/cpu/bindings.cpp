@@ -29,8 +29,14 @@ void* write_at(Address address) { return reinterpret_cast<void*>(address); }
 Type type_of(const std::string& dtype) {
     if (dtype == "float32") return Type::kFloat32;
     if (dtype == "bfloat16") return Type::kBfloat16;
-    if (dtype == "int8") return Type::kInt8;
-    throw py::value_error("the CPU kernels take float32, int8 and bfloat16 weights, not " + dtype);
+    throw py::value_error("the CPU kernels take float32 and bfloat16, not " + dtype);
+}
+Type packed_type_of(const std::string& dtype) { return dtype == "int8" ? Type::kInt8 : type_of(dtype); }
+
+// Panels read as another type would be read beyond their end.
+void require_type(Type type, std::initializer_list<const Weights*> all) {
+    for (const Weights* weights : all)
+        if (weights->packed().type != type) throw py::value_error("these packed weights cannot be mixed with others");
 }
 
 // Wrong offsets would have the kernels read beyond the rows.
@@ -57,18 +63,20 @@ std::unique_ptr<Weights> pack_quantized(Address numbers, Address scales, int out
 }
 
 void unpack_quantized(const Weights& weights, Address numbers, Address scales) {
+    require_type(Type::kInt8, {&weights});
     py::gil_scoped_release release;
     weights.unpack(static_cast<int8_t*>(write_at(numbers)), static_cast<float*>(write_at(scales)));
 }
 
 void int8_linear(Address x, int64_t rows, const Weights& weights, Address result) {
+    require_type(Type::kInt8, {&weights});
     py::gil_scoped_release release;
     active().int8_linear(floats(x), rows, weights.packed(), static_cast<float*>(write_at(result)));
 }
 
 // Bytes that were packed before, such as those of a mapped file: viewed, and kept alive.
 std::unique_ptr<Weights> view(const py::buffer& buffer, int out, int in, const std::string& dtype) {
-    const Type type = type_of(dtype);
+    const Type type = packed_type_of(dtype);
     auto* held = new py::buffer_info(buffer.request());
     const std::shared_ptr<const void> memory(held->ptr, [held](const void*) {
         py::gil_scoped_acquire gil;
@@ -86,6 +94,7 @@ std::unique_ptr<Weights> view(const py::buffer& buffer, int out, int in, const s
 }
 
 void unpack(const Weights& weights, Address matrix) {
+    if (weights.packed().type == Type::kInt8) throw py::value_error("8-bit weights have unpack_quantized");
     py::gil_scoped_release release;
     weights.unpack(write_at(matrix));
 }
@@ -97,6 +106,7 @@ py::buffer_info bytes_of(const Weights& weights) {
 
 void gelu_ffn(Address x, Address result, int64_t rows, float eps, Address ln_weight, Address ln_bias,
               const Weights& fc1, Address fc1_bias, const Weights& fc2, Address fc2_bias) {
+    require_type(fc1.packed().type, {&fc2});
     py::gil_scoped_release release;
     const Session session;
     active().gelu_ffn({floats(x), static_cast<float*>(write_at(result)), rows, eps, read_at(ln_weight),
@@ -107,6 +117,7 @@ void pre_ln_attention(Address x, Address result, int64_t rows, Address cu_seqlen
                       float eps, Address ln_weight, Address ln_bias, const Weights& q, Address q_bias,
                       const Weights& k, Address k_bias, const Weights& v, Address v_bias, const Weights& out,
                       Address out_bias, Address rotary, Address q_result, Address k_result) {
+    require_type(q.packed().type, {&k, &v, &out});
     const int32_t* ends = offsets(cu_seqlens, sequences, rows);
     py::gil_scoped_release release;
     const Session session;
@@ -127,6 +138,7 @@ void transformer_stack(Address x, Address result, int64_t rows, Address cu_seqle
     const float* from = floats(x);
     std::vector<LayerCall> calls;
     for (const auto& [vectors, weights, eps, copy] : layers) {
+        for (const Weights* matrix : weights) require_type(std::get<1>(layers[0])[0]->packed().type, {matrix});
         const auto vector = [&v = vectors](int i) { return read_at(v[size_t(i)]); };
         const auto matrix = [&w = weights](int i) { return w[size_t(i)]->packed(); };
         calls.push_back({{from, stream, rows, ends, sequences, heads, eps[0], vector(0), vector(1), vector(2),
@@ -191,6 +203,8 @@ void embedding(Address tokens, Address positions, Address cu_seqlens, int64_t ro
 void masked_lm_head(Address x, int64_t rows_of_x, Address row_of, int64_t rows, Address targets, float eps,
                     const Weights& dense, Address dense_bias, Address ln_weight, Address ln_bias, const Weights& table,
                     Address bias, Address logits, Address loss) {
+    require_type(dense.packed().type, {&table});
+    if (dense.packed().type == Type::kInt8) throw py::value_error("the language-model head has no 8-bit weights");
     const int64_t *chosen = nullptr, *wanted = nullptr;
     if (row_of) chosen = places(row_of, rows, rows_of_x, "row");
     if (targets) {
@@ -235,7 +249,7 @@ py::dict missing_isas() {
 }
 
 double peak(const std::string& dtype) {
-    const Type type = type_of(dtype);
+    const Type type = packed_type_of(dtype);
     py::gil_scoped_release release;
     return active().peak(type);
 }
@@ -262,7 +276,7 @@ void bind(py::module_& module) {
     module.def("pack_quantized", &pack_quantized, "numbers"_a, "scales"_a, "out"_a, "in"_a);
     module.def("view_weights", &view, "packed"_a, "out"_a, "in"_a, "dtype"_a);
     module.def("packed_size", [](const std::string& dtype, int out, int in) {
-        return packed_size(type_of(dtype), out, in);
+        return packed_size(packed_type_of(dtype), out, in);
     }, "dtype"_a, "out"_a, "in"_a);
     module.def("fingerprint", [](Address data, size_t bytes) { return fingerprint(read_at(data), bytes); });
     module.def("gelu_ffn", &gelu_ffn);

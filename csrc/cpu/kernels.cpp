@@ -41,15 +41,6 @@ double peak_of() {
 double peak(Type type) { ESM_BY_TYPE(type, peak_of, ()); }
 void gelu_ffn(const FfnCall& call) { ESM_BY_TYPE(call.fc1.type, gelu_ffn_of, (call)); }
 void pre_ln_attention(const AttentionCall& call) { ESM_BY_TYPE(call.q.type, pre_ln_attention_of, (call)); }
-void int8_linear(const float* x, int64_t rows, const Packed& weights, float* result) {
-    const int8* panels = weights_of<int8>(weights);
-    const float* zeros = static_cast<const float*>(std::memset(buffer<float>(0, 1, leading<float>(weights.out)), 0, leading<float>(weights.out) * sizeof(float)));
-    each_block(rows, [&](int64_t first, int64_t last) {
-        const Rows<biased8> in = operand(panels, x + first * weights.in, size_t(weights.in), last - first, weights.in, 4);
-        gemm(in.data, in.ld, last - first, panels, weights.in, 0, panels_of(weights.out),
-             Project<float>{result + first * weights.out, size_t(weights.out), zeros, weights.out});
-    });
-}
 void transformer_stack(const StackCall& call) {
     ESM_BY_TYPE(call.layers->ffn.fc1.type, transformer_stack_of, (call));
 }
@@ -64,6 +55,18 @@ void masked_lm_head(const HeadCall& call) {
 }
 void masked_softmax(const SoftmaxCall& call) {
     call.type == Type::kFloat32 ? masked_softmax_of<float>(call) : masked_softmax_of<bf16>(call);
+}
+
+void int8_linear(const float* x, int64_t rows, const Packed& weights, float* result) {
+    const int in = weights.in, out = weights.out;
+    const int8* panels = weights_of<int8>(weights);
+    float* no_bias = buffer<float>(0, 1, leading<float>(out));
+    std::memset(no_bias, 0, leading<float>(out) * sizeof(float));
+    each_block(rows, [&](int64_t first, int64_t last) {
+        const Rows<biased8> a = operand(panels, x + first * in, size_t(in), last - first, in, 4);
+        gemm(a.data, a.ld, last - first, panels, in, 0, panels_of(out),
+             Project<float>{result + first * out, size_t(out), no_bias, out});
+    });
 }
 
 }  // namespace

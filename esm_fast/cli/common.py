@@ -30,7 +30,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         default="float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
         help="auto: bfloat16 on CPUs that multiply it natively, else float32; docs/benchmarks.md states its error "
         "(default: %(default)s)",
     )
