@@ -97,7 +97,7 @@ def quantize_model(model, forget=lambda tensor: None) -> None:
 def _balance(norm: nn.LayerNorm, matrices: list[torch.Tensor]) -> torch.Tensor:
     """Takes a factor per channel out of a layer norm and returns it, for the matrices that read the norm.
 
-    A layer norm's gain is known without data, and a channel with a large gain would make all others of its group coarse.
+    A layer norm's gain is known without data, and a channel with a large gain makes its group coarse.
     With the factor sqrt(gain / largest weight) activations and weights share the burden (as in SmoothQuant, Xiao et al.
     2023, the gain standing in for measured activations). Powers of two: bf16 holds the results exactly.
     """

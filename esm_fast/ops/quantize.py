@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(rows: torch.Tensor) -> Quantized:
-    """Rows of any floating dtype, to the nearest of 255 numbers a group; fp64 is quantised in fp64, all else in fp32."""
+    """Rows of any floating dtype, to the nearest of 255 numbers a group: fp64 in fp64, all else in fp32."""
     wide = rows.to(accumulate_dtype(rows.dtype))
     n, groups = rows.shape[1], -(-rows.shape[1] // GROUP)
     grouped = torch.nn.functional.pad(wide, (0, groups * GROUP - n)).unflatten(1, (groups, GROUP))
