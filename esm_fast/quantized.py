@@ -60,10 +60,12 @@ class Int8Weight(PackedWeight):
 _NATIVE = ("avx512vnni", "avx512bf16", "amx")  # levels that multiply 8 bits faster than 16
 
 
-def require_int8(device: str, backend: str | None) -> None:
+def require_int8(device: str, backend: str | None, packed) -> None:
     """Raises ValueError where a model with 8-bit weights would not run, or not fast unless the backend is named."""
     if torch.device(device).type != "cpu":
         raise ValueError(f"dtype 'int8' runs on CPUs only, not on {device}; choose bfloat16 there")
+    if packed is False:
+        raise ValueError("8-bit weights are always packed; leave out packed=False, or choose another dtype")
     if _C.isa() not in _NATIVE and backend is None:
         raise ValueError(
             f"the CPU kernels' level here, {_C.isa()}, has no instructions for 8 bits and would be slower than with "

@@ -249,7 +249,7 @@ def test_a_model_comes_close_to_fp32_with_all_its_outputs(models):
         *zip(got.attentions, want.attentions, strict=True),
     ]:
         similar = torch.nn.functional.cosine_similarity(ours.flatten().double(), theirs.flatten().double(), dim=0)
-        assert similar > 0.998, similar
+        assert similar > 0.995, similar
 
 
 def test_all_ways_through_a_model_agree(models):
