@@ -2,6 +2,7 @@
 
     python benches/bench_cpu.py                      # bf16, all threads
     python benches/bench_cpu.py --dtype float32 --isa avx2
+    python benches/bench_cpu.py --dtype int8         # against our own bf16
     python benches/bench_cpu.py --alone              # one thread, in CPU seconds: for a machine that others use too
 
 "peak" is the GEMM's innermost loop on operands in the first-level cache, measured between the runs; "share" is of it.
@@ -23,6 +24,7 @@ from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
 from esm_fast.ops.pool import _case as pool_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case
+from esm_fast.quantized import Int8Weight
 
 NATURAL = [1022, 683, 460, 351, 264, 187, 103]
 POINTS = [
@@ -47,10 +49,12 @@ POINTS = [
     *(("pool", pool_case(name, lengths, 1280)) for name, lengths in [("1 x 300", [300]), ("natural", NATURAL)]),
 ]
 
+WITH_8_BITS = ("gelu_ffn", "pre_ln_attention")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "int8"), default="bfloat16")
     parser.add_argument("--isa", choices=_C.isas(), default=_C.isa())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ops", nargs="+", choices=sorted({name for name, _ in POINTS}), help="only these")
@@ -62,8 +66,9 @@ def main() -> None:
     _C.set_isa(args.isa)
     print("\n".join(f"{name}: {value}" for name, value in machine().items()))
     print(f"kernels: {args.isa}, {args.dtype}; {'CPU seconds of one thread' if args.alone else 'wall clock'}")
+    wanted = args.ops or (WITH_8_BITS if args.dtype == "int8" else OPS)
     for op_name, case in POINTS:
-        if not args.ops or op_name in args.ops:
+        if op_name in wanted:
             print(measure(op_name, case, args), flush=True)
 
 
@@ -72,26 +77,35 @@ def measure(op_name: str, case: registry.Case, args) -> str:
     clock = time.process_time if args.alone else time.perf_counter
     op = OPS[op_name]
     kernels = {kernel.backend: kernel.forward for kernel in registry.kernels(op_name)}
-    arguments = verify.bound(op, case.build(getattr(torch, args.dtype), "cpu", 0))
+    int8 = args.dtype == "int8"
+    arguments = verify.bound(op, case.build(torch.bfloat16 if int8 else getattr(torch, args.dtype), "cpu", 0))
     values, (flops, moved) = arguments.values(), op.cost(**arguments)
+    rival, rivals = ("bf16", kernels["cpu"]) if int8 else ("torch", kernels["reference"])
+    runs = {"theirs": (rivals, values), "ours": (kernels["cpu"], [_quantised(v) for v in values] if int8 else values)}
     repeats = max(1, int(2e10 / (flops + 20 * moved)))
-    seconds: dict[str, list[float]] = {"reference": [], "cpu": []}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     peaks = []
     for turn in range(args.rounds + 1):  # the first warms up, and packs the weights
         peaks.append(_C.peak(args.dtype))
-        for backend, times in seconds.items():
-            kernels[backend](*values)  # not timed: the other one's threads may still be spinning
+        for name, (run, given) in runs.items():
+            run(*given)  # not timed: the other one's threads may still be spinning
             begin = clock()
             for _ in range(repeats):
-                kernels[backend](*values)
+                run(*given)
             if turn:
-                times.append((clock() - begin) / repeats)
-    theirs, ours, peak = median(seconds["reference"]), median(seconds["cpu"]), max(peaks) * 1e9
+                seconds[name].append((clock() - begin) / repeats)
+    theirs, ours, peak = median(seconds["theirs"]), median(seconds["ours"]), max(peaks) * 1e9
     ratio = median(a / b for a, b in zip(*seconds.values(), strict=True))
     return (
-        f"{op_name:17} {case.name:10} torch {theirs * 1e3:8.2f} ms, ours {ours * 1e3:8.2f} ms, {ratio:5.2f} x; "
-        f"peak {peak / 1e9:4.0f} GFLOP/s, share {flops / ours / peak:.2f} (torch {flops / theirs / peak:.2f})"
+        f"{op_name:17} {case.name:10} {rival} {theirs * 1e3:8.2f} ms, ours {ours * 1e3:8.2f} ms, {ratio:5.2f} x; "
+        f"peak {peak / 1e9:4.0f} GFLOP/s, share {flops / ours / peak:.2f} ({rival} {flops / theirs / peak:.2f})"
     )
+
+
+def _quantised(value):
+    """The layers' matrices in 8 bits."""
+    matrix = isinstance(value, torch.Tensor) and value.ndim == 2 and value.dtype == torch.bfloat16
+    return Int8Weight.pack(value) if matrix else value
 
 
 if __name__ == "__main__":
