@@ -53,9 +53,9 @@ void pause() {
 }
 
 // What a thread of a session spends at most on looking for what comes next before it sleeps. Waking a sleeping thread
-// takes from 5 us to 50 us (a virtual machine's idle core), so this much is lost at worst and won most times; longer
-// waits are those for a long piece, or for a thread that lost its core to another process.
-constexpr std::chrono::microseconds kLook{50};
+// takes from 5 us to 50 us (a virtual machine's idle core), as much as a small region itself. Where looking is in vain,
+// because the pieces are long or other processes have the cores, a thread soon looks only a moment.
+constexpr std::chrono::nanoseconds kLongLook{100000}, kShortLook{3000};
 
 class Pool {
   public:
@@ -140,10 +140,17 @@ class Pool {
     bool look(const Ready& ready) const {
         if (ready()) return true;
         if (!session_) return false;
-        for (const auto end = std::chrono::steady_clock::now() + kLook; session_;) {
+        static thread_local std::chrono::nanoseconds patience = kLongLook;
+        for (const auto end = std::chrono::steady_clock::now() + patience; session_;) {
             for (int i = 0; i < 32; ++i, pause())
-                if (ready()) return true;
-            if (std::chrono::steady_clock::now() > end) return false;
+                if (ready()) {
+                    patience = std::min(2 * patience, kLongLook);
+                    return true;
+                }
+            if (std::chrono::steady_clock::now() > end) {
+                patience = std::max(patience / 2, kShortLook);
+                return false;
+            }
         }
         return false;
     }

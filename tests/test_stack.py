@@ -1,6 +1,8 @@
 """The whole stack in one call: the layers' own results bit for bit, and run by the model where it should be."""
 
 import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -66,6 +68,19 @@ def test_a_protein_has_the_same_bits_in_any_batch(threads, dtype):  # noqa: F811
             ends = torch.tensor([0, end - start], dtype=torch.int32)
             one = {**values, "x": values["x"][start:end], "cu_seqlens": ends, "max_seqlen": end - start}
             assert same(run("transformer_stack", **one), [out[start:end] for out in together])
+
+
+def test_callers_at_once_and_a_fork_get_the_same_bits():
+    """One caller has the pool for a whole stack, the others work alone; a forked child starts its own."""
+    values = arguments(torch.bfloat16)
+    alone = run("transformer_stack", **values)
+    with ThreadPoolExecutor(3) as callers:
+        runs = [callers.submit(run, "transformer_stack", **values) for _ in range(60)]
+        assert all(same(found.result(), alone) for found in runs)
+    child = os.fork()
+    if not child:
+        os._exit(not same(run("transformer_stack", **values), alone))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_input_is_left_alone_and_no_rows_are_fine():

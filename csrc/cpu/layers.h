@@ -73,7 +73,8 @@ class Attention {
             each(size_t(heads * parts), 1, [&](size_t begin, size_t end) {
                 for (size_t i = begin; i < end; ++i) {
                     const Head head = head_of(int64_t(i) / parts);
-                    attend(head, shared + i / size_t(parts) * size, int64_t(i) % parts, smaller(parts, most_parts(head.length)));
+                    attend(head, shared + i / size_t(parts) * size, int64_t(i) % parts,
+                           smaller(parts, most_parts(head.length)));
                 }
             });
     }
