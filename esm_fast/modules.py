@@ -44,7 +44,7 @@ class TransformerLayer(nn.Module):
     def weights(self) -> ops.LayerWeights:
         attn, before_attn, before_ffn = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
         parts = (before_attn, attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, before_ffn, self.fc1, self.fc2)
-        tensors = (tensor for part in parts for tensor in (part.weight, part.bias))
+        tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
         return ops.LayerWeights(*tensors, attn_eps=before_attn.eps, ffn_eps=before_ffn.eps)
 
     def forward(self, x, batch: PackedBatch, *, return_qk=False, backend=None):

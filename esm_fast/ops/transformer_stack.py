@@ -46,10 +46,10 @@ class LayerWeights(NamedTuple):
         return self[10:16]
 
 
-def _shapes(width: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+def _shapes(width: int, hidden: int) -> list[tuple[int, ...]]:
     vector, square = (width,), (width, width)
-    attention = (vector, vector, *(square, vector) * 4)
-    return *attention, vector, vector, (hidden, width), (hidden,), (width, hidden), vector
+    attention = [vector, vector, *[square, vector] * 4]
+    return [*attention, vector, vector, (hidden, width), (hidden,), (width, hidden), vector]
 
 
 def check(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
@@ -63,7 +63,7 @@ def check(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
     for number, layer in enumerate(layers, start=1):
         tensors = dict(zip(LayerWeights._fields, layer.attention + layer.ffn, strict=False))
         expected = _shapes(x.shape[1], layer.fc1_weight.shape[0])
-        fits = tuple(tensor.shape for tensor in tensors.values()) == expected
+        fits = [tensor.shape for tensor in tensors.values()] == expected
         require(fits, name, f"the tensors of layer {number} must have the shapes {expected}", x=x, **tensors)
 
 

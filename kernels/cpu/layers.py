@@ -96,12 +96,12 @@ def _matrices(layer: LayerWeights) -> list[torch.Tensor]:
 def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
     """See `esm_fast.ops.transformer_stack`."""
     follow_torch()
-    require_one_dtype(*(weight for layer in layers for weight in _matrices(layer)))
+    require_one_dtype(*[weight for layer in layers for weight in _matrices(layer)])
     stream, ends = stream_of(x), cu_seqlens.contiguous()
     result = torch.empty_like(stream)
     copies = {number: torch.empty_like(stream) for number in return_layers}
     vectors = [
-        vectors_of(layer.q_weight, *(t for t in layer.attention + layer.ffn if t.ndim == 1)) for layer in layers
+        vectors_of(layer.q_weight, *[t for t in layer.attention + layer.ffn if t.ndim == 1]) for layer in layers
     ]  # alive until the call returns
     calls = [
         (
