@@ -51,11 +51,10 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     if packed not in (None, True, False, "auto"):
         raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
     wanted, name = _dtype(dtype), str(name_or_path)
-    if int8 := wanted == torch.int8:
-        device, wanted = "cpu" if device == "auto" else device, torch.bfloat16
+    if wanted == torch.int8:
         quantized.require_int8(device, backend, packed)
     if name.startswith("random:"):
-        model = random_model(name, backend=backend).to(wanted or torch.float32)
+        model = random_model(name, backend=backend).to(_around(wanted))
     else:
         checkpoint = weights.read(hub.resolve(name_or_path))
         if packed is False:
@@ -64,18 +63,24 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
             packed = True
             _require_own_dtype(checkpoint, wanted)
             wanted = checkpoint.dtype
-        model = weights.build(checkpoint, ProteinBertModel, dtype=wanted or torch.float32, backend=backend)
+        model = weights.build(checkpoint, ProteinBertModel, dtype=_around(wanted), backend=backend)
         del checkpoint  # or it would keep what packing drops
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() and packed is not True else "cpu"
+        anywhere = packed is not True and wanted != torch.int8
+        device = "cuda" if torch.cuda.is_available() and anywhere else "cpu"
     on_cpu = torch.device(device).type == "cpu"
     if packed is True and not on_cpu:
         raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
-    if int8:
+    if wanted == torch.int8:
         quantized.quantize_model(model, forget=MappedFiles().forget)
     elif packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
         pack_model(model, forget=MappedFiles().forget)
     return model.eval().to(device), model.alphabet
+
+
+def _around(wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of ordinary tensors."""
+    return torch.bfloat16 if wanted == torch.int8 else wanted or torch.float32
 
 
 def _require_own_dtype(checkpoint: weights.Checkpoint, wanted: torch.dtype | None) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from . import _C
 from .packed import MATRICES, PackedWeight
+from .quantized import Int8Weight
 
 SUFFIX = ".packed"
 _PAGE = 4096
@@ -47,13 +48,14 @@ def view(stored: dict[str, torch.Tensor], config, kind: str) -> dict[str, torch.
     """What was stored -> a model's tensors: the panels as PackedWeights on the same memory.
 
     Args:
-        kind: what the panels hold, "bfloat16" or "float32".
+        kind: what the panels hold, "bfloat16", "float32" or "int8".
 
     Raises:
         ValueError: naming the tensor that cannot be what it should.
     """
     width, hidden = config.embed_dim, config.ffn_embed_dim
     shapes = dict.fromkeys(MATRICES, (width, width)) | {"fc1": (hidden, width), "fc2": (width, hidden)}
+    packed_class = Int8Weight if kind == "int8" else PackedWeight
     tensors = {}
     for name, tensor in stored.items():
         key = name.removesuffix(SUFFIX)
@@ -62,7 +64,7 @@ def view(stored: dict[str, torch.Tensor], config, kind: str) -> dict[str, torch.
             if matrix not in shapes or tensor.dtype != torch.uint8:
                 raise ValueError(f"{name} cannot be a packed matrix")
             try:
-                tensor = PackedWeight(_C.view_weights(tensor.numpy(), *shapes[matrix], kind))
+                tensor = packed_class(_C.view_weights(tensor.numpy(), *shapes[matrix], kind))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name}: {error}") from None
         tensors[key] = tensor

@@ -62,7 +62,7 @@ _NATIVE = ("avx512vnni", "avx512bf16", "amx")  # levels that multiply 8 bits fas
 
 def require_int8(device: str, backend: str | None, packed) -> None:
     """Raises ValueError where a model with 8-bit weights would not run, or not fast unless the backend is named."""
-    if torch.device(device).type != "cpu":
+    if device != "auto" and torch.device(device).type != "cpu":
         raise ValueError(f"dtype 'int8' runs on CPUs only, not on {device}; choose bfloat16 there")
     if packed is False:
         raise ValueError("8-bit weights are always packed; leave out packed=False, or choose another dtype")

@@ -22,6 +22,7 @@ from .alphabet import MASK, PAD, TOKENS
 from .memory import MappedFiles, without_values
 from .models.esm1 import ESM1, Config
 from .packed import PackedWeight, plain
+from .quantized import Int8Weight
 
 CONTACT_KEYS = {"contact_head.regression.weight", "contact_head.regression.bias"}
 FORMAT = "esm_fast"
@@ -51,6 +52,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
+        """As `engine.load` takes it: int8 where the layers' matrices have 8 bits."""
+        if any(isinstance(tensor, Int8Weight) for tensor in self.tensors.values()):
+            return torch.int8
         return self.tensors["embed_tokens.weight"].dtype
 
     def unpacked(self) -> "Checkpoint":

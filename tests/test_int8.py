@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_map_only
 
 import esm_fast
-from esm_fast import _C
+from esm_fast import _C, weights
+from esm_fast.cli import main
 from esm_fast.engine import embed
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.gelu_ffn import _case as ffn_case
@@ -291,10 +292,31 @@ def test_balancing_moves_powers_of_two_and_nothing_else():
     assert factor[0] > 1 > factor[2] > 0 and factor[7] == 1
 
 
+def test_a_file_of_8_bits(tmp_path):
+    """Converted, mapped, and the same model; other types are refused by what it holds."""
+    plain, packed = tmp_path / "plain.safetensors", tmp_path / "packed.safetensors"
+    model, _ = esm_fast.load("random:esm1b_t6_demo")
+    weights.save(model, plain)
+    assert main(["convert", str(plain), str(tmp_path / "never"), "--dtype", "int8"]) == 1
+    assert main(["convert", str(plain), str(packed), "--dtype", "int8", "--pack"]) == 0
+    assert packed.stat().st_size < 0.45 * plain.stat().st_size
+    (_, ours), (_, theirs) = (
+        next(embed(esm_fast.load(*given, **more)[0], ["MKTAYIAKQR"]))
+        for given, more in [((packed,), {}), ((plain,), {"dtype": "int8"})]
+    )
+    assert (ours[-1] == theirs[-1]).all()
+    with pytest.raises(ValueError, match="holds int8 weights, packed"):
+        esm_fast.load(packed, dtype="bfloat16")
+    unpacked, _ = esm_fast.load(packed, packed=False)
+    assert not isinstance(unpacked.layers[0].fc1.weight, PackedWeight)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_where_8_bits_do_not_run_is_said():
+    with pytest.raises(ValueError, match="always packed"):
+        esm_fast.load("random:esm1b_t6_demo", dtype="int8", packed=False)
     with pytest.raises(ValueError, match="CPUs only, not on cuda"):
         esm_fast.load("random:esm1b_t6_demo", dtype="int8", device="cuda")
     before = _C.isa()
