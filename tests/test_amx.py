@@ -23,7 +23,7 @@ CPU = ROOT / "csrc" / "cpu"
 NATIVE = Path(__file__).resolve().parent / "native"
 COMPILE = ["g++", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
 AMX = FLAGS["amx"].split()
-KERNEL_TESTS = ["test_cpu.py", "test_cpu_edges.py", "test_stack.py"]
+KERNEL_TESTS = ["test_cpu.py", "test_cpu_edges.py", "test_stack.py", "test_int8.py"]
 EMULATED = [*AMX, "-DESM_EMULATE_AMX"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -138,7 +138,8 @@ def test_the_level_passes_the_tests_of_every_level(tmp_path):
     objects = at_once([lambda source=source: built(source) for source in sources])
     compiled(package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", "-pthread", *objects)
 
-    others = "not leaks_no_symbol and not environment_forces and not impossible_level"
+    other_levels = ("leaks_no_symbol", "environment_forces", "impossible_level", "where_8_bits_do_not_run")
+    others = " and ".join(f"not {name}" for name in other_levels)
     options = ["-q", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider", "-k", others]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *map(str, options), *(str(ROOT / "tests" / file) for file in KERNEL_TESTS)],
