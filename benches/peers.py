@@ -1,7 +1,6 @@
 """The peers of the side-by-side runs, and ourselves."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -18,13 +17,12 @@ def our_model(size: Size, state: dict[str, torch.Tensor], dtype: str, backend: s
 
     with torch.device("meta"):
         model = ESM1(Config(**vars(size)), backend=backend)
-    plain = DTYPES["float32" if dtype == "int8" else dtype]
+    plain = DTYPES["bfloat16" if dtype == "int8" else dtype]
     model.load_state_dict({name: tensor.to(plain) for name, tensor in state.items()}, assign=True)
     if dtype == "int8":
         from esm_fast.quantized import quantize_model
 
         quantize_model(model)
-        model.to(torch.bfloat16)
     elif backend is None and why_not(model) is None:
         pack_model(model)
     return model.eval()
@@ -47,7 +45,13 @@ def ours(dtype: str) -> Callable[[Setup], Run]:
 
 
 def int8_missing() -> str:
-    return "" if find_spec("esm_fast.quantized") else "this version of esm_fast has no 8-bit weights"
+    from esm_fast.quantized import require_int8
+
+    try:
+        require_int8("cpu", None, None)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 OURS = "esm_fast-"  # how the names of our own begin

@@ -116,6 +116,14 @@ def test_auto_dtype_is_bfloat16_where_the_cpu_has_it(embed, fasta):
         assert file.attrs["dtype"] == dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_auto_dtype_is_that_of_a_packed_file(embed, fasta, fair_checkpoint, tmp_path, dtype):
+    packed = tmp_path / "packed.safetensors"
+    assert main(["convert", str(fair_checkpoint), str(packed), "--dtype", dtype, "--pack"]) == 0
+    result = embed(fasta, "--dtype", "auto", "--device", "cpu", model=packed)
+    assert result.code == 0 and f"dtype     {dtype} (that of the packed file)" in result.err
+
+
 @pytest.mark.parametrize(
     "isa, gpu, device, dtype",
     [
@@ -130,7 +138,7 @@ def test_auto_dtype_is_bfloat16_where_the_cpu_has_it(embed, fasta):
 def test_auto_dtype_by_machine(monkeypatch, capsys, isa, gpu, device, dtype):
     monkeypatch.setattr(_C, "isa", lambda: isa)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert common.dtype_of(SimpleNamespace(dtype="auto", device=device)) == dtype
+    assert common.dtype_of(SimpleNamespace(dtype="auto", device=device, model=common.DEMO)) == dtype
     assert f"dtype     {dtype} (" in capsys.readouterr().err
     assert common.dtype_of(SimpleNamespace(dtype="float16", device=device)) == "float16"
 

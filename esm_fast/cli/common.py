@@ -93,10 +93,12 @@ def dtype_of(args: argparse.Namespace) -> str:
         return args.dtype
     import torch
 
-    from .. import _C
+    from .. import _C, weights
 
     on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    if on_gpu:
+    if Path(args.model).is_file() and (checkpoint := weights.read(args.model)).packed:
+        chosen, why = str(checkpoint.dtype).removeprefix("torch."), "that of the packed file"
+    elif on_gpu:
         chosen, why = "float32", "this is a GPU, where bfloat16 is not proven"
     elif _C.isa() in _NATIVE_BF16:
         chosen, why = "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
