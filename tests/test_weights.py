@@ -341,7 +341,7 @@ def test_a_bad_random_name_is_explained(name):
         esm_fast.load(name)
 
 
-@pytest.mark.parametrize("dtype", ["int8", 3, torch.int8])
+@pytest.mark.parametrize("dtype", ["int4", 3, torch.int16])
 def test_a_bad_dtype_is_explained(dtype):
     with pytest.raises(ValueError, match="choose one of auto, float32"):
         esm_fast.load("random:esm1b_t6_demo", dtype=dtype)
