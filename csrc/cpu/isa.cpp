@@ -56,10 +56,18 @@ const Table*& chosen() {
     return table;
 }
 
-// Grows and never shrinks: batches repeat.
+// Grows and never shrinks: batches repeat. Under AddressSanitizer it is new each time and of exactly the size asked
+// for, so that a kernel that leaves it, or trusts what was there, is found.
 class Scratch {
   public:
     ~Scratch() { std::free(memory_); }
+#if defined(__SANITIZE_ADDRESS__)
+    void* at_least(size_t bytes) {
+        std::free(memory_);
+        if (posix_memalign(&memory_, 64, bytes)) throw std::bad_alloc();
+        return memory_;
+    }
+#else
     void* at_least(size_t bytes) {
         if (bytes > size_) {
             constexpr size_t kHuge = size_t(2) << 20;
@@ -75,6 +83,7 @@ class Scratch {
         }
         return memory_;
     }
+#endif
 
   private:
     void* memory_ = nullptr;

@@ -1,0 +1,126 @@
+"""The C++ under sanitizers: the extension with AddressSanitizer and UndefinedBehaviorSanitizer, the thread pool also
+with ThreadSanitizer. Each build is given a planted mistake, which it must find, or its silence would prove nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from building import ROOT, compiled, package
+from test_cpu import FLAGS
+
+from esm_fast import _C
+
+TESTS = Path(__file__).parent
+BOUNDS = ["-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+RACES = ["-O1", "-g1", "-fsanitize=thread"]
+OPTIONS = {
+    # torch and Python are not instrumented: what they keep until the end is not ours to judge.
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+}
+
+
+def run(*command, **options):
+    environment = {**os.environ, **OPTIONS, **options.pop("env", {})}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def needs(tmp_path_factory):
+    """Skips where there is no g++, or not the sanitizer's library, or the kernel leaves it no room in memory."""
+
+    def check(flags):
+        if not shutil.which("g++"):
+            pytest.skip("needs g++")
+        source = tmp_path_factory.mktemp("probe") / "probe.cpp"
+        source.write_text("int main() {}")
+        built = run("g++", *flags, source, "-o", source.with_suffix(""))
+        if built.returncode:
+            pytest.skip(f"g++ cannot build with {flags}: {built.stderr.splitlines()[-1]}")
+        ran = run(source.with_suffix(""))
+        if ran.returncode:
+            pytest.skip(f"a program built with {flags} does not start here: {ran.stderr.splitlines()[0]}")
+
+    return check
+
+
+# --- the extension ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def python(needs, tmp_path_factory):
+    """Runs Python with the instrumented extension, in a copy of the package."""
+    needs(BOUNDS)
+    folder = tmp_path_factory.mktemp("bounds")
+    extension = next(package(folder, FLAGS, *BOUNDS).glob("_C*"))
+    # Python itself is not built with the sanitizer, whose library then has to be there before all others; so has the
+    # C++ library, where it looks for the functions that throw.
+    libraries = dict(re.findall(r"(libasan|libstdc\+\+)\S* => (\S+)", run("ldd", extension).stdout))
+    preload = f"{libraries['libasan']} {libraries['libstdc++']}"
+    return lambda *arguments: run(sys.executable, *arguments, cwd=folder, env={"LD_PRELOAD": preload})
+
+
+def test_the_extension_under_its_own_tests(python):
+    files = ["test_cpu", "test_cpu_edges", "test_alphabet", "test_data", "test_packing"]
+    slow = ("symbol", "environment", "impossible", "full", "any_shape", "process", "memory", "fork", "exit", "speed")
+    done = python(
+        *("-m", "pytest", "-q", "-x", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider"),
+        *("-k", " and ".join(f"not {word}" for word in slow)),
+        *(TESTS / f"{name}.py" for name in files),
+    )
+    assert not done.returncode, done.stdout[-4000:] + done.stderr[-4000:]
+    found = python("-c", "from esm_fast import _C; print(_C.__file__)").stdout
+    assert Path(found.strip()).parts[-3].startswith("bounds")
+
+
+# Seven rows where eight are promised, at an address that may be odd.
+PLANTED = """
+import ctypes, sys
+sys.path.insert(0, "esm_fast")
+import _C
+_C.set_isa(sys.argv[1])
+rows, width = 8, 64
+x, weight, result = ((ctypes.c_float * count)(*[1] * count) for count in (7 * width, rows, width))
+offsets = (ctypes.c_char * 9)()
+ends = ctypes.addressof(offsets) + int(sys.argv[2])
+ctypes.memmove(ends, (ctypes.c_int32 * 2)(0, rows), 8)
+_C.pool(ctypes.addressof(x), rows, width, ends, 1, ctypes.addressof(weight), ctypes.addressof(result))
+"""
+
+
+@pytest.mark.parametrize("level", _C.isas())
+def test_a_read_beyond_the_rows_is_found(python, level):
+    done = python("-c", PLANTED, level, "0")
+    assert done.returncode and "heap-buffer-overflow" in done.stderr, done.stderr
+
+
+def test_a_misaligned_read_is_found(python):
+    done = python("-c", PLANTED, "base", "1")
+    assert done.returncode and "misaligned address" in done.stderr, done.stderr
+
+
+# --- the thread pool -------------------------------------------------------------------------------------------------
+
+
+def pool(folder, flags):
+    return compiled(folder / "pool", *flags, TESTS / "native" / "pool_stress.cpp", ROOT / "csrc" / "threads.cpp")
+
+
+def test_the_pool_has_no_races(needs, tmp_path):
+    needs(RACES)
+    program = pool(tmp_path, RACES)
+    done = run(program, "threads")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
+    planted = run(program, "race")
+    assert planted.returncode and "ThreadSanitizer: data race" in planted.stderr
+
+
+def test_the_pool_works_in_forked_children(needs, tmp_path):
+    """Without ThreadSanitizer, which cannot follow a child that starts threads."""
+    needs(BOUNDS)
+    done = run(pool(tmp_path, BOUNDS), "fork")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
