@@ -35,6 +35,7 @@ def package(folder: Path, levels: dict[str, str], *flags: str) -> Path:
     shutil.copytree(ROOT / "esm_fast", copy, ignore=rest)
     shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=rest)
     pybind11 = Path(torch.__file__).parent / "include"  # torch brings its own copy
+    built_in = "-DESM_LEVELS=" + " ".join(f"X({level})" for level in levels)
     common = ["-c", "-fPIC", "-fvisibility=hidden", f"-I{pybind11}", f"-I{sysconfig.get_paths()['include']}", *flags]
 
     def of_level(level):
@@ -43,7 +44,7 @@ def package(folder: Path, levels: dict[str, str], *flags: str) -> Path:
 
     def of_file(source):
         quick = ["-O0"] * (source.name == "bindings.cpp")  # pybind11 is much to compile, and does no work
-        return compiled(folder / f"{source.parent.name}_{source.stem}.o", *common, *quick, "-DESM_X86_LEVELS", source)
+        return compiled(folder / f"{source.parent.name}_{source.stem}.o", *common, *quick, built_in, source)
 
     sources = sorted({*(ROOT / "csrc").rglob("*.cpp")} - {KERNELS})
     jobs = [lambda i=level: of_level(i) for level in levels] + [lambda i=source: of_file(i) for source in sources]

@@ -56,15 +56,17 @@ const Table*& chosen() {
     return table;
 }
 
-// Grows and never shrinks: batches repeat. Under AddressSanitizer it is new each time and of exactly the size asked
-// for, so that a kernel that leaves it, or trusts what was there, is found.
+// Grows and never shrinks: batches repeat. Under AddressSanitizer it is of exactly the size asked for, so that a kernel
+// that leaves it is found.
 class Scratch {
   public:
     ~Scratch() { std::free(memory_); }
 #if defined(__SANITIZE_ADDRESS__)
     void* at_least(size_t bytes) {
+        if (bytes == size_ && memory_) return memory_;
         std::free(memory_);
         if (posix_memalign(&memory_, 64, bytes)) throw std::bad_alloc();
+        size_ = bytes;
         return memory_;
     }
 #else

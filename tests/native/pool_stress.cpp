@@ -1,11 +1,12 @@
 // The thread pool under all that may happen to it, to be built with a sanitizer. Prints "right", or what went wrong.
-//   threads  regions, nested ones, several callers, resizing, exceptions
-//   fork     the pool in forked children; not for ThreadSanitizer, which cannot follow a child that starts threads
+//   threads  regions, nested ones, sessions, several callers, resizing, exceptions
+//   fork     the pool in forked children; not for Thread- and AddressSanitizer, which do not survive forks
 //   race     an unguarded write of two threads, which ThreadSanitizer must find
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,6 +54,17 @@ void nested_regions() {
     }
 }
 
+void sessions() {
+    for (int round = 0; round < kRounds; ++round) {
+        const esm::Session session;
+        for (int i = 0; i < 4; ++i) region(64, 1);
+        const esm::Session inner;
+        region(1, 1);
+        if (round % 8 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // long enough to fall asleep
+        region(64, 1);
+    }
+}
+
 void exceptions() {
     for (int round = 0; round < kRounds; ++round) {
         std::atomic<int> ended{0};
@@ -91,6 +103,7 @@ void fork_and_use() {
         if (!child) {
             regions();
             resize();
+            sessions();
             std::_Exit(0);
         }
         int status = 0;
@@ -120,13 +133,16 @@ void race() {
 void threads() {
     regions();
     nested_regions();
+    sessions();
     exceptions();
     at_once(3, regions);
     at_once(3, nested_regions);
+    at_once(3, sessions);
     at_once(3, exceptions);
     at_once(3, [] {
         regions();
         resize();
+        sessions();
         nested_regions();
     });
 }
