@@ -59,14 +59,16 @@ class Kernel:
 
     why_not(request) says why it cannot run a request; yields(request) why it is left out of an unnamed choice although
     it could run: where it was measured slower than the next kernel.
-    backward(arguments, outputs, grad_outputs) returns one gradient (or None) per argument, in signature order, for a
-    sequence of tensors one per element; without it, the gradient is the reference's, recomputed from the inputs.
+    backward(arguments, kept, grad_outputs) returns one gradient (or None) per argument, in signature order, for a
+    sequence of tensors one per element; kept are the outputs, or what train(*arguments) -> (outputs, kept) chose to
+    keep. Without backward, the gradient is the reference's, recomputed from the inputs.
     """
 
     op: str
     backend: str
     forward: Callable
     backward: Callable | None = None
+    train: Callable | None = None
     priority: int = 0
     why_not: Callable[[Request], list[str]] = lambda request: []
     yields: Callable[[Request], list[str]] = lambda request: []
@@ -138,11 +140,11 @@ def op(*, check, cases, cost, dtype_of, bench_cases=None):
     return decorate
 
 
-def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None, yields=Kernel.yields):
+def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None, train=None, yields=Kernel.yields):
     """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position."""
 
     def decorate(forward: Callable) -> Callable:
-        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, priority, why_not, yields))
+        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, train, priority, why_not, yields))
         _KERNELS[op_name].sort(key=lambda kernel: -kernel.priority)
         select.cache_clear()
         return forward
@@ -211,13 +213,16 @@ class _WithBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op: Op, kernel: Kernel, structure: pytree.TreeSpec, *leaves):
-        outputs = kernel.forward(*pytree.tree_unflatten(leaves, structure))
+        values = pytree.tree_unflatten(leaves, structure)
+        if kernel.train is not None:
+            outputs, kept = kernel.train(*values)
+        else:
+            outputs = kernel.forward(*values)
+            kept = outputs if isinstance(outputs, tuple) else (outputs,)
         ctx.op, ctx.kernel, ctx.structure = op, kernel, structure
         ctx.plain = [None if isinstance(v, torch.Tensor) else v for v in leaves]
         ctx.where = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
         ctx.inputs = len(ctx.where)
-        ctx.several = isinstance(outputs, tuple)
-        kept = outputs if ctx.several else (outputs,)
         ctx.save_for_backward(*(leaves[i] for i in ctx.where), *(o for o in kept if o is not None))
         return outputs
 

@@ -1,0 +1,12 @@
+"""The Triton backend for NVIDIA GPUs from sm_80 on, forward and backward; one file an op.
+
+Nothing here has run on a GPU: the kernels were compiled and audited for sm_80 to sm_120 and executed in Triton's
+interpreter.
+"""
+
+MODULES = ()
+
+
+def compile_specs(capability: int) -> list:
+    """Every compilation of every kernel that ships for one architecture; see `common.Spec`."""
+    return [spec for module in MODULES for spec in module.compile_specs(capability)]

@@ -1,0 +1,109 @@
+"""What the Triton kernels share: when they can run, how they are launched and audited, and small device functions.
+
+Kernels accumulate in fp32 whatever they load. With TRITON_INTERPRET=1 in the environment before Triton is imported they
+run on CPU tensors in Triton's interpreter: far too slow to use, but how their arithmetic is tested without a GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from esm_fast.ops.registry import Request
+
+BACKEND = "triton"
+PRIORITY = 20
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that are compiled and audited
+OLDEST_ARCH = (8, 0)
+MAX_HEAD_DIM = 128
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names of the dtypes
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+def why_not(request: Request) -> list[str]:
+    """What keeps the Triton kernels from running a request; see `registry.Request`."""
+    reasons = []
+    if request.device == "cuda" and request.arch < OLDEST_ARCH:
+        reasons.append("needs compute capability {}.{}, this GPU has {}.{}".format(*OLDEST_ARCH, *request.arch))
+    if request.device != "cuda" and not (interpreted() and request.device == "cpu"):
+        reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1 on the CPU), the tensors are on {request.device}")
+    if request.dtype not in NAMES:
+        reasons.append(f"has float16, bfloat16 and float32, not {str(request.dtype).removeprefix('torch.')}")
+    if request.head_dim is not None and request.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"needs a head_dim up to {MAX_HEAD_DIM}, this is {request.head_dim}")
+    return reasons
+
+
+def yields(request: Request) -> list[str]:
+    """The interpreter is a test bench: nobody gets it unasked."""
+    return ["only by name in Triton's interpreter"] if request.device == "cpu" else []
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """The architecture whose tile sizes to use; the interpreter takes the oldest one's."""
+    if not tensor.is_cuda:
+        return ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return max(known for known in ARCHITECTURES if known <= 10 * major + minor)
+
+
+def precision() -> str:
+    """How fp32 matrices are multiplied: exactly, or in tf32 where `torch.backends` allows it. Half ones do not ask."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def padded(size: int) -> int:
+    """The block that holds one row of `size`: a power of two, and what `tl.dot` takes at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def require_one_dtype(*weights: torch.Tensor) -> None:
+    if len({weight.dtype for weight in weights}) > 1:
+        raise ValueError(f"the Triton kernels take matrices of one dtype, got {[str(w.dtype) for w in weights]}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One compilation of one kernel as it ships: what the audit compiles for an architecture without a GPU.
+
+    signature: every parameter of the kernel in order, by Triton's type names ("*fp16", "i32", "fp32", "constexpr").
+    Pointers are aligned to 16 bytes and integers are not specialised.
+    gemm: it must use the tensor cores. direction: "fwd" or "bwd".
+    """
+
+    kernel_name: str
+    jit_fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    gemm: bool
+    direction: str
+    dtype: str
+
+
+def spec(kernel_name: str, jit_fn, types: str, constexprs: dict, config, *, gemm: bool, direction: str, dtype: str):
+    """A Spec from the types of the parameters that are no constexprs, in order and separated by spaces."""
+    given = iter(types.split())
+    names = jit_fn.arg_names
+    signature = {name: "constexpr" if name in constexprs else next(given) for name in names}
+    if any(True for _ in given):
+        raise ValueError(f"{kernel_name}: more types than parameters in {types!r}")
+    return Spec(kernel_name, jit_fn, signature, constexprs, config.num_warps, config.num_stages, gemm, direction, dtype)
+
+
+@triton.jit
+def gelu(x):
+    """The exact GELU, by erf."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_slope(x):
+    """Its derivative: the normal distribution function plus x times the normal density."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
