@@ -4,7 +4,9 @@ Nothing here has run on a GPU: the kernels were compiled and audited for sm_80 t
 interpreter.
 """
 
-MODULES = ()
+from . import attention_varlen
+
+MODULES = (attention_varlen,)
 
 
 def compile_specs(capability: int) -> list:

@@ -19,6 +19,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that are comp
 OLDEST_ARCH = (8, 0)
 MAX_HEAD_DIM = 128
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names of the dtypes
+# Every dtype and how its matrices are multiplied; see `precision`.
+PRECISIONS = [*((dtype, "ieee") for dtype in NAMES), (torch.float32, "tf32")]
 
 
 def interpreted() -> bool:
@@ -87,14 +89,22 @@ class Spec:
     dtype: str
 
 
-def spec(kernel_name: str, jit_fn, types: str, constexprs: dict, config, *, gemm: bool, direction: str, dtype: str):
+def spec(kernel, types: str, constexprs: dict, config, *, gemm: bool, direction: str, dtype: torch.dtype) -> Spec:
     """A Spec from the types of the parameters that are no constexprs, in order and separated by spaces."""
+    constexprs = constexprs | config.tiles
     given = iter(types.split())
-    names = jit_fn.arg_names
-    signature = {name: "constexpr" if name in constexprs else next(given) for name in names}
-    if any(True for _ in given):
-        raise ValueError(f"{kernel_name}: more types than parameters in {types!r}")
-    return Spec(kernel_name, jit_fn, signature, constexprs, config.num_warps, config.num_stages, gemm, direction, dtype)
+    signature = {name: "constexpr" if name in constexprs else next(given) for name in kernel.arg_names}
+    return Spec(
+        kernel.__name__,
+        kernel,
+        signature,
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        gemm,
+        direction,
+        NAMES[dtype],
+    )
 
 
 @triton.jit

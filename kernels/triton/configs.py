@@ -6,6 +6,8 @@ may stop for compilation. Every entry is compiled and audited for spills and sha
 
 from typing import NamedTuple
 
+import torch
+
 
 class Config(NamedTuple):
     """tiles: the kernel's constexpr tile sizes by name."""
@@ -13,3 +15,12 @@ class Config(NamedTuple):
     tiles: dict[str, int]
     num_warps: int
     num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int) -> Config:
+    return Config(dict(BLOCK_Q=64, BLOCK_K=64), 4, 2)
