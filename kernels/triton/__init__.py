@@ -4,9 +4,9 @@ Nothing here has run on a GPU: the kernels were compiled and audited for sm_80 t
 interpreter.
 """
 
-from . import attention_varlen
+from . import attention_varlen, masked_softmax
 
-MODULES = (attention_varlen,)
+MODULES = (attention_varlen, masked_softmax)
 
 
 def compile_specs(capability: int) -> list:

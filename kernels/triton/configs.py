@@ -23,4 +23,4 @@ class Config(NamedTuple):
 
 
 def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int) -> Config:
-    return Config(dict(BLOCK_Q=64, BLOCK_K=64), 4, 2)
+    return Config(dict(BLOCK_Q=128, BLOCK_K=64), 4, 3)
