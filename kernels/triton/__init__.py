@@ -4,9 +4,9 @@ Nothing here has run on a GPU: the kernels were compiled and audited for sm_80 t
 interpreter.
 """
 
-from . import attention_varlen, masked_softmax
+from . import attention_varlen, gelu_ffn, layer_norm, linear, masked_softmax, pre_ln_attention, rotary
 
-MODULES = (attention_varlen, masked_softmax)
+MODULES = (attention_varlen, gelu_ffn, layer_norm, linear, masked_softmax, pre_ln_attention, rotary)
 
 
 def compile_specs(capability: int) -> list:

@@ -22,5 +22,67 @@ class Config(NamedTuple):
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+# Half precision on the tensor cores of sm_80, and of sm_86, 89 and 120, which have less shared memory. Tiles of 64
+# queries leave two or more blocks an SM and waste little on the last tile of a protein of 300 residues.
+# Keyed by kernel and by the head size it is enough for; (BLOCK_Q, BLOCK_K, warps, stages).
+_ATTENTION = {
+    ("attention_forward", 64): (64, 64, 4, 2),
+    ("attention_forward", 128): (64, 32, 4, 3),
+    ("attention_backward_q", 64): (64, 64, 4, 2),
+    ("attention_backward_q", 128): (64, 32, 4, 2),
+    ("attention_backward_kv", 64): (32, 64, 4, 2),
+    ("attention_backward_kv", 128): (64, 64, 8, 2),
+}
+# wgmma (sm_90) and tcgen05 (sm_100) read their operands from shared memory, so larger tiles fit.
+_ATTENTION_BY_ARCH = {
+    90: {
+        ("attention_forward", 64): (128, 64, 4, 3),
+        ("attention_forward", 128): (128, 64, 8, 2),
+        ("attention_backward_kv", 64): (64, 64, 4, 2),
+    },
+    100: {
+        ("attention_forward", 64): (128, 64, 4, 3),
+        ("attention_forward", 128): (128, 64, 8, 2),
+        ("attention_backward_q", 64): (64, 64, 4, 2),
+        ("attention_backward_kv", 64): (64, 64, 4, 2),
+    },
+}
+
+
 def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int) -> Config:
-    return Config(dict(BLOCK_Q=128, BLOCK_K=64), 4, 3)
+    """dim: the padded head size."""
+    key = (kernel, 64 if dim <= 64 else 128)
+    if dtype == torch.float32:  # multiplied and added without tensor cores, all operands in registers
+        q, k, warps, stages = (32, 32, 8, 1 if key == ("attention_forward", 128) else 2)
+    else:
+        q, k, warps, stages = _ATTENTION_BY_ARCH.get(capability, {}).get(key) or _ATTENTION[key]
+    return Config(dict(BLOCK_Q=q, BLOCK_K=k), warps, stages)
+
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)
+_LINEAR = {
+    "linear": (128, 128, 64, 8, 3),
+    "qkv_projection": (128, 128, 64, 8, 3),
+    "gelu_ffn_backward": (128, 64, 64, 8, 3),
+}
+_LINEAR_BY_ARCH = {
+    90: {
+        "linear": (128, 256, 64, 8, 3),
+        "qkv_projection": (128, 256, 64, 8, 3),
+        "gelu_ffn_backward": (128, 128, 64, 8, 3),
+    },
+    100: {
+        "linear": (128, 256, 64, 8, 3),
+        "qkv_projection": (128, 256, 64, 8, 3),
+        "gelu_ffn_backward": (128, 128, 64, 8, 3),
+    },
+}
+_LINEAR_FP32 = (64, 64, 32, 8, 3)
+
+
+def linear_config(kernel: str, capability: int, dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        m, n, k, warps, stages = _LINEAR_FP32
+    else:
+        m, n, k, warps, stages = _LINEAR_BY_ARCH.get(capability, _LINEAR)[kernel]
+    return Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), warps, stages)
