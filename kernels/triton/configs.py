@@ -43,19 +43,27 @@ _ATTENTION_BY_ARCH = {
     100: {
         ("attention_forward", 64): (128, 64, 4, 3),
         ("attention_forward", 128): (128, 64, 8, 2),
-        ("attention_backward_q", 64): (64, 64, 4, 2),
         ("attention_backward_kv", 64): (64, 64, 4, 2),
     },
 }
 
 
+# fp32 without tf32 is multiplied without tensor cores, with operands in registers: small tiles.
+_ATTENTION_FP32 = {
+    ("attention_forward", 64): (32, 32, 8, 2),
+    ("attention_forward", 128): (32, 32, 8, 1),
+    ("attention_backward_q", 64): (32, 32, 8, 2),
+    ("attention_backward_q", 128): (32, 16, 8, 2),
+    ("attention_backward_kv", 64): (32, 32, 8, 2),
+    ("attention_backward_kv", 128): (32, 32, 8, 1),
+}
+
+
 def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int) -> Config:
     """dim: the padded head size."""
-    key = (kernel, 64 if dim <= 64 else 128)
-    if dtype == torch.float32:  # multiplied and added without tensor cores, all operands in registers
-        q, k, warps, stages = (32, 32, 8, 1 if key == ("attention_forward", 128) else 2)
-    else:
-        q, k, warps, stages = _ATTENTION_BY_ARCH.get(capability, {}).get(key) or _ATTENTION[key]
+    half = {**_ATTENTION, **_ATTENTION_BY_ARCH.get(capability, {})}
+    table = _ATTENTION_FP32 if dtype == torch.float32 else half
+    q, k, warps, stages = table[kernel, 64 if dim <= 64 else 128]
     return Config(dict(BLOCK_Q=q, BLOCK_K=k), warps, stages)
 
 
