@@ -70,6 +70,6 @@ def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int)
 def linear_config(kernel: str, capability: int, dtype: torch.dtype) -> Config:
     """The tile of the products; the one with two accumulators is half as wide."""
     if dtype == torch.float32:
-        return Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), 8, 3)
+        return Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), 4, 3)
     width = 64 if kernel == "gelu_ffn_backward" else 128
     return Config(dict(BLOCK_M=128, BLOCK_N=width, BLOCK_K=64), 8, 4 if capability in (90, 100) else 3)
