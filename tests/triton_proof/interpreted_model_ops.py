@@ -21,7 +21,7 @@ LONG = {
     "attention_varlen": [attention_case("tiles", [64, 65, 129], 1, 32)],
     "pre_ln_attention": [layer_case("tiles", [70, 60], 2, 72), layer_case("rotary", [65, 0, 3], 3, 24, rotary=True)],
     "gelu_ffn": [ffn_case("tiles", 130, 200, 300)],
-    "masked_softmax": [softmax_case("pieces", [65, 33], 1)],
+    "masked_softmax": [softmax_case("pieces", [40, 33], 1)],
 }
 
 
