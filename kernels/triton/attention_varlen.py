@@ -13,9 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_fast.ops.registry import implements
-
-from .common import BACKEND, NAMES, PRECISIONS, PRIORITY, capability, padded, precision, spec, why_not, yields
+from .common import NAMES, PRECISIONS, capability, implements, padded, precision, spec
 from .configs import attention_config
 
 _LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
@@ -181,15 +179,7 @@ def _backward(arguments, kept, grad_outputs):
     return *attend_backward(*tensors, max_seqlen, scale), None, None, None
 
 
-@implements(
-    "attention_varlen",
-    backend=BACKEND,
-    priority=PRIORITY,
-    why_not=why_not,
-    yields=yields,
-    backward=_backward,
-    train=_train,
-)
+@implements("attention_varlen", backward=_backward, train=_train)
 def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
     """See `esm_fast.ops.attention_varlen`."""
     return _train(q, k, v, cu_seqlens, max_seqlen, scale)[0]

@@ -4,6 +4,7 @@ Kernels accumulate in fp32 whatever they load. With TRITON_INTERPRET=1 in the en
 run on CPU tensors in Triton's interpreter: far too slow to use, but how their arithmetic is tested without a GPU.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from esm_fast.ops import registry
 from esm_fast.ops.registry import Request
 
 BACKEND = "triton"
@@ -44,6 +46,31 @@ def why_not(request: Request) -> list[str]:
 def yields(request: Request) -> list[str]:
     """The interpreter is a test bench: nobody gets it unasked."""
     return ["only by name in Triton's interpreter"] if request.device == "cpu" else []
+
+
+def implements(op_name: str, *, backward=None, train=None):
+    """`registry.implements` for this backend.
+
+    Triton launches on the current device: it is made that of the tensors. In a backward autograd sees to that.
+    """
+
+    def on_its_device(function):
+        @functools.wraps(function)
+        def run(*arguments):
+            with torch.cuda.device_of(arguments[0]):
+                return function(*arguments)
+
+        return run
+
+    return lambda forward: registry.implements(
+        op_name,
+        backend=BACKEND,
+        priority=PRIORITY,
+        why_not=why_not,
+        yields=yields,
+        backward=backward,
+        train=train and on_its_device(train),
+    )(on_its_device(forward))
 
 
 def capability(tensor: torch.Tensor) -> int:

@@ -9,21 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_fast.ops.registry import implements
-
 from .common import (
-    BACKEND,
     NAMES,
     PRECISIONS,
-    PRIORITY,
     capability,
     gelu,
     gelu_slope,
+    implements,
     precision,
     require_one_dtype,
     spec,
-    why_not,
-    yields,
 )
 from .configs import linear_config
 from .layer_norm import layer_norm, layer_norm_grads
@@ -69,7 +64,7 @@ def _backward(arguments, kept, grad_outputs):
     return dx, dgain, dbias, dfc1, dfc1_bias, dfc2, dfc2_bias, None
 
 
-@implements("gelu_ffn", backend=BACKEND, priority=PRIORITY, why_not=why_not, yields=yields, backward=_backward)
+@implements("gelu_ffn", backward=_backward)
 def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     """See `esm_fast.ops.gelu_ffn`."""
     require_one_dtype(fc1_weight, fc2_weight)

@@ -9,9 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_fast.ops.registry import implements
-
-from .common import BACKEND, NAMES, PRIORITY, padded, spec, why_not, yields
+from .common import NAMES, implements, padded, spec
 from .configs import Config
 
 _TILE = 4096
@@ -93,7 +91,7 @@ def _backward(arguments, kept, grad_outputs):
     return dscores, None
 
 
-@implements("masked_softmax", backend=BACKEND, priority=PRIORITY, why_not=why_not, yields=yields, backward=_backward)
+@implements("masked_softmax", backward=_backward)
 def masked_softmax(scores, lengths):
     """See `esm_fast.ops.masked_softmax`."""
     out = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)

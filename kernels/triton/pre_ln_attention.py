@@ -11,20 +11,16 @@ import triton
 import triton.language as tl
 
 from esm_fast.ops.pre_ln_attention import pre_ln_attention as op
-from esm_fast.ops.registry import implements
 
 from .attention_varlen import attend, attend_backward
 from .common import (
-    BACKEND,
     NAMES,
     PRECISIONS,
-    PRIORITY,
     capability,
+    implements,
     precision,
     require_one_dtype,
     spec,
-    why_not,
-    yields,
 )
 from .configs import linear_config
 from .layer_norm import layer_norm, layer_norm_grads
@@ -129,15 +125,7 @@ def _backward(arguments, kept, grad_outputs):
     )
 
 
-@implements(
-    "pre_ln_attention",
-    backend=BACKEND,
-    priority=PRIORITY,
-    why_not=why_not,
-    yields=yields,
-    backward=_backward,
-    train=_train,
-)
+@implements("pre_ln_attention", backward=_backward, train=_train)
 def pre_ln_attention(*values):
     """See `esm_fast.ops.pre_ln_attention`."""
     return _train(*values)[0]
