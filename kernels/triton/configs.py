@@ -46,8 +46,6 @@ _ATTENTION_BY_ARCH = {
         ("attention_backward_kv", 64): (64, 64, 4, 2),
     },
 }
-
-
 # fp32 without tf32 is multiplied without tensor cores, with operands in registers: small tiles.
 _ATTENTION_FP32 = {
     ("attention_forward", 64): (32, 32, 8, 2),
@@ -68,8 +66,8 @@ def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int)
 
 
 def linear_config(kernel: str, capability: int, dtype: torch.dtype) -> Config:
-    """The tile of the products; the one with two accumulators is half as wide."""
+    """The tile of the products; a backward with two accumulators has half a tile, or twice the warps, for each."""
+    two = kernel == "gelu_ffn_backward"
     if dtype == torch.float32:
-        return Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), 4, 3)
-    width = 64 if kernel == "gelu_ffn_backward" else 128
-    return Config(dict(BLOCK_M=128, BLOCK_N=width, BLOCK_K=64), 8, 4 if capability in (90, 100) else 3)
+        return Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), 8 if two else 4, 3)
+    return Config(dict(BLOCK_M=128, BLOCK_N=64 if two else 128, BLOCK_K=64), 8, 4 if capability in (90, 100) else 3)
