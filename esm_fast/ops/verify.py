@@ -58,13 +58,13 @@ def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: st
     got = through(lambda values: op(**values, backend=kernel.backend), arguments)
     plain = through(lambda values: op.reference(**values), arguments)
     truth = through(lambda values: op.reference(**values), widened(arguments))
-    largest = max((float(t.abs().max()) for t in truth if t.numel()), default=0.0)
+    largest = max([1.0, *(float(t.abs().max()) for t in truth if t.numel())])  # 1: what comes in from above
     return _compare([f"gradient of {name}" for name in names], got, plain, truth, dtype, 3.0, largest)
 
 
 def _compare(names, got, plain, truth, dtype, factor, largest=0.0) -> list[Check]:
-    """largest: of all gradients. Where terms of that size cancel to nothing, as in the gradient of k's bias, the sum's
-    own scale is no measure: a few fp32 roundings of the terms remain, which luck may spare the plain one."""
+    """largest: of all gradients, the outputs' too. Where terms of that size cancel to nothing, as in that of k's bias,
+    their sum's own scale is no measure: a few fp32 roundings remain, which luck may spare the plain one."""
     checks = []
     for name, g, p, t in zip(names, got, plain, truth, strict=True):
         if g.shape != t.shape:

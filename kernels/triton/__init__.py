@@ -4,9 +4,37 @@ Nothing here has run on a GPU: the kernels were compiled and audited for sm_80 t
 interpreter.
 """
 
-from . import attention_varlen, gelu_ffn, layer_norm, linear, masked_softmax, pre_ln_attention, rotary
+from . import (
+    attention_varlen,
+    contact_map,
+    contact_map_backward,
+    embedding,
+    gather,
+    gelu_ffn,
+    layer_norm,
+    linear,
+    masked_lm_head,
+    masked_softmax,
+    pool,
+    pre_ln_attention,
+    rotary,
+)
 
-MODULES = (attention_varlen, gelu_ffn, layer_norm, linear, masked_softmax, pre_ln_attention, rotary)
+MODULES = (
+    attention_varlen,
+    contact_map,
+    contact_map_backward,
+    embedding,
+    gather,
+    gelu_ffn,
+    layer_norm,
+    linear,
+    masked_lm_head,
+    masked_softmax,
+    pool,
+    pre_ln_attention,
+    rotary,
+)
 
 
 def compile_specs(capability: int) -> list:
