@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: embed test lint bench clean
+.PHONY: embed test lint bench proof gpu-report clean
 
 embed: .venv/core
 	mkdir -p out
@@ -21,6 +21,16 @@ bench: .venv/bench
 	mkdir -p out
 	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
 	$(BIN)/python benches/bench_peers.py --profile --out out/peers
+
+# Compiles every Triton kernel for every architecture and runs it in Triton's interpreter, without a GPU; after a change
+# to a kernel, this renews the tables that the tests compare with. Tens of minutes if all has changed.
+proof: .venv/test
+	$(BIN)/python tests/triton_proof/audit.py
+	$(BIN)/python tests/triton_proof/matrix.py
+
+# Tests, ops and the whole model on the GPU that is here; writes gpu-report.md and gpu-report.json.
+gpu-report: .venv/bench
+	$(BIN)/python benches/gpu_report.py
 
 .venv/core: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .

@@ -1,0 +1,145 @@
+"""The Triton backend, proven without a GPU: its source, its machine code, and its results in Triton's interpreter.
+
+The tools are in triton_proof/, and so are the tests that run in the interpreter, in pytest processes of their own.
+"""
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+
+from triton_proof import audit, matrix, source  # noqa: E402
+
+# --- source ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_keeps_the_rules():
+    files = sorted(source.KERNELS.glob("*.py"))
+    assert files
+    assert [problem for file in files for problem in source.problems(file.read_text(), file.name)] == []
+
+
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("tl.load(x + i, mask=i < n)", "without `other`"),
+        ("tl.load(x + i, i < n)", "without `other`"),
+        ("tl.atomic_add(x, 1.0)", "no fixed order"),
+        ("tl.dot(a, b)", "tf32"),
+        ("n = lengths.max().item()", "waits"),
+    ],
+)
+def test_a_broken_rule_is_found(line, match):
+    (problem,) = source.problems(line)
+    assert match in problem
+
+
+@pytest.mark.parametrize(
+    "line", ["tl.load(x)", "tl.load(x, m, 0.0)", "tl.load(x, mask=m, other=0.0)", "x.item()  # waits: for"]
+)
+def test_a_kept_rule_is_not(line):
+    assert source.problems(line) == []
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def test_a_sample_compiles_without_problems(compilers):
+    """Every kernel once, each for another dtype and architecture than the one before; and as the table has it."""
+    shipped = audit.compilations()
+    by_kernel = {}
+    for number, (spec, _) in enumerate(shipped):
+        by_kernel.setdefault(spec.kernel_name, []).append(number)
+    sample = [numbers[7 * i % len(numbers)] for i, numbers in enumerate(by_kernel.values())]
+    table = audit.read_table()
+    for facts in compilers.map(audit.audit_number, sample):
+        assert facts.problems() == [], facts
+        if triton.__version__ == audit.TRITON_VERSION:
+            assert table.get(facts.key, facts) == facts
+
+
+def one_of(kernel, dtype="bf16", **constexprs):
+    """A spec of a kernel, by its name."""
+    return next(
+        spec
+        for spec in audit.compile_specs(80)
+        if spec.kernel_name == kernel and spec.dtype == dtype and constexprs.items() <= spec.constexprs.items()
+    )
+
+
+def test_a_spill_is_found():
+    facts = audit.audit(one_of("attention_forward", HEAD_DIM=64), 80, maxnreg=32)
+    assert facts.spilled and "spills" in facts.problems()[0]
+
+
+def test_too_much_shared_memory_is_found():
+    wide = one_of("attention_forward", HEAD_DIM=128)
+    facts = audit.audit(replace(wide, constexprs=wide.constexprs | dict(BLOCK_Q=128, BLOCK_K=128), num_stages=4), 86)
+    assert any("shared memory" in problem for problem in facts.problems())
+
+
+def test_a_product_without_tensor_cores_is_found():
+    facts = audit.audit(replace(one_of("attention_forward", "fp32", HEAD_DIM=64, PRECISION="ieee"), gemm=True), 80)
+    assert "has no tensor-core instruction HMMA" in facts.problems()
+
+
+def test_the_key_changes_with_the_code():
+    spec = one_of("attention_forward", HEAD_DIM=64)
+    other_tile = replace(spec, constexprs=spec.constexprs | dict(BLOCK_K=2 * spec.constexprs["BLOCK_K"]))
+    variants = [(spec, 80), (spec, 90), (other_tile, 80), (replace(spec, num_warps=8), 80)]
+    assert len({audit.key_of(*variant) for variant in variants}) == len(variants)
+    assert audit.key_of(spec, 80) == audit.key_of(spec, 80)
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, arch, blocks",
+    [
+        (128, 24576, 4, 80, 4),
+        (168, 24576, 4, 86, 3),
+        (255, 0, 4, 80, 2),
+        (32, 0, 1, 86, 16),
+        (64, 101376, 4, 86, 1),
+        (64, 101377, 4, 86, 0),
+    ],
+)
+def test_occupancy_is_cudas(registers, shared, warps, arch, blocks):
+    """By hand from the rules of CUDA's programming guide; the last lacks the 1 KiB that the driver takes."""
+    assert audit.blocks_per_sm(registers, shared, warps, audit.LIMITS[arch]) == blocks
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """The interpreter's pytest processes, all started at once."""
+    runs = matrix.start(tmp_path_factory.mktemp("interpreted"))
+    yield runs
+    for run in runs.values():
+        run.process.kill()
+        run.process.wait()
+
+
+@pytest.mark.parametrize("shard", matrix.SHARDS)
+def test_in_the_interpreter(shard, interpreted):
+    run = interpreted[shard]
+    output = run.finish()
+    assert run.process.returncode == 0, output[-6000:]
+
+
+def test_the_table_of_results_is_found_again(interpreted):
+    if not matrix.TABLE.exists():
+        pytest.skip("there is no table yet; `make proof` makes it")
+    for run in interpreted.values():
+        run.finish()
+    assert matrix.rows(run.record for run in interpreted.values()) == matrix.read(), "run `make proof`"

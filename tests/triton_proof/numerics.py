@@ -1,0 +1,49 @@
+"""Gives Triton's interpreter the number formats of a GPU: bfloat16, tf32 products, the smallest tiles of `tl.dot`.
+
+The interpreter keeps bfloat16 as the 16 raw bits in a uint16 array and calculates with those, so that most results are
+silently wrong; ml_dtypes' NumPy type rounds as the hardware does. It also multiplies fp32 exactly where a GPU would
+take tf32, which hides a `tl.dot` that forgot input_precision="ieee".
+"""
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.backends.nvidia.compiler import min_dot_size
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_numpy_dtype = interpreter._get_np_dtype
+_dot = InterpreterBuilder.create_dot
+
+
+def install() -> None:
+    """Replaces the interpreter's methods for this process."""
+    interpreter._get_np_dtype = numpy_dtype
+    interpreter.interpreter_builder.codegen_fns["min_dot_size"] = min_dot_size(None)
+    InterpreterBuilder.cast_impl = _cast
+    InterpreterBuilder.create_fp_to_fp = lambda self, source, to, rounding: _cast(self, source, to)
+    InterpreterBuilder.create_dot = _dot_as_on_a_gpu
+
+
+def numpy_dtype(triton_dtype) -> np.dtype:
+    """The NumPy dtype that holds a Triton dtype."""
+    element = triton_dtype.element_ty if isinstance(triton_dtype, tl.block_type) else triton_dtype
+    return BFLOAT16 if element == tl.bfloat16 else _numpy_dtype(element)
+
+
+def to_tf32(x: np.ndarray) -> np.ndarray:
+    """fp32 rounded to tf32's 10 bits of mantissa, to nearest even."""
+    return interpreter._round_f32_to_tf32(x)
+
+
+def _cast(self, source: TensorHandle, to) -> TensorHandle:
+    with np.errstate(over="ignore"):  # infinity is the right answer
+        return TensorHandle(source.data.astype(numpy_dtype(to)), to.scalar)
+
+
+def _dot_as_on_a_gpu(self, a, b, total, precision, max_imprecise):
+    if a.data.dtype == np.float32 and precision.name == "TF32":
+        a, b = (TensorHandle(to_tf32(operand.data), operand.dtype) for operand in (a, b))
+    return _dot(self, a, b, total, precision, max_imprecise)
