@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: embed test lint bench proof gpu-report clean
+.PHONY: embed test lint bench proof clean
 
 embed: .venv/core
 	mkdir -p out
@@ -23,14 +23,11 @@ bench: .venv/bench
 	$(BIN)/python benches/bench_peers.py --profile --out out/peers
 
 # Compiles every Triton kernel for every architecture and runs it in Triton's interpreter, without a GPU; after a change
-# to a kernel, this renews the tables that the tests compare with. Tens of minutes if all has changed.
+# to a kernel, this renews the tables that tests/test_triton.py compares with. Tens of minutes if all has changed.
 proof: .venv/test
+	$(BIN)/pip install --quiet --editable '.[test,proof]'
 	$(BIN)/python tests/triton_proof/audit.py
 	$(BIN)/python tests/triton_proof/matrix.py
-
-# Tests, ops and the whole model on the GPU that is here; writes gpu-report.md and gpu-report.json.
-gpu-report: .venv/bench
-	$(BIN)/python benches/gpu_report.py
 
 .venv/core: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .

@@ -1,7 +1,7 @@
 """The Triton backend for NVIDIA GPUs from sm_80 on, forward and backward; one file an op.
 
-Nothing here has run on a GPU: the kernels were compiled and audited for sm_80 to sm_120 and executed in Triton's
-interpreter.
+Work in progress, and run by name only: nothing here has run on a GPU. The kernels were executed in Triton's interpreter
+and in part compiled and audited for sm_80 to sm_120; `make proof` does both and is not complete yet.
 """
 
 from . import (
