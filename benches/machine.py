@@ -85,7 +85,9 @@ def raw_peak(dtype: torch.dtype) -> float | None:
     """FLOP/s of the instruction our kernels multiply with, on registers alone; None where they have none for it."""
     from esm_fast import _C
 
-    _C.set_threads(torch.get_num_threads())
+    if _C.threads() != torch.get_num_threads():
+        _C.set_threads(torch.get_num_threads())
+    time.sleep(0.2)  # torch's threads look for more work for a while, on the cores that ours need
     try:
         return _C.peak(str(dtype).removeprefix("torch.")) * 1e9
     except ValueError:
