@@ -52,7 +52,7 @@ _ATTENTION_FP32 = {
     ("attention_forward", 128): (32, 32, 8, 1),
     ("attention_backward_q", 64): (32, 32, 8, 2),
     ("attention_backward_q", 128): (32, 16, 8, 2),
-    ("attention_backward_kv", 64): (32, 32, 8, 2),
+    ("attention_backward_kv", 64): (32, 32, 8, 1),
     ("attention_backward_kv", 128): (32, 32, 8, 1),
 }
 
