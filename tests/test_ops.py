@@ -97,6 +97,16 @@ def test_a_wrong_shape_is_named_with_all_shapes():
         OPS["gelu_ffn"](**arguments)
 
 
+@pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if "cu_seqlens" in op.signature.parameters], ids=lambda op: op.name
+)
+@pytest.mark.parametrize("wrong", [torch.tensor([0, 1]), torch.zeros(1, 2, dtype=torch.int32), torch.tensor([]).int()])
+def test_offsets_that_are_none_are_refused(op, wrong):
+    arguments = op.cases()[0].build(torch.float32, "cpu", 0) | {"cu_seqlens": wrong}
+    with pytest.raises(ValueError, match=rf"{op.name}: cu_seqlens must be int32, \(sequences \+ 1,\); got cu_seqlens"):
+        op(**arguments)
+
+
 def cpu_request(dtype=torch.float32):
     return Request("cpu", None, dtype, 64, False)
 
@@ -104,6 +114,20 @@ def cpu_request(dtype=torch.float32):
 def test_a_backend_asked_for_by_name_raises_its_reasons():
     with pytest.raises(BackendError, match="pre_ln_attention cannot run on backend 'xformers' here: .*CUDA"):
         select("pre_ln_attention", cpu_request(), "xformers")
+
+
+@pytest.mark.parametrize("module, is_a_reason", [("somelib", True), (None, True), ("esm_fast.kernels.cpu", False)])
+def test_only_a_missing_library_is_a_reason(module, is_a_reason, monkeypatch):
+    def fail(name):
+        raise ImportError("it is not there", name=module)
+
+    monkeypatch.setattr(registry.importlib, "import_module", fail)
+    backends = registry.backends.__wrapped__
+    if is_a_reason:
+        assert backends()["cpu"] == "it is not there"
+    else:
+        with pytest.raises(ImportError, match="not there"):
+            backends()
 
 
 def test_an_unknown_backend_lists_the_known_ones():

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .common import AWKWARD_LENGTHS, Maker, require, spans
+from .common import AWKWARD_LENGTHS, Maker, require, require_offsets, spans
 from .registry import Case, Cost, op
 
 
@@ -16,12 +16,7 @@ def check(q, k, v, cu_seqlens, max_seqlen, scale):
         k=k,
         v=v,
     )
-    require(
-        cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1,
-        "attention_varlen",
-        "cu_seqlens must be int32",
-        cu_seqlens=cu_seqlens,
-    )
+    require_offsets(cu_seqlens, "attention_varlen")
 
 
 def _case(name, lengths, heads, head_dim) -> Case:

@@ -48,6 +48,12 @@ def require(condition: bool, op_name: str, problem: str, **tensors) -> None:
         raise ValueError(f"{op_name}: {problem}; got {shapes}")
 
 
+def require_offsets(cu_seqlens, op_name: str) -> None:
+    """Raises ValueError unless cu_seqlens is what `Maker.cu_seqlens` makes: kernels read its memory as int32."""
+    fits = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0
+    require(fits, op_name, "cu_seqlens must be int32, (sequences + 1,)", cu_seqlens=cu_seqlens)
+
+
 class Maker:
     """Makes seeded tensors for test cases: drawn in fp64, then cast, so that every dtype sees the same numbers."""
 

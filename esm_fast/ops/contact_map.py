@@ -10,7 +10,7 @@ so a layer adds its heads to one T x T sum; the 660 maps of ESM-1b never exist t
 
 import torch
 
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, spans
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, require_offsets, spans
 from .registry import Case, Cost, op
 
 
@@ -20,6 +20,7 @@ def check(q, k, cu_seqlens, keep, weight, scale):
         keep.shape == q.shape[:1] and keep.dtype == torch.bool, "contact_map", "keep must be (n,) bool", q=q, keep=keep
     )
     require(weight.shape == q.shape[1:2], "contact_map", "weight must be (heads,)", q=q, weight=weight)
+    require_offsets(cu_seqlens, "contact_map")
 
 
 def _case(name, lengths, heads, head_dim) -> Case:

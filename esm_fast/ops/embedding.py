@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..alphabet import MASK, PAD
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, require
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, require, require_offsets
 from .registry import Case, Cost, op
 
 # Of the tokens seen in pretraining, 15 % were selected and 80 % of these shown as <mask>, whose embedding is zero.
@@ -26,6 +26,7 @@ def check(tokens, positions, cu_seqlens, token_table, position_table, ln_weight,
         token_table=token_table,
         position_table=position_table,
     )
+    require_offsets(cu_seqlens, "embedding")
 
 
 def _case(name, lengths, width, *, norm=True, token_dropout=True) -> Case:

@@ -2,13 +2,14 @@
 
 import torch
 
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, spans
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, require_offsets, spans
 from .registry import Case, Cost, op
 
 
 def check(x, cu_seqlens, weight):
     require(x.ndim == 2, "pool", "x must be (n, width)", x=x)
     require(weight.shape == x.shape[:1], "pool", "weight must be (n,)", x=x, weight=weight)
+    require_offsets(cu_seqlens, "pool")
 
 
 def _case(name, lengths, width, *, ends=False) -> Case:

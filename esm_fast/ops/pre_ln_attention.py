@@ -3,7 +3,7 @@
 import torch
 
 from .attention_varlen import attention_varlen
-from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, require, spans
+from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, require, require_offsets, spans
 from .registry import Case, Cost, op
 
 
@@ -37,7 +37,7 @@ def check(
             x=x,
             weight=weight,
         )
-    require(cu_seqlens.dtype == torch.int32, "pre_ln_attention", "cu_seqlens must be int32", cu_seqlens=cu_seqlens)
+    require_offsets(cu_seqlens, "pre_ln_attention")
 
 
 def _case(name, lengths, heads, head_dim, rotary=False) -> Case:

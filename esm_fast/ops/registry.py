@@ -154,7 +154,10 @@ def implements(op_name: str, *, backend: str, priority: int, why_not, backward=N
 
 @functools.cache
 def backends() -> dict[str, str | None]:
-    """Every backend's name -> None, or why its module could not be imported. Importing it registers its kernels."""
+    """Every backend's name -> None, or why its library could not be imported. Importing it registers its kernels.
+
+    Raises ImportError where the package itself is broken: that is no reason to compute by something else.
+    """
     import esm_fast.kernels as package
 
     found: dict[str, str | None] = {}
@@ -163,6 +166,8 @@ def backends() -> dict[str, str | None]:
             importlib.import_module(f"{package.__name__}.{module.name}")
             found[module.name] = None
         except ImportError as error:
+            if (error.name or "").startswith(package.__name__.partition(".")[0]):
+                raise
             found[module.name] = str(error)
     return found | {REFERENCE: None}
 

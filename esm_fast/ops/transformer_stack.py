@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .common import AWKWARD_LENGTHS, require
+from .common import AWKWARD_LENGTHS, require, require_offsets
 from .gelu_ffn import _case as ffn_case
 from .gelu_ffn import cost as ffn_cost
 from .gelu_ffn import gelu_ffn
@@ -56,7 +56,7 @@ def check(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
     name = "transformer_stack"
     require(x.ndim == 2, name, "x must be (n, width)", x=x)
     require(x.shape[1] % heads == 0, name, f"width must be a multiple of {heads} heads", x=x)
-    require(cu_seqlens.dtype == torch.int32, name, "cu_seqlens must be int32", cu_seqlens=cu_seqlens)
+    require_offsets(cu_seqlens, name)
     require(len(layers) > 0, name, "there must be at least one layer", x=x)
     known = all(1 <= number <= len(layers) for number in return_layers)
     require(known, name, f"return_layers must be from 1 to {len(layers)}, not {tuple(return_layers)}", x=x)
