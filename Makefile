@@ -10,7 +10,7 @@ embed: .venv/core
 	$(BIN)/esm-fast embed examples/uniprot_sample.fasta.gz -o out/uniprot_sample.h5 --overlength window --force
 
 test: .venv/test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .
