@@ -188,7 +188,8 @@ struct Gelu {
     ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
         for (int r = 0; r < height; ++r)
             for (int v = 0; v < kPanel; v += N)
-                store(out + (row + r) * ld + column + v, gelu(load(c + r * kPanel + v) + load(bias + column + v)));
+                store(out + (row + r) * ld + column + v,
+                      gelu_for(out, load(c + r * kPanel + v) + load(bias + column + v)));
     }
 };
 

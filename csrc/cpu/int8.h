@@ -59,26 +59,42 @@ ESM_INLINE Bytes round_biased(F x) {
     return bytes ^ uint8_t(kZero);
 }
 
-// One row of n, to the nearest of 255 values a group. The largest magnitude is found as an integer, which puts NaN above
-// infinity above all numbers: the scale is then NaN or infinite, and so is every output of the row. Magnitudes too small
-// to be divided by count as 0.
+// The largest magnitude, found as an integer, which puts NaN above infinity above all numbers.
+template <class T>
+ESM_INLINE T largest_bits(const void* x, int n, T mask) {
+    typedef T V __attribute__((vector_size(4 * N)));
+    constexpr int kLanes = int(sizeof(V) / sizeof(T));
+    const T* bits = static_cast<const T*>(x);
+    V best = {};
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const V magnitude = load_as<V>(bits + i) & mask;
+        best = best > magnitude ? best : magnitude;
+    }
+    T lanes[kLanes], most = 0;
+    std::memcpy(lanes, &best, sizeof best);
+    for (int width = kLanes / 2; width; width /= 2)
+        for (int j = 0; j < width; ++j) lanes[j] = lanes[j] > lanes[j + width] ? lanes[j] : lanes[j + width];
+    for (; i < n; ++i) most = T(bits[i] & mask) > most ? T(bits[i] & mask) : most;
+    return lanes[0] > most ? lanes[0] : most;
+}
+ESM_INLINE float largest_magnitude(const float* x, int n) {
+    const uint32_t bits = largest_bits<uint32_t>(x, n, 0x7fffffffu);
+    float largest;
+    std::memcpy(&largest, &bits, sizeof bits);
+    return largest;
+}
+ESM_INLINE float largest_magnitude(const bf16* x, int n) { return widen(bf16{largest_bits<uint16_t>(x, n, 0x7fff)}); }
+
+// One row of n, to the nearest of 255 values a group. Where the largest magnitude is NaN or infinite the scale is so too,
+// and so is every output of the row. Magnitudes too small to be divided by count as 0.
 template <class A>
 void quantize_row(const A* x, int n, biased8* out) {
     float* scales = const_cast<float*>(scales_of(out, n));
     std::memset(out + n, kZero, size_t(round_up(n, kInputs8) - n));
     for (int first = 0; first < n; first += kGroup) {
         const int end = n - first < kGroup ? n : first + kGroup, rest = (end - first) % N, whole = end - rest;
-        I best = rest ? (I)abs(load_part(x + whole, rest)) : I{};
-        for (int i = first; i < whole; i += N) {
-            const I magnitude = (I)abs(load(x + i));
-            best = best > magnitude ? best : magnitude;
-        }
-        int32_t most[N];
-        std::memcpy(most, &best, sizeof most);
-        for (int width = N / 2; width; width /= 2)
-            for (int i = 0; i < width; ++i) most[i] = most[i] > most[i + width] ? most[i] : most[i + width];
-        float largest;
-        std::memcpy(&largest, most, sizeof largest);
+        const float largest = largest_magnitude(x + first, end - first);
         const bool none = largest < kTiniest;
         const float inverse = none ? 0.0f : 127.0f / largest;
         *scales++ = none ? 0.0f : largest / 127.0f;

@@ -41,6 +41,22 @@ void layer_norm(const float* x, int width, const float* gain, const float* bias,
     quantize_row(row, width, out);
 }
 
+// e^(scale (x - most)), as many digits as type A has.
+template <class A>
+struct SoftmaxWeight {
+    F factor, shift;
+    SoftmaxWeight(float scale, float most) : factor(splat(scale)), shift(splat(-most * scale)) {}
+    ESM_INLINE F operator()(F x) const { return exp(fma(x, factor, shift)); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct SoftmaxWeight<bf16> {
+    F factor, shift;
+    SoftmaxWeight(float scale, float most) : factor(splat(scale * 1.44269504f)), shift(-most * factor) {}
+    ESM_INLINE F operator()(F x) const { return exp2_for_bf16(fma(x, factor, shift)); }
+};
+#endif
+
 // weights[i] = e^(scale (scores[i] - max)), with zeros up to a whole vector; returns their sum in fp32. The scores'
 // own padding is overwritten.
 template <class A>
@@ -49,10 +65,10 @@ float softmax_weights(float* scores, int length, float scale, A* weights) {
     for (int i = length; i < padded; ++i) scores[i] = -__builtin_inff();
     F best = splat(-__builtin_inff());
     for (int i = 0; i < padded; i += N) best = max(best, load(scores + i));
-    const F shift = splat(-largest(best) * scale), factor = splat(scale);
+    const SoftmaxWeight<A> weight(scale, largest(best));
     F total = {};
     for (int i = 0; i < padded; i += N) {
-        const F e = exp(fma(load(scores + i), factor, shift));
+        const F e = weight(load(scores + i));
         total += e;
         store(weights + i, e);
     }

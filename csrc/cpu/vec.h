@@ -156,6 +156,50 @@ ESM_INLINE F gelu(F x) {
     return fma(half, z * p / q, half);
 }
 
+// What is rounded to bf16 next needs no seven digits: the same functions in half the instructions.
+ESM_INLINE F gelu_for(const float*, F x) { return gelu(x); }
+#if defined(__AVX512BF16__)
+constexpr __mmask16 kAll = 0xffff;  // GCC warns of what it fills in where no mask is given
+
+// 2^x for x <= 0, relative error 3e-6 (minimax, degree 4); a NaN for a NaN.
+ESM_INLINE F exp2_for_bf16(F x) {
+    const __m512 t = _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-127.0f), (__m512)x);
+    const __m512 n = _mm512_maskz_roundscale_ps(kAll, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F r = (F)(t - n);
+    F p = fma(splat(0.0095701f), r, splat(0.05591786f));
+    p = fma(p, r, splat(0.24024745f));
+    p = fma(p, r, splat(0.69312181f));
+    p = fma(p, r, splat(0.99999926f));
+    return (F)_mm512_maskz_scalef_ps(kAll, (__m512)p, n);
+}
+
+// x / 2 + |x| E(|x|) with E(a) = erf(a / sqrt 2) / 2 by sixteen cubics over intervals of 0.3125, absolute error 2e-6; the
+// last one is 1/2, which costs x E 1.4e-5 at 4.6. Table row i holds their coefficients of degree i, in units of the interval.
+ESM_INLINE F gelu_for(const bf16*, F x) {
+    alignas(64) static const float table[4][16] = {
+        {0.0f, 0.122668654f, 0.234012817f, 0.325747706f, 0.394349209f, 0.440914556f, 0.469603842f, 0.485647418f,
+         0.493790776f, 0.497542426f, 0.499111173f, 0.499706547f, 0.499911628f, 0.499975743f, 0.499993935f, 0.5f},
+        {0.124669231f, 0.118727869f, 0.102550174f, 0.0803357818f, 0.0570781861f, 0.0367806398f, 0.0214959025f,
+         0.0113940606f, 0.00547755563f, 0.00238824749f, 0.000944397418f, 0.000338697255f, 0.000110166186f,
+         3.24984656e-05f, 8.69467336e-06f, 0.0f},
+        {0.0f, -0.00576317493f, -0.0099616866f, -0.011717254f, -0.0111154435f, -0.00896931649f, -0.00630410203f,
+         -0.00390852128f, -0.00215380496f, -0.00106003439f, -0.000467516762f, -0.000185211446f, -6.60225089e-05f,
+         -2.12054205e-05f, -6.14300454e-06f, 0.0f},
+        {-0.00202171469f, -0.00173658638f, -0.00101505521f, -0.000161313677f, 0.000517006616f, 0.000857695965f,
+         0.000877068622f, 0.000701153067f, 0.000468670529f, 0.000269684136f, 0.000135677031f, 6.02375063e-05f,
+         2.37454058e-05f, 8.34592967e-06f, 2.6234838e-06f, 0.0f},
+    };
+    const F a = abs(x), shift = splat(12582912.0f);  // adding it leaves the nearest integer in the lowest bits
+    const F t = (F)_mm512_maskz_min_ps(kAll, (__m512)(a * 3.2f), _mm512_set1_ps(15.0f));
+    const F nearest = t + shift, u = t - (nearest - shift);
+    const auto of_degree = [&](int i) {
+        return (F)_mm512_maskz_permutexvar_ps(kAll, (__m512i)nearest, load_as<__m512>(table[i]));
+    };
+    const F e = fma(fma(fma(of_degree(3), u, of_degree(2)), u, of_degree(1)), u, of_degree(0));
+    return fma(a, e, x * 0.5f);
+}
+#endif
+
 }  // namespace
 }  // namespace cpu
 }  // namespace esm
