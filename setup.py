@@ -43,6 +43,7 @@ setup(
     ],
     # The kernels stand at the top level, beside csrc, and are imported as `esm_fast.kernels`.
     package_dir={"esm_fast": "esm_fast", "esm_fast.kernels": "kernels"},
+    package_data={"esm_fast.kernels.triton": ["*.csv"]},
     ext_modules=[Extension("esm_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
