@@ -110,7 +110,9 @@ def _forward(kernel: Kernel, arguments: dict) -> Callable:
 def _backward(op, kernel: Kernel, arguments: dict) -> Callable:
     """The backward alone; the graph is kept between calls."""
     leaves = [value.requires_grad_() for value in arguments.values() if verify.differentiable(value)]
-    run = kernel.forward if kernel.backend == REFERENCE else lambda *v: registry._WithBackward.apply(op, kernel, *v)
-    outputs = [out for out in verify.outputs_of(run(*arguments.values())) if out.requires_grad]
+    values = tuple(arguments.values())
+    ours = kernel.backend != REFERENCE
+    outputs = registry.run_with_gradients(op, kernel, values) if ours else kernel.forward(*values)
+    outputs = [out for out in verify.outputs_of(outputs) if out.requires_grad]
     seeds = [torch.ones_like(out) for out in outputs]
     return lambda: torch.autograd.grad(outputs, leaves, seeds, retain_graph=True, allow_unused=True)

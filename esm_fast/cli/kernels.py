@@ -54,7 +54,7 @@ def matrix(interpreted: list[dict], compiled: list[dict]) -> list[list[str]]:
         only_fp32 = dtypes.get(kernel) == {"fp32"}  # it works on the residual stream, which is fp32 in every model
         return passed.get((kernel, "fp32" if only_fp32 else dtype, arch), False)
 
-    lines = [["op", "", "dtype", "fp64", *(f"sm_{arch}" for arch in architectures), "traffic"]]
+    lines = [["op", "direction", "dtype", "fp64", *(f"sm_{arch}" for arch in architectures), "traffic"]]
     for row in interpreted:
         dtype, launched = _SHORT[row["dtype"]], row["kernels"].split()
         cells = ["ok" if all(holds(kernel, dtype, arch) for kernel in launched) else "-" for arch in architectures]

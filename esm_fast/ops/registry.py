@@ -99,10 +99,7 @@ class Op:
         values = tuple(bound.arguments.values())
         if kernel.backend == REFERENCE:
             return kernel.forward(*values)
-        if not request.grad:
-            return kernel.forward(*values)
-        leaves, structure = pytree.tree_flatten(values)
-        return _WithBackward.apply(self, kernel, structure, *leaves)
+        return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
 
     def request(self, arguments: dict[str, Any]) -> Request:
         lead = next(tensor for tensor in _tensors(arguments[self.dtype_of]) if tensor.ndim > 1)
@@ -208,6 +205,12 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
 def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
     """(backend, reasons it is not chosen for this request) for every kernel of an op, best first."""
     return [(kernel.backend, kernel.why_not(request) + kernel.yields(request)) for kernel in kernels(op_name)]
+
+
+def run_with_gradients(op: Op, kernel: Kernel, values: tuple):
+    """The kernel's outputs for all of the op's arguments, by position, with autograd's graph behind them."""
+    leaves, structure = pytree.tree_flatten(values)
+    return _WithBackward.apply(op, kernel, structure, *leaves)
 
 
 class _WithBackward(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from esm_fast.alphabet import MASK
 from esm_fast.ops import verify
 from esm_fast.ops.common import spans
-from esm_fast.ops.registry import Case, Kernel, Op, _WithBackward
+from esm_fast.ops.registry import Case, Kernel, Op, run_with_gradients
 
 GUARD = 64  # elements on either side: a multiple of every alignment the kernels use
 
@@ -116,7 +116,7 @@ def _run(op: Op, kernel: Kernel, arguments: dict, share: Share, grad: bool, outs
     leaves = {n: arguments[n].detach().requires_grad_(grad and verify.differentiable(arguments[n])) for n in arguments
               if isinstance(arguments[n], torch.Tensor)}  # fmt: skip
     values = tuple({**arguments, **leaves}.values())
-    outputs = verify.outputs_of(_WithBackward.apply(op, kernel, *values) if grad else kernel.forward(*values))
+    outputs = verify.outputs_of(run_with_gradients(op, kernel, values) if grad else kernel.forward(*values))
     found = {f"output {i}": out.detach()[own] for i, (out, own) in enumerate(zip(outputs, share.outputs, strict=True))}
     if not grad:
         return found

@@ -75,6 +75,20 @@ def test_tf32_is_seen():
 
 
 @triton.jit
+def where_equal(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, 1.0, mask=(i < N) & (tl.load(x) == tl.load(x + 1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_comparison_of_two_numbers_masks_a_block(dtype):
+    for pair, expected in (([1.0, 1.0], 1.0), ([1.0, 2.0], 0.0)):
+        out = torch.zeros(16)
+        where_equal[(1,)](torch.tensor(pair, dtype=dtype), out, 16)
+        assert (out == expected).all()
+
+
+@triton.jit
 def too_small(a, out):
     i = tl.arange(0, 4)
     x = tl.load(a + i[:, None] * 4 + i[None, :])

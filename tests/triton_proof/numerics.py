@@ -25,6 +25,7 @@ def install() -> None:
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_fp_to_fp = lambda self, source, to, rounding: _cast(self, source, to)
     InterpreterBuilder.create_dot = _dot_as_on_a_gpu
+    InterpreterBuilder.create_splat = _splat
 
 
 def numpy_dtype(triton_dtype) -> np.dtype:
@@ -41,6 +42,11 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
 def _cast(self, source: TensorHandle, to) -> TensorHandle:
     with np.errstate(over="ignore"):  # infinity is the right answer
         return TensorHandle(source.data.astype(numpy_dtype(to)), to.scalar)
+
+
+def _splat(self, block_type, scalar: TensorHandle) -> TensorHandle:
+    """As the data is: the interpreter's comparison of two floats gives booleans that claim to be floats."""
+    return TensorHandle(np.full(block_type.shape, scalar.data, scalar.data.dtype), scalar.dtype.scalar)
 
 
 def _dot_as_on_a_gpu(self, a, b, total, precision, max_imprecise):

@@ -61,7 +61,8 @@ class _Memory:
             raise Fault(f"one storage is handed over both as {self.dtype} and as {tensor.dtype}")
         shape = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         if tensor.numel():
-            torch.from_numpy(self.inside).as_strided(shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+            inside = torch.from_numpy(self.inside).as_strided(shape, tensor.stride(), tensor.storage_offset())
+            inside.numpy()[...] = True
 
 
 class _Launch:
@@ -159,16 +160,21 @@ def recording():
         _recorded = before
 
 
+def launching() -> bool:
+    return _current is not None
+
+
 def _watched(self, *arguments, **options):
     global _current
     _current = _Launch(self.fn.__name__, list(_tensors([*arguments, *options.values()])))
     try:
         _execute(self, *arguments, **options)
+        if _recorded is not None:
+            _recorded.append(_current.traffic())
     except InterpreterError as error:
         raise _cause(error) from None
-    if _recorded is not None:
-        _recorded.append(_current.traffic())
-    _current = None
+    finally:
+        _current = None
 
 
 def _patch_once_a_launch(function):

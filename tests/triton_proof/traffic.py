@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_proof import sanitizer
 
 from esm_fast.ops import verify
-from esm_fast.ops.registry import Case, Kernel, Op, _WithBackward
+from esm_fast.ops.registry import Case, Kernel, Op, run_with_gradients
 
 
 class Bytes(NamedTuple):
@@ -21,7 +21,7 @@ class Bytes(NamedTuple):
 
 
 class _TorchTraffic(TorchDispatchMode):
-    """Counts each torch op's tensors once; views and fresh memory cost nothing."""
+    """Counts each torch op's tensors once; views and fresh memory cost nothing, nor do the interpreter's own copies."""
 
     def __init__(self):
         super().__init__()
@@ -29,8 +29,10 @@ class _TorchTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if sanitizer.launching() or function.is_view:
+            return result
         name = function.overloadpacket.__name__
-        if not function.is_view and "empty" not in name and name != "detach":
+        if "empty" not in name and name != "detach":
             self.bytes += sum(t.numel() * t.element_size() for t in _tensors([*args, *(kwargs or {}).values(), result]))
         return result
 
@@ -60,7 +62,8 @@ def of_case(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, direction: s
     if direction == "fwd":
         return measure(lambda: kernel.forward(*arguments.values())), op.cost(**arguments).bytes
     leaves = [value.requires_grad_() for value in arguments.values() if verify.differentiable(value)]
-    outputs = [o for o in verify.outputs_of(_WithBackward.apply(op, kernel, *arguments.values())) if o.requires_grad]
+    outputs = verify.outputs_of(run_with_gradients(op, kernel, tuple(arguments.values())))
+    outputs = [output for output in outputs if output.requires_grad]
     seeds = [torch.ones_like(output) for output in outputs]
     moved = measure(lambda: torch.autograd.grad(outputs, leaves, seeds, allow_unused=True))
     return moved, sum(t.numel() * t.element_size() for t in [*leaves, *leaves, *seeds])
