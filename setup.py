@@ -39,6 +39,7 @@ setup(
         "esm_fast.kernels.triton",
         "esm_fast.models",
         "esm_fast.ops",
+        "esm_fast.train",
         "esm_fast.writers",
     ],
     # The kernels stand at the top level, beside csrc, and are imported as `esm_fast.kernels`.

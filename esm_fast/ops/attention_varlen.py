@@ -56,8 +56,9 @@ def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
     Returns:
         (n, heads, head_dim) in q's dtype. The softmax is in fp32 or better.
     """
-    out = []
-    for start, end in spans(cu_seqlens):
-        qkv = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    lengths, out = cu_seqlens.diff().tolist(), []
+    # Split, not sliced: the gradient of each slice would be as large as the whole batch.
+    for qkv in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        qkv = (t.transpose(0, 1).unsqueeze(0) for t in qkv)
         out.append(F.scaled_dot_product_attention(*qkv, scale=scale)[0].transpose(0, 1))
     return torch.cat(out) if out else torch.zeros_like(q)

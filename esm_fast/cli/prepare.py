@@ -1,0 +1,78 @@
+"""esm-fast prepare: FASTA files to the token store that pretraining reads."""
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from .common import InputError, as_flags, human_bytes, progress
+
+NAME = "prepare"
+HELP = "FASTA files to a token store for pretraining"
+DESCRIPTION = """\
+Reads FASTA files (plain, gz, bz2, xz or zst; - is standard input) into a token store: a folder of
+memory-mapped files with a byte a residue. Exact duplicates are dropped, and a share of the proteins
+is held out for validation. Memory grows by about a hundred bytes a protein."""
+EXAMPLES = """\
+  esm-fast prepare uniref50.fasta.gz -o uniref50.store --unknown x
+  esm-fast prepare proteins.fasta -o proteins.store --clusters clusters.tsv --valid-share 0.05
+
+The table of --clusters has two columns, cluster and member, as mmseqs createtsv writes them.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fasta", nargs="+", metavar="FASTA", help="FASTA files, or - for standard input")
+    parser.add_argument("-o", "--output", required=True, metavar="STORE", help="the folder to make")
+    parser.add_argument(
+        "--valid-share", type=float, default=0.01, metavar="X", help="share that is held out (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clusters", metavar="TSV", help="hold out whole clusters (default: single proteins, by a hash of each)"
+    )
+    parser.add_argument(
+        "--unknown",
+        default="error",
+        choices=("error", "x", "skip"),
+        help="residues ESM-1b does not know; x reads them as X (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--empty", default="error", choices=("error", "skip"), help="records without residues (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..data import FastaError, Policy
+    from ..train.prepare import prepare, read_clusters
+
+    out = Path(args.output)
+    if not out.parent.is_dir():
+        raise InputError(f"the folder {out.parent} does not exist; make it first")
+    policy = Policy(args.unknown, args.empty, overlength="window")
+    clusters = read_clusters(args.clusters) if args.clusters else None
+    start = time.perf_counter()
+    try:
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress(None)) if sys.stderr.isatty() else None
+            summary = prepare(
+                args.fasta,
+                out,
+                policy=policy,
+                valid_share=args.valid_share,
+                clusters=clusters,
+                progress=bar.update if bar else lambda residues: None,
+            )
+    except FastaError as error:
+        raise InputError(as_flags(str(error))) from None
+    report, seconds = summary.report, time.perf_counter() - start
+    skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty, "special token": summary.special}
+    skipped["duplicate"] = summary.duplicates
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"records   {report.records:,} in {seconds:.1f} s")
+    print(f"skipped   {', '.join(f'{count:,} {what}' for what, count in skipped.items())}")
+    print(f"changed   {report.unknown:,} unknown residues read as X, {report.stops_stripped:,} final * stripped")
+    print(f"training  {summary.train:,} proteins, {summary.train_residues:,} residues")
+    how = "clusters" if args.clusters else "a hash of each sequence"
+    print(f"held out  {summary.valid:,} proteins, {summary.valid_residues:,} residues, by {how}")
+    print(f"output    {out} ({human_bytes(size)})")

@@ -1,0 +1,113 @@
+"""esm-fast pretrain: trains a model by masked language modelling, as a recipe says."""
+
+import argparse
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .common import InputError, positive
+
+NAME = "pretrain"
+HELP = "pretrain a model from a recipe"
+DESCRIPTION = """\
+Pretrains a model by masked language modelling on a store of esm-fast prepare, as the recipe, a YAML
+file, says. The same command again goes on from the newest checkpoint, bit for bit. The output folder
+holds log.jsonl, curves.png, checkpoints, best.safetensors (the lowest held-out loss so far) and, at
+the end, model.safetensors; esm-fast embed --model takes both."""
+EXAMPLES = """\
+  esm-fast pretrain examples/esm1b_t6_demo.yaml
+  esm-fast pretrain recipe.yaml --fast-dev-run
+  torchrun --nproc-per-node 8 -m esm_fast.cli pretrain examples/esm1b_650M_h100.yaml
+
+Recipes that ship: examples/*.yaml; every entry is explained in docs/pretraining.md.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="what to train, on what, and how")
+    parser.add_argument("--store", metavar="STORE", help="in place of the recipe's")
+    parser.add_argument("-o", "--output", metavar="DIR", help="in place of the recipe's")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--fast-dev-run", action="store_true", help="three small steps, a validation and a save, in DIR/fast_dev_run"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..train.loop import Trainer
+    from ..train.processes import joined
+    from ..train.recipe import read_recipe
+    from ..train.store import open_store
+
+    try:
+        recipe = read_recipe(args.recipe)
+    except ImportError as error:
+        raise InputError(str(error)) from None
+    recipe = replace(recipe, store=args.store or recipe.store, output=args.output or recipe.output)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with joined() as processes:
+        if args.fast_dev_run:
+            recipe = _small(recipe, processes.world)
+            if processes.first:
+                shutil.rmtree(recipe.output, ignore_errors=True)
+            processes.wait()
+        if recipe.plot:
+            _require_matplotlib()
+        trainer = Trainer(recipe, open_store(recipe.store), processes)
+        try:
+            _train(trainer)
+        except FloatingPointError as error:
+            raise InputError(str(error)) from None
+        if processes.first:
+            print(f"held out  perplexity {_perplexity(trainer.best)} at best")
+            print(f"output    {Path(recipe.output)}")
+
+
+def _small(recipe, world: int):
+    """The same recipe in a minute: what could break, breaks early."""
+    batch = min(recipe.batch_tokens, 4096)
+    return replace(
+        recipe,
+        output=str(Path(recipe.output) / "fast_dev_run"),
+        steps=3,
+        cooldown=0,
+        step_tokens=2 * batch * world,
+        batch_tokens=batch,
+        valid_tokens=batch,
+        log_every=1,
+        valid_every=3,
+        save_every=2,
+    )
+
+
+def _train(trainer) -> None:
+    from tqdm import tqdm
+
+    first, recipe = trainer.processes.first, trainer.recipe
+    interval = 0.5 if sys.stderr.isatty() else 60
+    with tqdm(total=recipe.steps, unit=" steps", disable=not first, mininterval=interval) as bar:
+
+        def show(step: int, entry: dict) -> None:
+            if step - bar.n > 1 or not bar.n:  # resumed: those steps took no time
+                bar.initial = bar.n = step - 1
+            bar.set_postfix(loss=f"{entry['loss']:.4f}", perplexity=_perplexity(trainer.best), refresh=False)
+            bar.update()
+
+        trainer.train(show)
+
+
+def _perplexity(loss: float) -> str:
+    import math
+
+    return f"{math.exp(loss):.3f}" if math.isfinite(loss) else "unknown"
+
+
+def _require_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise InputError("plot: true needs matplotlib: pip install 'esm_fast[train]', or set plot: false")

@@ -1,0 +1,1 @@
+"""Pretraining as ESM-1b was: token store, masking, packed batches, the loop, checkpoints. See docs/pretraining.md."""

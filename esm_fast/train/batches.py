@@ -1,0 +1,77 @@
+"""Which records each step, rank and packed batch gets: a pure function of (seed, step number).
+
+A step is a fixed list of records, whatever the number of processes; ranks share it. So a run is resumed in the middle
+of an epoch by the number of its step alone, with as many processes as there are, and no record is lost or doubled.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from .random import ORDER, streams
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Epochs of shuffled records, each cut into steps of about equal numbers of tokens.
+
+    lengths: tokens of each record; step_tokens: a step has about as many or fewer, to within a record.
+    """
+
+    records: np.ndarray
+    lengths: np.ndarray
+    seed: int
+    step_tokens: int
+
+    @property
+    def per_epoch(self) -> int:
+        return max(1, -(-int(self.lengths.sum()) // self.step_tokens))
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.per_epoch
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The indices into `records` of a step, counted from 0 through all epochs."""
+        epoch, number = divmod(step, self.per_epoch)
+        order, ends = self._epoch(epoch)
+        return order[ends[number] : ends[number + 1]]
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        known = self.__dict__.get("_known")
+        if known is None or known[0] != epoch:
+            chance = streams(self.seed, ORDER, epoch, self.records)
+            order = np.argsort(chance, kind="stable")
+            begins = np.cumsum(self.lengths[order]) - self.lengths[order]
+            targets = np.arange(self.per_epoch + 1) * int(self.lengths.sum()) / self.per_epoch
+            known = epoch, (order, np.searchsorted(begins, targets))
+            object.__setattr__(self, "_known", known)
+        return known[1]
+
+
+def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.ndarray]]:
+    """[rank][batch] -> indices: every one once, as many batches on each rank, and their tokens balanced.
+
+    Longest first, each into the emptiest batch. A batch is over batch_tokens only where a single sequence is.
+    """
+    limit = max(batch_tokens, int(lengths.max(initial=0)))
+    count = max(1, -(-int(lengths.sum()) // (ranks * batch_tokens)))
+    while True:
+        parts = _balanced(lengths, ranks * count)
+        if max(int(lengths[part].sum()) for part in parts) <= limit:
+            break
+        count += 1
+    if not all(len(part) for part in parts):
+        raise ValueError(
+            f"a step of {len(lengths)} sequences is too small for {ranks} processes; raise step_tokens, or use fewer"
+        )
+    return [parts[rank::ranks] for rank in range(ranks)]
+
+
+def _balanced(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    members, heap = [[] for _ in range(parts)], [(0, part) for part in range(parts)]
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        tokens, part = heapq.heappop(heap)
+        members[part].append(index)
+        heapq.heappush(heap, (tokens + int(lengths[index]), part))
+    return [np.array(part, dtype=np.int64) for part in members]

@@ -1,0 +1,244 @@
+"""The training loop: what happens in a step, and when a run is validated, logged and saved."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import weights
+from . import checkpoint
+from .batches import Steps, share
+from .checkpoint import CheckpointError
+from .masking import MaskedBatch, Masker
+from .model import InPrecision, MaskedLM, new_model, training_flops
+from .processes import Processes
+from .recipe import Recipe, as_dict
+from .report import Log, plot
+from .schedule import LossScale, cooldown_factor, learning_rate
+from .store import Store
+
+_VALIDATION = -1  # the epoch of every validation: always the same crops and masks
+
+
+class Work(NamedTuple):
+    """A process's share of a step."""
+
+    batches: list[MaskedBatch]
+    lengths: np.ndarray  # tokens of every sequence of the step, those of other processes too
+    selected: int  # tokens of the step, likewise
+
+
+class Trainer:
+    """A run: `train` takes it from its newest checkpoint, or the beginning, to the end."""
+
+    def __init__(self, recipe: Recipe, store: Store, processes: Processes):
+        self.recipe, self.processes, self.output = recipe, processes, Path(recipe.output)
+        self.store = store
+        limit = recipe.model.max_residues
+        self.masker = Masker(store, recipe.masking, recipe.seed, limit)
+        self.valid_masker = Masker(store, recipe.masking.for_validation(), recipe.seed, limit)
+        records = store.records(valid=False)
+        if not len(records):
+            raise ValueError(f"{store.path} holds no records for training")
+        self.steps = Steps(records, self.masker.lengths(records), recipe.seed, recipe.step_tokens)
+        self.valid_records = self._valid_records()
+        self.esm = new_model(recipe.model, recipe.seed, recipe.init_std).to(processes.device)
+        self.model: torch.nn.Module = InPrecision(MaskedLM(self.esm), getattr(torch, recipe.precision))
+        self.parameters = {name: p for name, p in self.esm.named_parameters() if p.requires_grad}
+        if processes.world > 1:
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.optimizer = self._optimizer()
+        self.scale = LossScale() if recipe.precision == "float16" else None
+        self.step = self.updates = 0
+        self.best = math.inf  # held-out loss
+
+    def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
+        """on_step gets the number of steps done, and that step's numbers."""
+        recipe = self.recipe
+        self._resume()
+        log = Log(self.output, self.step, recipe.tensorboard) if self.processes.first else None
+        began, tokens, flops = time.perf_counter(), 0, 0.0
+        for work in _ahead(self._work(step) for step in range(self.step, recipe.steps)):
+            entry = self._step(work)
+            self.step += 1
+            tokens, flops = tokens + int(work.lengths.sum()), flops + entry.pop("flops")
+            if self._due(recipe.log_every):
+                seconds = time.perf_counter() - began
+                entry |= {"tokens_per_second": tokens / seconds, "mfu": self._mfu(flops / seconds)}
+                if log:
+                    log.add(step=self.step, **entry)
+                began, tokens, flops = time.perf_counter(), 0, 0.0
+            on_step(self.step, entry)
+            if self._due(recipe.valid_every) and len(self.valid_records):
+                paused = time.perf_counter()
+                self._validate(log)
+                began += time.perf_counter() - paused
+            if self._due(recipe.save_every):
+                paused = time.perf_counter()
+                self._save()
+                began += time.perf_counter() - paused
+        if log:
+            log.close()
+            weights.save(self.esm, self.output / "model.safetensors")
+        self.processes.wait()
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.recipe.steps
+
+    # ---- one step
+
+    def _work(self, step: int) -> Work:
+        records, epoch = self.steps.records[self.steps[step]], self.steps.epoch_of(step)
+        return self._share(records, epoch, self.masker)
+
+    def _share(self, records: np.ndarray, epoch: int, masker: Masker) -> Work:
+        lengths = masker.lengths(records)
+        mine = share(lengths, self.processes.world, self.recipe.batch_tokens)[self.processes.rank]
+        batches = [masker.batch(records[part], epoch) for part in mine]
+        return Work(batches, lengths, int(masker.selected(records, epoch).sum()))
+
+    def _step(self, work: Work) -> dict:
+        """Accumulates the gradient of the mean loss over the step's selected tokens, and updates the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        scale = self.scale.scale if self.scale else 1.0
+        # DDP averages over the processes what shall be summed.
+        factor = scale * self.processes.world / max(work.selected, 1)
+        total = torch.zeros((), device=self.processes.device)
+        for number, masked in enumerate(work.batches, start=1):
+            last = number == len(work.batches)
+            with nullcontext() if last or self.processes.world == 1 else self.model.no_sync():
+                loss = self.model(masked.to(self.processes.device))
+                (loss * factor).backward()
+            total += loss.detach()
+        rate = learning_rate(self.updates, self.recipe.learning_rate, self.recipe.warmup)
+        rate *= cooldown_factor(self.step, self.recipe.steps, self.recipe.cooldown)
+        norm = self._update(rate, scale)
+        loss = self.processes.sum(float(total))[0] / max(work.selected, 1)
+        entry = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": int(work.lengths.sum())}
+        if self.scale:
+            entry["loss_scale"] = scale
+        return entry | {"flops": training_flops(self.recipe.model, work.lengths, work.selected)}
+
+    def _update(self, rate: float, scale: float) -> float | None:
+        """Returns the gradient's norm; None where it overflowed and the step was skipped."""
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        norm = float(torch.nn.utils.get_total_norm(grads)) / scale
+        if not math.isfinite(norm):
+            if self.scale is None:
+                raise FloatingPointError(
+                    f"step {self.step + 1}: the gradient is not finite (norm {norm}); the last checkpoint is from "
+                    "before it. Lower the learning rate, lengthen the warm-up or clip gradients"
+                )
+            self.scale.overflow()
+            return None
+        clip = self.recipe.clip
+        factor = min(1.0, clip / (norm + 1e-6)) / scale if clip else 1 / scale
+        if factor != 1:
+            torch._foreach_mul_(grads, factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.updates += 1
+        if self.scale:
+            self.scale.update()
+        return norm
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        options = dict(lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True)
+        options["weight_decay"] = recipe.weight_decay
+        parameters = list(self.parameters.values())
+        if recipe.sharding == "zero1" and self.processes.world > 1:
+            return ZeroRedundancyOptimizer(parameters, torch.optim.Adam, **options)
+        return torch.optim.Adam(parameters, **options)
+
+    def _mfu(self, flops_per_second: float) -> float | None:
+        peak = self.recipe.peak_tflops
+        return flops_per_second / (peak * 1e12 * self.processes.world) if peak else None
+
+    # ---- validation
+
+    def _valid_records(self) -> np.ndarray:
+        """As many of the held-out records, always the same, as the recipe's number of tokens takes."""
+        records = self.store.records(valid=True)
+        limit = self.recipe.valid_tokens
+        if limit and len(records):
+            steps = Steps(records, self.masker.lengths(records), self.recipe.seed, limit)
+            records = records[steps[0]]
+        return records
+
+    @torch.inference_mode()
+    def _validate(self, log: Log | None) -> None:
+        """The perplexity of held-out proteins, every selected token shown as <mask>, in fp32."""
+        work = self._share(self.valid_records, _VALIDATION, self.valid_masker)
+        model = MaskedLM(self.esm)
+        total = sum(float(model(masked.to(self.processes.device))) for masked in work.batches)
+        loss = self.processes.sum(total)[0] / max(work.selected, 1)
+        if log:
+            log.add(step=self.step, valid_loss=loss, valid_perplexity=math.exp(loss), valid_selected=work.selected)
+            if loss < self.best:
+                weights.save(self.esm, self.output / "best.safetensors")
+            if self.recipe.plot:
+                plot(log.path, self.output / "curves.png")
+        self.best = min(self.best, loss)
+
+    # ---- checkpoints
+
+    def _save(self) -> None:
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.consolidate_state_dict(to=0)
+        if self.processes.first:
+            state = {"step": self.step, "updates": self.updates, "best": self.best, "recipe": as_dict(self.recipe)}
+            state["store"] = self.store.identity
+            if self.scale:
+                state["scale"] = vars(self.scale)
+            moments = self.optimizer.state_dict()["state"]
+            checkpoint.save(self._checkpoints, self.step, self.parameters, moments, state, self.recipe.keep)
+        self.processes.wait()
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _resume(self) -> None:
+        """Goes on from the newest checkpoint of this very run. Raises CheckpointError where it is another's."""
+        if self.processes.first:
+            self.output.mkdir(parents=True, exist_ok=True)
+        saved = checkpoint.newest(self._checkpoints)
+        if saved is None:
+            self._describe()
+            return
+        problems = self.recipe.differences(saved.state["recipe"])
+        if saved.state["store"] != self.store.identity:
+            problems.append(f"the store {self.store.path} holds other data")
+        if problems:
+            raise CheckpointError(f"{saved.path} is of another run: {'; '.join(problems)}; choose another output")
+        self.step, self.updates, self.best = (saved.state[name] for name in ("step", "updates", "best"))
+        if self.scale:
+            self.scale = LossScale(**saved.state["scale"])
+        checkpoint.restore(saved, self.parameters, self.optimizer, self.updates)
+        self._describe()
+
+    def _describe(self) -> None:
+        if self.processes.first:
+            text = json.dumps(as_dict(self.recipe) | {"world": self.processes.world}, indent=2)
+            (self.output / "recipe.json").write_text(text + "\n")
+
+
+def _ahead(items: Iterable[Work]) -> Iterator[Work]:
+    """The items of an iterator, the next one made while the current one is used."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, iterator, None)
+            yield item

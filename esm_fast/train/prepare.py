@@ -1,0 +1,216 @@
+"""FASTA files to a token store: tokenised, without exact duplicates, and split into training and validation records.
+
+Two passes, so that memory holds about a hundred bytes a record and never the residues: the first tokenises into a
+spool and hashes each record, the second copies what is kept.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..data import SKIPPED_LISTED, FastaError, Policy, Report, Tokens, accession, identifier, read_fasta, tokenize
+from . import store
+
+_COPY_TOKENS = 1 << 24
+_FIRST, _LAST = 4, 30  # ids of letters; others are literal special tokens such as <mask>, which no protein holds
+
+
+@dataclass
+class Summary:
+    """What became of the records: all were kept for training or validation, or skipped and counted."""
+
+    report: Report = field(default_factory=Report)
+    special: int = 0  # records skipped for a literal special token
+    duplicates: int = 0  # records skipped for being equal to an earlier one
+    train: int = 0
+    valid: int = 0
+    train_residues: int = 0
+    valid_residues: int = 0
+
+    def counts(self) -> dict:
+        """As store.json has it."""
+        numbers = asdict(self)
+        return {**numbers.pop("report"), **numbers} | {"skipped": self.report.skipped}
+
+
+def prepare(
+    sources: Iterable,
+    out: str | Path,
+    *,
+    policy: Policy,
+    valid_share: float = 0.01,
+    clusters: dict[str, str] | None = None,
+    progress: Callable[[int], None] = lambda residues: None,
+) -> Summary:
+    """Makes the store `out`, a folder that appears only when it is complete.
+
+    Args:
+        sources: what `read_fasta` takes.
+        policy: of unknown residues and empty records; long proteins are kept whole and cropped anew each epoch.
+        valid_share: of the sequences (of the clusters, where these are given) that are held out. A hash of the sequence
+            (of the cluster's name) decides, so equal input is split equally, whatever its order.
+        clusters: record id -> name of its cluster (see `read_clusters`); a cluster is never divided. Without them a
+            protein held out may have close relatives in training.
+
+    Raises:
+        FastaError, FileExistsError, ValueError.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another name or remove it")
+    if not 0 <= valid_share < 1:
+        raise ValueError(f"the share held out is {valid_share}; give 0 or more, less than 1")
+    summary, partial = Summary(), out.with_name(f".{out.name}-{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        spool = _Spool(partial, policy, summary, clusters, progress)
+        for source in sources:
+            spool.add(source)
+        kept = spool.copy(valid_share)
+        if not kept:
+            raise FastaError(f"no record is left: all {summary.report.records} were skipped")
+        store.describe(partial, summary.counts())
+        for file in partial.iterdir():
+            _sync(file)
+        partial.rename(out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary
+
+
+def read_clusters(path: str | Path) -> dict[str, str]:
+    """A two-column table, cluster and member, tab-separated, as `mmseqs createtsv` writes it -> member: cluster."""
+    clusters = {}
+    with open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            columns = line.rstrip("\n").split("\t")
+            if len(columns) < 2:
+                raise ValueError(f"{path}: line {number} has no tab: expected a cluster's name and a member's")
+            clusters[columns[1]] = columns[0]
+    return clusters
+
+
+class _Spool:
+    """All records in files, and an 8-byte hash of each in memory."""
+
+    def __init__(self, folder: Path, policy: Policy, summary: Summary, clusters, progress):
+        self.folder, self.policy, self.summary = folder, policy, summary
+        self.clusters, self.progress = clusters, progress
+        self.lengths, self.hashes, self.chances = [], [], []
+
+    def add(self, source) -> None:
+        with (self.folder / "spool").open("ab") as tokens_file, (self.folder / "spooled_names").open("a") as names_file:
+            for records in read_fasta(source):
+                tokens = self._without_specials(tokenize(records, self.policy, self.summary.report))
+                pieces = [tokens.ids[a:b].tobytes() for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
+                hashes = np.array([_hash(piece) for piece in pieces], dtype=np.uint64)
+                tokens_file.write(tokens.ids)
+                names_file.writelines(identifier(header) + "\n" for header in tokens.headers)
+                self.lengths.append(tokens.lengths)
+                self.hashes.append(hashes)
+                self.chances.append(hashes if self.clusters is None else self._cluster_hashes(tokens, records.source))
+                self.progress(len(tokens.ids))
+
+    def _without_specials(self, tokens: Tokens) -> Tokens:
+        odd = (tokens.ids < _FIRST) | (tokens.ids > _LAST)
+        if not odd.any():
+            return tokens
+        owner = np.repeat(np.arange(len(tokens)), tokens.lengths)
+        keep = np.ones(len(tokens), dtype=bool)
+        keep[owner[odd]] = False
+        self.summary.special += int((~keep).sum())
+        for i in np.flatnonzero(~keep).tolist():
+            self._skipped(int(tokens.numbers[i]), identifier(tokens.headers[i]), "special token")
+        headers = [header for header, kept in zip(tokens.headers, keep, strict=True) if kept]
+        offsets = np.concatenate([[0], np.cumsum(tokens.lengths[keep], dtype=np.int64)])
+        return Tokens(headers, tokens.numbers[keep], tokens.ids[keep[owner]], offsets)
+
+    def _cluster_hashes(self, tokens: Tokens, source: str) -> np.ndarray:
+        hashes = []
+        for header in tokens.headers:
+            cluster = self.clusters.get(identifier(header)) or self.clusters.get(accession(header))
+            if cluster is None:
+                raise ValueError(f"{source}: {identifier(header)!r} is in no cluster of the table")
+            hashes.append(_hash(cluster.encode()))
+        return np.array(hashes, dtype=np.uint64)
+
+    def _skipped(self, number: int, name: str, reason: str) -> None:
+        if len(self.summary.report.skipped) < SKIPPED_LISTED:
+            self.summary.report.skipped.append((number, name, reason))
+
+    def copy(self, valid_share: float) -> int:
+        """Writes the store's files of the records that are no duplicates; returns how many."""
+        lengths, hashes, chances = (_joined(x) for x in (self.lengths, self.hashes, self.chances))
+        if not len(lengths):
+            return 0
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        spool = np.memmap(self.folder / "spool", np.uint8, "r")
+        keep = ~_duplicates(spool, offsets, hashes.astype(np.uint64))
+        valid = (chances[keep].astype(np.uint64) >> np.uint64(11)) * 2.0**-53 < valid_share
+        with (self.folder / "tokens").open("wb") as file:
+            for begin, end in _blocks(offsets):
+                piece = spool[offsets[begin] : offsets[end]]
+                file.write(piece[np.repeat(keep[begin:end], lengths[begin:end])])
+        np.concatenate([[0], np.cumsum(lengths[keep])]).astype("<i8").tofile(self.folder / "offsets")
+        valid.astype("<u1").tofile(self.folder / "valid")
+        with (self.folder / "spooled_names").open() as names, (self.folder / "names.txt").open("w") as file:
+            file.writelines(name for name, kept in zip(names, keep, strict=True) if kept)
+        del spool
+        (self.folder / "spool").unlink()
+        (self.folder / "spooled_names").unlink()
+        self._count(lengths[keep], valid, int((~keep).sum()))
+        return int(keep.sum())
+
+    def _count(self, lengths: np.ndarray, valid: np.ndarray, duplicates: int) -> None:
+        summary = self.summary
+        summary.duplicates, summary.valid, summary.train = duplicates, int(valid.sum()), int((~valid).sum())
+        summary.valid_residues, summary.train_residues = int(lengths[valid].sum()), int(lengths[~valid].sum())
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _duplicates(tokens: np.ndarray, offsets: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Which records are equal to an earlier one. Equal hashes are only candidates: their bytes are compared."""
+    order = np.argsort(hashes, kind="stable")
+    ranked = hashes[order]
+    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+    ends = np.append(starts[1:], len(order))
+    duplicate = np.zeros(len(order), dtype=bool)
+    several = ends - starts > 1
+    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+        seen = set()
+        for record in order[start:end].tolist():
+            content = tokens[offsets[record] : offsets[record + 1]].tobytes()
+            duplicate[record] = content in seen
+            seen.add(content)
+    return duplicate
+
+
+def _blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Consecutive records of about _COPY_TOKENS tokens together."""
+    begin, records = 0, len(offsets) - 1
+    while begin < records:
+        end = int(np.searchsorted(offsets, offsets[begin] + _COPY_TOKENS, side="right")) - 1
+        end = min(max(end, begin + 1), records)
+        yield begin, end
+        begin = end
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

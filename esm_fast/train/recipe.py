@@ -1,0 +1,136 @@
+"""A recipe: everything that defines a pretraining run, read from YAML (or JSON, which is YAML too)."""
+
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..models.esm1 import CONFIGS, Config
+from .masking import Masking
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+SHARDING = ("none", "zero1")
+# What may differ between a run and its continuation; anything else would make it another run.
+MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
+MAY_CHANGE |= {"output", "store", "peak_tflops", "tensorboard", "plot"}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file and the entry."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The defaults are those of ESM-1b's model card; sizes of the run and paths have none.
+
+    model: sizes, or a name of `models.esm1.CONFIGS`. step_tokens: in one update, over all processes; batch_tokens: in
+    one packed batch, as memory allows. clip: the largest norm of the gradient, or None. cooldown: the last steps, over
+    which the learning rate goes to zero. valid_tokens: how much of the held-out records is used each time, 0 for all.
+    peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
+    """
+
+    model: Config
+    store: str
+    output: str
+    steps: int
+    seed: int = 0
+    masking: Masking = field(default_factory=Masking)
+    init_std: float = 0.02
+    step_tokens: int = 131_072
+    batch_tokens: int = 16_384
+    learning_rate: float = 1e-4
+    warmup: int = 16_000
+    cooldown: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = None
+    precision: str = "float32"
+    sharding: str = "none"
+    log_every: int = 10
+    valid_every: int = 500
+    valid_tokens: int = 1_000_000
+    save_every: int = 500
+    keep: int = 2
+    peak_tflops: float | None = None
+    tensorboard: bool = False
+    plot: bool = True
+
+    def __post_init__(self):
+        for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING}.items():
+            if getattr(self, name) not in allowed:
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        for name in ("steps", "step_tokens", "batch_tokens", "log_every", "valid_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; give 1 or more")
+
+    def differences(self, other: dict) -> list[str]:
+        """Entries in which another recipe, as a dictionary, is a different run."""
+        own = as_dict(self)
+        return [
+            f"{name} was {other.get(name)}, is {value}"
+            for name, value in own.items()
+            if name not in MAY_CHANGE and other.get(name) != value
+        ]
+
+
+def as_dict(recipe: Recipe) -> dict:
+    """Plain values, as JSON keeps them."""
+    values = asdict(recipe)
+    return values | {"betas": list(values["betas"])}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Raises OSError, RecipeError; ImportError with advice where PyYAML is missing."""
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("recipes are YAML files, for which PyYAML is needed: pip install 'esm_fast[train]'") from None
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    try:
+        return recipe_from(values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def recipe_from(values: dict) -> Recipe:
+    values = _fields(Recipe, values, "the recipe")
+    model = values.get("model")
+    if isinstance(model, str):
+        if model not in CONFIGS:
+            raise RecipeError(f"model is {model!r}; choose from {', '.join(CONFIGS)}, or give its sizes")
+        values["model"] = CONFIGS[model]
+    else:
+        values["model"] = Config(**_fields(Config, model, "model"))
+    if "masking" in values:
+        values["masking"] = Masking(**_fields(Masking, values["masking"], "masking"))
+    return Recipe(**values)
+
+
+def _fields(kind: type, values, where: str) -> dict:
+    """The values in the fields' types; YAML 1.1 reads 1e-4 as a text."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} is {values!r}; expected names and values")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise RecipeError(f"{where} has unknown entries: {', '.join(unknown)}; known are {', '.join(fields)}")
+    empty = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is empty and f.default_factory is empty]
+    if missing:
+        raise RecipeError(f"{where} lacks {', '.join(missing)}")
+    return {name: _typed(name, value, fields[name].type) for name, value in values.items()}
+
+
+def _typed(name: str, value, kind):
+    wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,), float | None: (int, float, type(None))}
+    if kind == tuple[float, float]:
+        return tuple(float(part) for part in value)
+    if kind not in wanted:
+        return value  # a group, read by the caller
+    if isinstance(value, str) and float in (kind, *getattr(kind, "__args__", ())):
+        value = float(value)
+    if not isinstance(value, wanted[kind]) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    return float(value) if kind is float else value

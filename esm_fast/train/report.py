@@ -1,0 +1,67 @@
+"""What a run tells: a JSON line a log entry, a picture of the curves, TensorBoard where it is wanted."""
+
+import json
+from pathlib import Path
+
+
+class Log:
+    """log.jsonl: {"step": ..., ...} a line. Continued after `step`: what a run that was cut off wrote later goes."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False):
+        self.path = folder / "log.jsonl"
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+        self.file = self.path.open("w")
+        for entry in kept:
+            self._write(entry)
+        self.board = _board(folder, step) if tensorboard else None
+
+    def add(self, **entry) -> None:
+        self._write(entry)
+        self.file.flush()
+        if self.board is not None:
+            for name, value in entry.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, entry["step"])
+
+    def _write(self, entry: dict) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries; a last line that was cut off is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _board(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(f"tensorboard: true needs TensorBoard: pip install tensorboard ({error})") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+
+def plot(log: Path, picture: Path) -> None:
+    """Draws loss, held-out perplexity, throughput and MFU over the steps. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure  # without pyplot: no display is asked for
+
+    entries = read_log(log)
+    panels = {"loss": "training loss, nats", "valid_perplexity": "held-out perplexity"}
+    panels |= {"tokens_per_second": "tokens per second", "mfu": "model FLOPs utilisation"}
+    series = {name: [(e["step"], e[name]) for e in entries if e.get(name) is not None] for name in panels}
+    shown = [name for name in panels if series[name]]
+    if not shown:
+        return
+    figure = Figure(figsize=(8, 2.4 * len(shown)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+        axes.plot(*zip(*series[name], strict=True))
+        axes.set_ylabel(panels[name])
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.savefig(picture)

@@ -1,0 +1,97 @@
+"""A token store: the proteins of FASTA files, one byte a residue, memory-mapped; made once, read in any order.
+
+A store is a folder: `tokens` (uint8, without <cls> and <eos>), `offsets` (int64: record i is tokens[offsets[i] :
+offsets[i + 1]]), `valid` (uint8: 1 for records held out), `names.txt` (an id a line) and `store.json` (version, counts,
+size and SHA-256 of each file). Numbers are little-endian.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1
+FILES = {"tokens": "<u1", "offsets": "<i8", "valid": "<u1", "names.txt": None}
+
+
+class StoreError(ValueError):
+    """A token store that is damaged or no token store; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Store:
+    path: Path
+    info: dict  # store.json
+    tokens: np.ndarray
+    offsets: np.ndarray
+    valid: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Residues of each record."""
+        return np.diff(self.offsets)
+
+    def records(self, *, valid: bool) -> np.ndarray:
+        """The numbers of the records of a split."""
+        return np.flatnonzero(self.valid == valid)
+
+    def names(self) -> list[str]:
+        return (self.path / "names.txt").read_text().splitlines()
+
+    @property
+    def identity(self) -> str:
+        """A checksum of everything in it."""
+        return hashlib.sha256(json.dumps(self.info["files"], sort_keys=True).encode()).hexdigest()
+
+
+def open_store(path: str | Path, *, verify: bool = False) -> Store:
+    """Maps a store. Sizes are checked; with `verify` every byte is, against its checksum.
+
+    Raises FileNotFoundError, StoreError.
+    """
+    path = Path(path)
+    if not (path / "store.json").exists():
+        raise FileNotFoundError(f"{path} is no token store: it has no store.json; make one with 'esm-fast prepare'")
+    try:
+        info = json.loads((path / "store.json").read_text())
+        version, files = info["version"], info["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path / 'store.json'} cannot be read ({error}); prepare the store again") from None
+    if version != VERSION:
+        raise StoreError(f"{path} has version {version}, this esm_fast reads {VERSION}; prepare the store again")
+    for name in FILES:
+        file = path / name
+        if not file.exists() or file.stat().st_size != files[name]["bytes"]:
+            raise StoreError(f"{file} is missing or cut short; prepare the store again")
+        if verify and sha256(file) != files[name]["sha256"]:
+            raise StoreError(f"{file} is damaged: it does not match its checksum; prepare the store again")
+    arrays = {name: _mapped(path / name, dtype) for name, dtype in FILES.items() if dtype}
+    return Store(path, info, **arrays)
+
+
+def describe(folder: Path, counts: dict) -> None:
+    """Writes store.json, which makes a folder with the other files a store."""
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
+    info = {"format": "esm_fast token store", "version": VERSION, "files": files, "counts": counts}
+    (folder / "store.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _mapped(file: Path, dtype: str) -> np.ndarray:
+    """An ordinary array over the mapped file: the subclass np.memmap would slow every small index."""
+    if not file.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(file, dtype, "r"))

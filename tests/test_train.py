@@ -1,0 +1,341 @@
+"""The training loop: the curve of a plain loop over fair-esm's model, of several processes, and of a run cut off."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import esm_fast
+from esm_fast import weights
+from esm_fast.cli import main
+from esm_fast.data import Policy
+from esm_fast.train import checkpoint
+from esm_fast.train.loop import Trainer
+from esm_fast.train.prepare import prepare
+from esm_fast.train.processes import Processes
+from esm_fast.train.recipe import RecipeError, read_recipe, recipe_from
+from esm_fast.train.report import Log, read_log
+from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate
+from esm_fast.train.store import open_store
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+MODEL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, max_positions=48)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    generator = np.random.default_rng(0)
+    letters = np.array(list("LAGVSERTIDPKQNFYMHWCX"))
+    lengths = np.append(generator.integers(1, 90, 120), [1, 2, 46, 47, 300])
+    records = (f">p{i}\n{''.join(generator.choice(letters, n))}\n" for i, n in enumerate(lengths))
+    (folder / "in.fasta").write_text("".join(records))
+    prepare([folder / "in.fasta"], folder / "store", policy=Policy(overlength="window"), valid_share=0.2)
+    return open_store(folder / "store", verify=True)
+
+
+def recipe(store, output, **changes):
+    values = dict(model=MODEL, store=str(store.path), output=str(output), steps=12, step_tokens=1200, batch_tokens=500)
+    values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=6, save_every=4, plot=False, seed=3)
+    return recipe_from(values | changes)
+
+
+def curve(output, name="loss"):
+    return [entry[name] for entry in read_log(output / "log.jsonl") if name in entry]
+
+
+def train(store, output, **changes):
+    trainer = Trainer(recipe(store, output, **changes), store, ALONE)
+    trainer.train()
+    return trainer
+
+
+# ---- against fair-esm
+
+
+def padded(masked):
+    """The tokens of a packed batch, padded, and where its rows are in them."""
+    pieces = masked.batch.tokens.long().split(masked.batch.lengths.tolist())
+    tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=1)
+    return tokens, (tokens != 1).flatten().nonzero().flatten()[masked.rows]
+
+
+def fair_esm_twin(trainer):
+    esm = pytest.importorskip("esm", reason="fair-esm is not installed")
+    args = Namespace(arch="roberta_large", token_dropout=True, emb_layer_norm_before=True, **MODEL)
+    twin = esm.ProteinBertModel(args, esm.Alphabet.from_architecture("ESM-1b"))
+    twin.load_state_dict(trainer.esm.state_dict())
+    twin.lm_head.weight = twin.embed_tokens.weight
+    return twin
+
+
+def test_the_curve_and_gradients_of_a_plain_loop_over_fair_esm(store, tmp_path):
+    """Same masks, 200 steps in fp32."""
+    steps = 200
+    trainer = Trainer(recipe(store, tmp_path, steps=steps, warmup=50, save_every=steps, clip=1.0), store, ALONE)
+    twin = fair_esm_twin(trainer)
+    parameters = {name: p for name, p in twin.named_parameters() if not name.startswith("contact_head")}
+    optimizer = torch.optim.Adam(parameters.values(), lr=3e-3)
+    losses = []
+
+    def plain_step(step, entry):
+        work = trainer._work(step - 1)
+        optimizer.zero_grad()
+        tokens, rows = zip(*(padded(masked) for masked in work.batches), strict=True)
+        targets = torch.cat([masked.targets for masked in work.batches])
+        logits = [twin(t)["logits"].flatten(0, 1)[r] for t, r in zip(tokens, rows, strict=True)]
+        loss = F.cross_entropy(torch.cat(logits), targets)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        if step <= 20:
+            for name, parameter in trainer.parameters.items():
+                wrong = (parameter.grad - parameters[name].grad).abs().max()
+                assert wrong < 1e-4, f"step {step}: {name} is {wrong} off"
+            assert entry["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min((step - 1) / 50, (50 / max(step - 1, 1)) ** 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+
+    trainer.train(plain_step)
+    ours = curve(tmp_path)
+    assert len(ours) == len(losses) == steps
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < 1e-3
+    assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.1  # it learned: the curves are not flat
+
+
+# ---- resume
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(store, tmp_path):
+    train(store, tmp_path / "whole")
+    stopped = Trainer(recipe(store, tmp_path / "cut"), store, ALONE)
+
+    def stop(step, entry):
+        if step == 10:  # the last checkpoint is from step 8
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(stop)
+    train(store, tmp_path / "cut")
+    for name in ("loss", "learning_rate", "gradient_norm", "valid_loss"):
+        assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
+    whole, cut = (weights.read(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert whole.sha256 == cut.sha256
+    assert len(checkpoint.paths(tmp_path / "cut" / "checkpoints")) == 2
+
+
+COMMAND = (
+    "import torch; torch.set_num_threads(1); from esm_fast.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_kill_at_any_moment(store, tmp_path):
+    """The curve of a run killed again and again, wherever it is, equals bit for bit that of one left in peace."""
+    text = json.dumps(dict(model=MODEL, store=str(store.path), output="", steps=60, step_tokens=600, batch_tokens=300))
+    more = dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=20, save_every=2, plot=False)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(json.loads(text) | more))
+
+    def command(output):
+        arguments = ["pretrain", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / output)]
+        return subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+
+    assert command("whole").wait(120) == 0
+    log, killed = tmp_path / "cut" / "log.jsonl", 0
+    moments = random.Random(0)
+    for at in (3, 17, 38):
+        process = command("cut")
+        deadline = time.monotonic() + 60
+        while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < at):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))  # a checkpoint is being written at most of these moments
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+    assert killed >= 2
+    last = command("cut")
+    assert last.wait(120) == 0, last.stderr.read().decode()
+    for name in ("loss", "valid_loss"):
+        assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] != []
+
+
+def test_another_run_is_not_continued(store, tmp_path):
+    train(store, tmp_path, steps=4)
+    with pytest.raises(checkpoint.CheckpointError, match="learning_rate was 0.003, is 0.001"):
+        train(store, tmp_path, learning_rate=1e-3)
+    train(store, tmp_path, steps=6, batch_tokens=300)  # longer, and in smaller batches: the same run
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
+    train(store, tmp_path, steps=4)
+    path = checkpoint.paths(tmp_path / "checkpoints")[-1]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="does not match its checksum; delete it"):
+        train(store, tmp_path)
+    path.write_bytes(content[:1000])
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        train(store, tmp_path)
+
+
+# ---- several processes
+
+
+def launch(count, tmp_path, recipe_path, output):
+    script = tmp_path / "ranks.py"
+    script.write_text(COMMAND)
+    arguments = [str(script), "pretrain", str(recipe_path), "-o", str(tmp_path / output)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("count, sharding", [(2, "none"), (4, "zero1")])
+def test_processes_share_a_run(store, tmp_path, count, sharding):
+    """As one process, to within the order of sums in fp32; and a run goes on with another number of processes."""
+    values = dict(model=MODEL, store=str(store.path), output="", steps=16, step_tokens=2400, batch_tokens=300)
+    values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=8, save_every=4, plot=False)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values | dict(sharding=sharding, steps=8)))
+    launch(count, tmp_path, path, "several")
+    for output in ("alone", "several"):  # the second goes on from step 8, alone
+        longer = recipe_from(values | dict(output=str(tmp_path / output)))
+        Trainer(longer, store, ALONE).train()
+    several, alone = curve(tmp_path / "several"), curve(tmp_path / "alone")
+    assert len(several) == len(alone) == 16
+    np.testing.assert_allclose(several, alone, rtol=2e-5)
+    np.testing.assert_allclose(*(curve(tmp_path / o, "valid_loss") for o in ("several", "alone")), rtol=2e-5)
+
+
+# ---- precision, and numbers that are none
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_as_fp32_does(store, tmp_path, precision):
+    train(store, tmp_path / "half", precision=precision, steps=30)
+    train(store, tmp_path / "full", steps=30)
+    half, full = curve(tmp_path / "half"), curve(tmp_path / "full")
+    assert full[-1] < full[0] - 0.1
+    np.testing.assert_allclose(half, full, atol=0.03)
+    assert half != full
+    assert weights.read(tmp_path / "half" / "model.safetensors").dtype == torch.float32
+
+
+def test_an_overflow_skips_a_step_and_halves_the_scale(store, tmp_path):
+    trainer = Trainer(recipe(store, tmp_path, precision="float16"), store, ALONE)
+    trainer.scale.scale = 2.0**40
+    before = trainer.esm.embed_tokens.weight.clone()
+    entry = trainer._step(trainer._work(0))
+    assert entry["gradient_norm"] is None and trainer.updates == 0
+    assert trainer.scale.scale == 2.0**39 and trainer.esm.embed_tokens.weight.equal(before)
+    while trainer.updates == 0:
+        trainer._step(trainer._work(0))
+    assert trainer.scale.scale < 2.0**39
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
+    trainer = Trainer(recipe(store, tmp_path), store, ALONE)
+    with torch.no_grad():
+        trainer.esm.layers[0].fc1.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+        trainer.train()
+
+
+def test_loss_scale():
+    scale = LossScale(scale=8.0, window=3, smallest=1.0)
+    for _ in range(3):
+        scale.update()
+    assert (scale.scale, scale.good) == (16.0, 0)
+    for wanted in (8.0, 4.0, 2.0, 1.0):
+        scale.overflow()
+        assert scale.scale == wanted
+    with pytest.raises(FloatingPointError, match="fell below"):
+        scale.overflow()
+
+
+def test_learning_rate():
+    rates = [learning_rate(n, 1e-4, 16_000) for n in (0, 1, 8_000, 16_000, 64_000)]
+    assert rates == pytest.approx([0, 1e-4 / 16_000, 5e-5, 1e-4, 5e-5])
+    assert learning_rate(0, 1e-4, 0) == 1e-4
+    assert [cooldown_factor(n, 10, 4) for n in (0, 6, 7, 9)] == [1, 1, 0.75, 0.25]
+
+
+# ---- what a run leaves
+
+
+def test_the_model_is_one_that_embed_reads(store, tmp_path):
+    trainer = train(store, tmp_path)
+    with pytest.warns(UserWarning, match="no contact regression"):
+        model, _ = esm_fast.load(tmp_path / "model.safetensors")
+    (_, layers), *_ = esm_fast.embed(model, ["MKTAYIAK"])
+    assert layers[-1].shape == (16,) and np.isfinite(layers[-1]).all()
+    for name, parameter in trainer.parameters.items():
+        assert parameter.equal(model.get_parameter(name)), name
+    assert weights.read(tmp_path / "best.safetensors").config == trainer.recipe.model
+
+
+def test_the_command(store, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {json.dumps(MODEL)}\nstore: {store.path}\noutput: {tmp_path / 'run'}\nsteps: 9\n")
+    assert main(["pretrain", str(path), "--fast-dev-run"]) == 0
+    run = tmp_path / "run" / "fast_dev_run"
+    assert len(curve(run)) == 3 and len(curve(run, "valid_perplexity")) == 1
+    assert (run / "curves.png").read_bytes()[1:4] == b"PNG"
+    path.write_text("steps: many\n")
+    assert main(["pretrain", str(path)]) == 1
+    assert "lacks model, store, output" in capsys.readouterr().err
+
+
+def test_a_log_continues_after_a_cut(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    log = Log(tmp_path, 1)
+    log.add(step=2, loss=5)
+    log.close()
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5}]
+
+
+def test_recipes_that_ship():
+    for path in sorted((Path(__file__).parent.parent / "examples").glob("*.yaml")):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("model: esm1b_t7\nstore: a\noutput: b\nsteps: 1", "choose from esm1b_t33"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nsteptokens: 3", "unknown entries: steptokens"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1.5", "steps is 1.5; expected int"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nprecision: fp8", "precision is 'fp8'"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nmasking: {specials: all}", "specials is 'all'"),
+        ("[", "is not YAML"),
+        ("3", "expected names and values"),
+    ],
+)
+def test_recipe_mistakes(tmp_path, text, problem):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=problem):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_recipe_numbers_without_a_dot(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nlearning_rate: 1e-4\nclip: 1"
+    )
+    read = read_recipe(tmp_path / "r.yaml")
+    assert read.learning_rate == 1e-4 and read.clip == 1 and read.masking.share == 0.15
