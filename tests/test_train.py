@@ -79,10 +79,14 @@ def fair_esm_twin(trainer):
     return twin
 
 
+def _quiet(store, output, steps):
+    return recipe(store, output, steps=steps, step_tokens=600, warmup=50, valid_every=steps, save_every=steps, clip=1.0)
+
+
 def test_the_curve_and_gradients_of_a_plain_loop_over_fair_esm(store, tmp_path):
     """Same masks, 200 steps in fp32."""
     steps = 200
-    trainer = Trainer(recipe(store, tmp_path, steps=steps, warmup=50, save_every=steps, clip=1.0), store, ALONE)
+    trainer = Trainer(_quiet(store, tmp_path, steps), store, ALONE)
     twin = fair_esm_twin(trainer)
     parameters = {name: p for name, p in twin.named_parameters() if not name.startswith("contact_head")}
     optimizer = torch.optim.Adam(parameters.values(), lr=3e-3)
@@ -161,7 +165,7 @@ def test_kill_at_any_moment(store, tmp_path):
         while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < at):
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.05))  # a checkpoint is being written at most of these moments
+        time.sleep(moments.uniform(0, 0.05))  # within a few steps, half of which write a checkpoint
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
@@ -171,7 +175,23 @@ def test_kill_at_any_moment(store, tmp_path):
     assert last.wait(120) == 0, last.stderr.read().decode()
     for name in ("loss", "valid_loss"):
         assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
-    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] != []
+    assert not list((tmp_path / "cut").rglob(".*")), "leftovers"
+
+
+def test_a_checkpoint_that_was_cut_off_is_none(store, tmp_path, monkeypatch):
+    train(store, tmp_path, steps=4)
+    (tmp_path / "checkpoints" / ".1-0.partial").write_bytes(b"half of it")
+
+    def cut_off(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr(checkpoint, "save_file", cut_off)
+        train(store, tmp_path, steps=8)
+    assert checkpoint.newest(tmp_path / "checkpoints").state["step"] == 4
+    train(store, tmp_path, steps=8)
+    assert [path.name[-6:] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["ensors"] * 2
 
 
 def test_another_run_is_not_continued(store, tmp_path):
@@ -206,21 +226,23 @@ def launch(count, tmp_path, recipe_path, output):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("count, sharding", [(2, "none"), (4, "zero1")])
-def test_processes_share_a_run(store, tmp_path, count, sharding):
+@pytest.mark.parametrize("launches", [[(2, "none", 8)], [(2, "zero1", 6), (4, "zero1", 12)]])
+def test_processes_share_a_run(store, tmp_path, launches):
     """As one process, to within the order of sums in fp32; and a run goes on with another number of processes."""
     values = dict(model=MODEL, store=str(store.path), output="", steps=16, step_tokens=2400, batch_tokens=300)
     values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=8, save_every=4, plot=False)
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(values | dict(sharding=sharding, steps=8)))
-    launch(count, tmp_path, path, "several")
-    for output in ("alone", "several"):  # the second goes on from step 8, alone
-        longer = recipe_from(values | dict(output=str(tmp_path / output)))
-        Trainer(longer, store, ALONE).train()
+    for count, sharding, steps in launches:
+        path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps)))
+        launch(count, tmp_path, path, "several")
+        assert curve(tmp_path / "several")[steps - 1 :], "it did not run"
+    for output in ("alone", "several"):  # the second goes on where the processes ended
+        Trainer(recipe_from(values | dict(output=str(tmp_path / output))), store, ALONE).train()
     several, alone = curve(tmp_path / "several"), curve(tmp_path / "alone")
     assert len(several) == len(alone) == 16
     np.testing.assert_allclose(several, alone, rtol=2e-5)
-    np.testing.assert_allclose(*(curve(tmp_path / o, "valid_loss") for o in ("several", "alone")), rtol=2e-5)
+    valid = {name: read_log(tmp_path / name / "log.jsonl")[-1]["valid_loss"] for name in ("several", "alone")}
+    assert valid["several"] == pytest.approx(valid["alone"], rel=2e-5)
 
 
 # ---- precision, and numbers that are none

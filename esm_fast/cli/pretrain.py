@@ -1,6 +1,7 @@
 """esm-fast pretrain: trains a model by masked language modelling, as a recipe says."""
 
 import argparse
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -100,10 +101,8 @@ def _train(trainer) -> None:
         trainer.train(show)
 
 
-def _perplexity(loss: float) -> str:
-    import math
-
-    return f"{math.exp(loss):.3f}" if math.isfinite(loss) else "unknown"
+def _perplexity(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{math.exp(loss):.3f}"
 
 
 def _require_matplotlib() -> None:

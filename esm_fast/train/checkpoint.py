@@ -48,6 +48,12 @@ def save(folder: Path, step: int, parameters: dict, optimizer_state: dict, state
     return path
 
 
+def remove_partial(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote has left."""
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink()
+
+
 def paths(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(folder.glob("step_*.safetensors"))

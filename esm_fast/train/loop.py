@@ -59,7 +59,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scale = LossScale() if recipe.precision == "float16" else None
         self.step = self.updates = 0
-        self.best = math.inf  # held-out loss
+        self.best: float | None = None  # the lowest held-out loss
 
     def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
         """on_step gets the number of steps done, and that step's numbers."""
@@ -185,11 +185,11 @@ class Trainer:
         loss = self.processes.sum(total)[0] / max(work.selected, 1)
         if log:
             log.add(step=self.step, valid_loss=loss, valid_perplexity=math.exp(loss), valid_selected=work.selected)
-            if loss < self.best:
+            if self.best is None or loss < self.best:
                 weights.save(self.esm, self.output / "best.safetensors")
             if self.recipe.plot:
                 plot(log.path, self.output / "curves.png")
-        self.best = min(self.best, loss)
+        self.best = loss if self.best is None else min(self.best, loss)
 
     # ---- checkpoints
 
@@ -213,10 +213,16 @@ class Trainer:
         """Goes on from the newest checkpoint of this very run. Raises CheckpointError where it is another's."""
         if self.processes.first:
             self.output.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_partial(self._checkpoints)
+            checkpoint.remove_partial(self.output)
         saved = checkpoint.newest(self._checkpoints)
-        if saved is None:
-            self._describe()
-            return
+        if saved is not None:
+            self._restore(saved)
+        if self.processes.first:
+            text = json.dumps(as_dict(self.recipe) | {"world": self.processes.world}, indent=2)
+            (self.output / "recipe.json").write_text(text + "\n")
+
+    def _restore(self, saved: checkpoint.Saved) -> None:
         problems = self.recipe.differences(saved.state["recipe"])
         if saved.state["store"] != self.store.identity:
             problems.append(f"the store {self.store.path} holds other data")
@@ -226,12 +232,6 @@ class Trainer:
         if self.scale:
             self.scale = LossScale(**saved.state["scale"])
         checkpoint.restore(saved, self.parameters, self.optimizer, self.updates)
-        self._describe()
-
-    def _describe(self) -> None:
-        if self.processes.first:
-            text = json.dumps(as_dict(self.recipe) | {"world": self.processes.world}, indent=2)
-            (self.output / "recipe.json").write_text(text + "\n")
 
 
 def _ahead(items: Iterable[Work]) -> Iterator[Work]:

@@ -9,22 +9,17 @@ class Log:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
         self.path = folder / "log.jsonl"
-        kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
-        self.file = self.path.open("w")
-        for entry in kept:
-            self._write(entry)
+        self.file = self.path.open("a")
+        self.file.truncate(_end_of(self.path, step))  # in place: a kill at this moment loses no entry either
         self.board = _board(folder, step) if tensorboard else None
 
     def add(self, **entry) -> None:
-        self._write(entry)
+        self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in entry.items():
                 if name != "step" and value is not None:
                     self.board.add_scalar(name, value, entry["step"])
-
-    def _write(self, entry: dict) -> None:
-        self.file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -37,6 +32,16 @@ def read_log(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _end_of(path: Path, step: int) -> int:
+    """Where the entries up to a step end, in bytes."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        end += len(line)
+    return end
 
 
 def _board(folder: Path, step: int):
