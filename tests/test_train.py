@@ -1,7 +1,6 @@
 """The training loop: the curve of a plain loop over fair-esm's model, of several processes, and of a run cut off."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -144,35 +143,34 @@ COMMAND = (
 )
 
 
-def test_kill_at_any_moment(store, tmp_path):
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_kill_at_any_moment(store, tmp_path, one_thread):
     """The curve of a run killed again and again, wherever it is, equals bit for bit that of one left in peace."""
-    text = json.dumps(dict(model=MODEL, store=str(store.path), output="", steps=60, step_tokens=600, batch_tokens=300))
-    more = dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=20, save_every=2, plot=False)
-    (tmp_path / "recipe.yaml").write_text(json.dumps(json.loads(text) | more))
+    values = dict(model=MODEL, store=str(store.path), output="", steps=50, step_tokens=600, batch_tokens=300)
+    values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=20, save_every=2, plot=False)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    Trainer(recipe_from(values | dict(output=str(tmp_path / "whole"))), store, ALONE).train()
 
-    def command(output):
-        arguments = ["pretrain", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / output)]
-        return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-        )
-
-    assert command("whole").wait(120) == 0
-    log, killed = tmp_path / "cut" / "log.jsonl", 0
-    moments = random.Random(0)
-    for at in (3, 17, 38):
-        process = command("cut")
-        deadline = time.monotonic() + 60
-        while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < at):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.05))  # within a few steps, half of which write a checkpoint
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        process.wait()
-    assert killed >= 2
-    last = command("cut")
-    assert last.wait(120) == 0, last.stderr.read().decode()
+    arguments = ["pretrain", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "cut")]
+    log, moments = tmp_path / "cut" / "log.jsonl", random.Random(0)
+    for at in (3, 25):
+        with subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < at):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.05))  # within a few steps, half of which write a checkpoint
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "it was over before"
+    assert len(curve(tmp_path / "cut")) < 50
+    Trainer(recipe_from(values | dict(output=str(tmp_path / "cut"))), store, ALONE).train()
     for name in ("loss", "valid_loss"):
         assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
     assert not list((tmp_path / "cut").rglob(".*")), "leftovers"
@@ -226,23 +224,22 @@ def launch(count, tmp_path, recipe_path, output):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("launches", [[(2, "none", 8)], [(2, "zero1", 6), (4, "zero1", 12)]])
-def test_processes_share_a_run(store, tmp_path, launches):
-    """As one process, to within the order of sums in fp32; and a run goes on with another number of processes."""
-    values = dict(model=MODEL, store=str(store.path), output="", steps=16, step_tokens=2400, batch_tokens=300)
+def test_processes_share_a_run(store, tmp_path):
+    """As one process, to within the order of sums in fp32, whatever their number and the sharding along the way."""
+    values = dict(model=MODEL, store=str(store.path), output="", steps=12, step_tokens=2400, batch_tokens=300)
     values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=8, save_every=4, plot=False)
     path = tmp_path / "recipe.yaml"
-    for count, sharding, steps in launches:
+    for count, sharding, steps in ((2, "none", 4), (4, "zero1", 8)):
         path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps)))
         launch(count, tmp_path, path, "several")
-        assert curve(tmp_path / "several")[steps - 1 :], "it did not run"
+        assert len(curve(tmp_path / "several")) == steps
     for output in ("alone", "several"):  # the second goes on where the processes ended
         Trainer(recipe_from(values | dict(output=str(tmp_path / output))), store, ALONE).train()
     several, alone = curve(tmp_path / "several"), curve(tmp_path / "alone")
-    assert len(several) == len(alone) == 16
+    assert len(several) == len(alone) == 12
     np.testing.assert_allclose(several, alone, rtol=2e-5)
-    valid = {name: read_log(tmp_path / name / "log.jsonl")[-1]["valid_loss"] for name in ("several", "alone")}
-    assert valid["several"] == pytest.approx(valid["alone"], rel=2e-5)
+    valid = {name: curve(tmp_path / name, "valid_loss") for name in ("several", "alone")}
+    np.testing.assert_allclose(valid["several"][-2:], valid["alone"], rtol=2e-5)
 
 
 # ---- precision, and numbers that are none
@@ -327,9 +324,10 @@ def test_the_command(store, tmp_path, capsys):
 def test_a_log_continues_after_a_cut(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
     log = Log(tmp_path, 1)
-    log.add(step=2, loss=5)
+    log.add(step=2, loss=5.5)
+    log.add(step=3, loss=float("nan"))  # of a step that overflowed
     log.close()
-    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5}]
+    assert read_log(log.path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5.5}, {"step": 3, "loss": None}]
 
 
 def test_recipes_that_ship():

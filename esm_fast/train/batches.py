@@ -5,14 +5,14 @@ of an epoch by the number of its step alone, with as many processes as there are
 """
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .random import ORDER, streams
 
 
-@dataclass(frozen=True)
+@dataclass
 class Steps:
     """Epochs of shuffled records, each cut into steps of about equal numbers of tokens.
 
@@ -23,6 +23,7 @@ class Steps:
     lengths: np.ndarray
     seed: int
     step_tokens: int
+    _known: tuple | None = field(default=None, init=False, repr=False)  # the last epoch asked for
 
     @property
     def per_epoch(self) -> int:
@@ -38,15 +39,13 @@ class Steps:
         return order[ends[number] : ends[number + 1]]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        known = self.__dict__.get("_known")
-        if known is None or known[0] != epoch:
+        if self._known is None or self._known[0] != epoch:
             chance = streams(self.seed, ORDER, epoch, self.records)
             order = np.argsort(chance, kind="stable")
             begins = np.cumsum(self.lengths[order]) - self.lengths[order]
             targets = np.arange(self.per_epoch + 1) * int(self.lengths.sum()) / self.per_epoch
-            known = epoch, (order, np.searchsorted(begins, targets))
-            object.__setattr__(self, "_known", known)
-        return known[1]
+            self._known = epoch, (order, np.searchsorted(begins, targets))
+        return self._known[1]
 
 
 def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.ndarray]]:

@@ -1,6 +1,6 @@
 """Masked language modelling (Devlin et al. 2019) as ESM-1b's model card and fairseq have it, on packed batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Masking:
 
     def for_validation(self) -> "Masking":
         """The same selection, every selected token shown as <mask>."""
-        return Masking(self.share, 1.0, 0.0, self.specials, self.replacements)
+        return replace(self, masked=1.0, replaced=0.0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import SKIPPED_LISTED, FastaError, Policy, Report, Tokens, accession, identifier, read_fasta, tokenize
+from ..writers.files import sync
 from . import store
 
 _COPY_TOKENS = 1 << 24
@@ -76,9 +77,9 @@ def prepare(
             raise FastaError(f"no record is left: all {summary.report.records} were skipped")
         store.describe(partial, summary.counts())
         for file in partial.iterdir():
-            _sync(file)
+            sync(file)
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return summary
@@ -206,11 +207,3 @@ def _blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
         end = min(max(end, begin + 1), records)
         yield begin, end
         begin = end
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,10 +22,10 @@ class RecipeError(ValueError):
 class Recipe:
     """The defaults are those of ESM-1b's model card; sizes of the run and paths have none.
 
-    model: sizes, or a name of `models.esm1.CONFIGS`. step_tokens: in one update, over all processes; batch_tokens: in
-    one packed batch, as memory allows. clip: the largest norm of the gradient, or None. cooldown: the last steps, over
-    which the learning rate goes to zero. valid_tokens: how much of the held-out records is used each time, 0 for all.
-    peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
+    model: sizes, or a name of `models.esm1.CONFIGS`. step_tokens: in one update, over all processes, to within a
+    sequence; batch_tokens: in one packed batch at most, as memory allows. clip: the largest norm of the gradient, or
+    None. cooldown: the last steps, over which the learning rate goes to zero. valid_tokens: how much of the held-out
+    records is used each time, 0 for all. peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
     """
 
     model: Config

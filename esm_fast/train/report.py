@@ -1,6 +1,7 @@
 """What a run tells: a JSON line a log entry, a picture of the curves, TensorBoard where it is wanted."""
 
 import json
+import math
 from pathlib import Path
 
 
@@ -14,6 +15,8 @@ class Log:
         self.board = _board(folder, step) if tensorboard else None
 
     def add(self, **entry) -> None:
+        # A loss that overflowed is none: JSON knows no NaN.
+        entry = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in entry.items()}
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         if self.board is not None:
