@@ -331,8 +331,11 @@ def test_a_log_continues_after_a_cut(tmp_path):
 
 
 def test_recipes_that_ship():
-    for path in sorted((Path(__file__).parent.parent / "examples").glob("*.yaml")):
-        read_recipe(path)
+    paths = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+    recipes = {path.stem: read_recipe(path) for path in paths}
+    assert list(recipes) == ["esm1b_650M_h100", "esm1b_650M_v100", "esm1b_t6_demo"]
+    card = recipes["esm1b_650M_v100"]
+    assert (card.steps, card.step_tokens, card.learning_rate, card.warmup) == (500_000, 131_072, 1e-4, 16_000)
 
 
 @pytest.mark.parametrize(
