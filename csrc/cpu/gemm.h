@@ -137,7 +137,8 @@ ESM_INLINE void tile(const bf16* a, size_t lda, const bf16* panel, int in, float
 // tile<rows>.
 template <int R = kRows, class A, class W>
 void tile_of(int rows, const A* a, size_t lda, const W* panel, int in, float* c, size_t ldc) {
-    if (rows == R) return tile<R>(a, lda, panel, in, c, ldc);
+    if constexpr (R <= kTileRows<A>)
+        if (rows == R) return tile<R>(a, lda, panel, in, c, ldc);
     if constexpr (R > 1) tile_of<R - 1>(rows, a, lda, panel, in, c, ldc);
 }
 

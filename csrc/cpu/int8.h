@@ -135,10 +135,17 @@ ESM_INLINE size_t panel_size(const int8*, int64_t in) {
 
 // c = a times one panel, as the other tiles. What a group adds to a row is (its integer sum) x (weight's scale x row's).
 #if defined(__AVX512VNNI__)
+#if !defined(__AMX_BF16__)
+// So low that the groups' integer sums and what they add up to stay in registers both.
+template <>
+constexpr int kTileRows<biased8> = 7;
+#endif
+
 ESM_INLINE I dot(I sum, __m512i a, __m512i b) { return (I)_mm512_dpbusd_epi32((__m512i)sum, a, b); }
 
 template <int R>
 ESM_INLINE void tile(const biased8* a, size_t lda, const int8* panel, int in, float* c, size_t ldc) {
+    F totals[R][2] = {};
     for (int first = 0, group = 0; first < in; first += kGroup, ++group) {
         const int inputs = int(round_up(in - first < kGroup ? in - first : kGroup, kInputs8));
         const int8* b = panel + 2 * kPanel * sizeof(float);
@@ -159,13 +166,13 @@ ESM_INLINE void tile(const biased8* a, size_t lda, const int8* panel, int in, fl
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             const float x = load_as<float>(scales_of(a + r * lda, in) + group);
-            float* to = c + r * ldc;
-            const F y0 = __builtin_convertvector(sums[r][0], F), y1 = __builtin_convertvector(sums[r][1], F);
-            store(to, first ? fma(y0, s0 * x, load(to)) : y0 * (s0 * x));
-            store(to + N, first ? fma(y1, s1 * x, load(to + N)) : y1 * (s1 * x));
+            totals[r][0] = fma(__builtin_convertvector(sums[r][0], F), s0 * x, totals[r][0]);
+            totals[r][1] = fma(__builtin_convertvector(sums[r][1], F), s1 * x, totals[r][1]);
         }
         panel = b;
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) store(c + r * ldc, totals[r][0]), store(c + r * ldc + N, totals[r][1]);
 }
 #else
 template <int R>
