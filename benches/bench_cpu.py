@@ -79,7 +79,7 @@ def measure(op_name: str, case: registry.Case, args) -> str:
     kernels = {kernel.backend: kernel.forward for kernel in registry.kernels(op_name)}
     int8 = args.dtype == "int8"
     arguments = verify.bound(op, case.build(torch.bfloat16 if int8 else getattr(torch, args.dtype), "cpu", 0))
-    values, (flops, moved) = arguments.values(), op.cost(**arguments)
+    values, (flops, moved, _) = arguments.values(), op.cost(**arguments)
     rival, rivals = ("bf16", kernels["cpu"]) if int8 else ("torch", kernels["reference"])
     runs = {"theirs": (rivals, values), "ours": (kernels["cpu"], [_quantised(v) for v in values] if int8 else values)}
     repeats = max(1, int(2e10 / (flops + 20 * moved)))

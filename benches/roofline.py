@@ -10,6 +10,7 @@ A kernel reaches a fraction of such a bound, often a half; the V100 has no Trito
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 
 from esm_fast.cli.kernels import read_table
 from esm_fast.ops import OPS, verify
+from esm_fast.ops.registry import Cost
 
 LAYERS = 33
 
@@ -61,13 +63,20 @@ def estimates(gpu: GPU, dtype: str) -> list[Estimate]:
     peak, found = (gpu.fp32 if dtype == "float32" else gpu.half), []
     for name, row in traffic.items():
         for case in OPS[name].bench_cases():
-            cost = OPS[name].cost(**verify.bound(OPS[name], case.build(getattr(torch, dtype), "cpu", 0)))
-            moved = cost.bytes * float(row["distinct"])
+            cost = _cost(name, case.name, dtype)
+            moved = (cost.bytes + cost.between) * float(row["distinct"])
             computing, moving = cost.flops / peak, moved / gpu.bandwidth
             bound = "compute" if computing > moving else "memory"
             warps = _occupancy(row["kernels"].split(), gpu, dtype)
             found.append(Estimate(name, case.name, cost.flops, moved, 1e6 * max(computing, moving), bound, warps))
     return found
+
+
+@functools.cache
+def _cost(op_name: str, case_name: str, dtype: str) -> Cost:
+    op = OPS[op_name]
+    case = next(case for case in op.bench_cases() if case.name == case_name)
+    return op.cost(**verify.bound(op, case.build(getattr(torch, dtype), "cpu", 0)))
 
 
 def _occupancy(kernels: list[str], gpu: GPU, dtype: str) -> str:

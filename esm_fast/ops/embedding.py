@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..alphabet import MASK, PAD
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, require, require_offsets
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, require, require_offsets, spans
 from .registry import Case, Cost, op
 
 # Of the tokens seen in pretraining, 15 % were selected and 80 % of these shown as <mask>, whose embedding is zero.
@@ -65,9 +65,10 @@ def bench_cases() -> list[Case]:
     return [_case("2048_rows", [512] * 4, 1280)]
 
 
-def cost(tokens, token_table, **_) -> Cost:
-    elements = tokens.numel() * token_table.shape[1]
-    return Cost(10 * elements, elements * (2 * token_table.element_size() + 4))
+def cost(tokens, cu_seqlens, token_table, **_) -> Cost:
+    n, (vocabulary, width) = tokens.numel(), token_table.shape
+    rows = min(n, vocabulary) + max((end - start for start, end in spans(cu_seqlens)), default=0)  # of both tables
+    return Cost(10 * n * width, (4 * n + rows * token_table.element_size()) * width)
 
 
 def token_dropout_scale(tokens, cu_seqlens, dtype=torch.float32):

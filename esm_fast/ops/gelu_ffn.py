@@ -49,8 +49,11 @@ def bench_cases() -> list[Case]:
 
 
 def cost(x, fc1_weight, **_) -> Cost:
-    weights = 2 * fc1_weight.numel()
-    return Cost(2 * x.shape[0] * weights, 2 * x.numel() * x.element_size() + weights * fc1_weight.element_size())
+    (n, width), hidden = x.shape, len(fc1_weight)
+    weights, stream = 2 * fc1_weight.numel(), x.numel() * x.element_size()
+    # The normed rows and the hidden activation, written and read; and the stream again, at the end.
+    between = 2 * n * (width + hidden) * fc1_weight.element_size() + stream
+    return Cost(2 * n * weights, 2 * stream + weights * fc1_weight.element_size(), between)
 
 
 @op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="fc1_weight")

@@ -50,8 +50,9 @@ def bench_cases() -> list[Case]:
 def cost(x, dense_weight, token_table, rows, **_) -> Cost:
     n = x.shape[0] if rows is None else rows.numel()
     weights = dense_weight.numel() + token_table.numel()
-    moved = n * (x.shape[1] + token_table.shape[0]) * x.element_size()
-    return Cost(2 * n * weights, moved + weights * dense_weight.element_size())
+    size, (vocabulary, width) = dense_weight.element_size(), token_table.shape
+    moved = n * width * x.element_size() + (n * vocabulary + weights) * size
+    return Cost(2 * n * weights, moved, between=2 * n * width * size)  # the dense layer's rows, under their norm
 
 
 @op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="dense_weight")

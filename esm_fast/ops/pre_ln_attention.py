@@ -82,9 +82,10 @@ def cost(x, cu_seqlens, heads, q_weight, **_) -> Cost:
     n, width = x.shape
     pairs = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
     weights = 4 * width * width
-    return Cost(
-        2 * n * weights + 4 * pairs * width, 2 * x.numel() * x.element_size() + weights * q_weight.element_size()
-    )
+    stream, half = x.numel() * x.element_size(), x.numel() * q_weight.element_size()
+    moved = 2 * stream + weights * q_weight.element_size()
+    # The normed rows, q, k, v and the attention's output, written and read; and the stream again, at the end.
+    return Cost(2 * n * weights + 4 * pairs * width, moved, between=2 * 5 * half + stream)
 
 
 def _rotate(x, rotary):

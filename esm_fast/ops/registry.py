@@ -40,10 +40,15 @@ class Request(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Floating point operations, and the bytes an ideal kernel must read and write."""
+    """Floating point operations, and the bytes an ideal kernel must read and write.
+
+    between: what kernels on a GPU write and read besides, because no tile of theirs can hold it: rows under a norm, q,
+    k and v under attention, a hidden activation.
+    """
 
     flops: int
     bytes: int
+    between: int = 0
 
 
 class Case(NamedTuple):

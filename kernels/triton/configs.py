@@ -24,36 +24,32 @@ class Config(NamedTuple):
 
 # Half precision on the tensor cores of sm_80, and of sm_86, 89 and 120, which have less shared memory. Tiles of 64
 # queries leave two or more blocks an SM and waste little on the last tile of a protein of 300 residues.
-# Keyed by kernel and by the head size it is enough for; (BLOCK_Q, BLOCK_K, warps, stages).
+# Keyed by kernel and by the head size it is enough for; (a program's own tile, that of the other side, warps, stages).
 _ATTENTION = {
     ("attention_forward", 64): (64, 64, 4, 2),
     ("attention_forward", 128): (64, 32, 4, 3),
-    ("attention_backward_q", 64): (64, 64, 4, 2),
-    ("attention_backward_q", 128): (64, 32, 4, 2),
-    ("attention_backward_kv", 64): (32, 64, 4, 2),
-    ("attention_backward_kv", 128): (64, 64, 8, 2),
+    ("attention_backward", 64): (64, 32, 4, 2),
+    ("attention_backward", 128): (64, 32, 8, 2),
 }
 # wgmma (sm_90) and tcgen05 (sm_100) read their operands from shared memory, so larger tiles fit.
 _ATTENTION_BY_ARCH = {
     90: {
         ("attention_forward", 64): (128, 64, 4, 3),
         ("attention_forward", 128): (128, 64, 8, 2),
-        ("attention_backward_kv", 64): (64, 64, 4, 2),
+        ("attention_backward", 64): (64, 64, 4, 2),
     },
     100: {
         ("attention_forward", 64): (128, 64, 4, 3),
         ("attention_forward", 128): (128, 64, 8, 2),
-        ("attention_backward_kv", 64): (64, 64, 4, 2),
+        ("attention_backward", 64): (64, 64, 4, 2),
     },
 }
 # fp32 without tf32 is multiplied without tensor cores, with operands in registers: small tiles.
 _ATTENTION_FP32 = {
     ("attention_forward", 64): (32, 32, 8, 2),
     ("attention_forward", 128): (32, 32, 8, 1),
-    ("attention_backward_q", 64): (32, 32, 8, 2),
-    ("attention_backward_q", 128): (32, 16, 8, 2),
-    ("attention_backward_kv", 64): (32, 32, 8, 1),
-    ("attention_backward_kv", 128): (32, 32, 8, 1),
+    ("attention_backward", 64): (32, 32, 8, 1),
+    ("attention_backward", 128): (32, 32, 8, 1),
 }
 
 
@@ -61,8 +57,8 @@ def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int)
     """dim: the padded head size."""
     half = {**_ATTENTION, **_ATTENTION_BY_ARCH.get(capability, {})}
     table = _ATTENTION_FP32 if dtype == torch.float32 else half
-    q, k, warps, stages = table[kernel, 64 if dim <= 64 else 128]
-    return Config(dict(BLOCK_Q=q, BLOCK_K=k), warps, stages)
+    own, other, warps, stages = table[kernel, 64 if dim <= 64 else 128]
+    return Config(dict(BLOCK=own, INNER=other), warps, stages)
 
 
 def linear_config(kernel: str, capability: int, dtype: torch.dtype) -> Config:

@@ -22,7 +22,7 @@ from .common import (
 )
 from .configs import linear_config
 from .layer_norm import layer_norm, layer_norm_grads
-from .linear import add_bias, linear_gelu, linear_residual, place, product, tile_of, tiles, weight_grads
+from .linear import add_bias, linear_gelu, linear_residual, place, product, rows_at, tile_of, tiles, weight_grads
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -32,12 +32,15 @@ def gelu_ffn_backward(
 ):  # fmt: skip
     """gelu(u) and the gradient of u = X FC1^T + bias, from the gradient of the block's output."""
     row, column = tile_of(tl.program_id(0), m, N, BLOCK_M, BLOCK_N)
-    u = product(X, FC1, row, column, m, N, K, K, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x_at = rows_at(X, row, m, K, BLOCK_M, BLOCK_K)
+    u = product(zeros, x_at, FC1, column, N, K, K, 1, BLOCK_N, BLOCK_K, PRECISION)
     u = add_bias(u, BIAS, column, N, BLOCK_N)
     at, exist = place(row, column, m, N, BLOCK_M, BLOCK_N)
     tl.store(HIDDEN + at, gelu(u).to(HIDDEN.dtype.element_ty), mask=exist)
     slope = gelu_slope(u)
-    grad = product(GRAD, FC2, row, column, m, N, K, 1, N, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    grad_at = rows_at(GRAD, row, m, K, BLOCK_M, BLOCK_K)
+    grad = product(zeros, grad_at, FC2, column, N, K, 1, N, BLOCK_N, BLOCK_K, PRECISION)
     tl.store(DHIDDEN + at, (grad * slope).to(DHIDDEN.dtype.element_ty), mask=exist)
 
 

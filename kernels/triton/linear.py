@@ -2,7 +2,8 @@
 
 The products are ours rather than cuBLAS's because that picks another algorithm, with another order of summation, for
 another number of rows, so that a protein's bits would depend on its batch. Here a row's sum over k runs in one order
-whatever lies around it. Gradients, which sum over the whole batch anyway, use torch's products.
+whatever lies around it. Gradients, which sum over the whole batch anyway, use torch's products, except where that would
+take several passes over the result.
 """
 
 import torch
@@ -25,27 +26,31 @@ def tile_of(tile, m, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def product(
-    A, W, row, column, m, N: tl.constexpr, K: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The tile at (row, column) of A times a matrix of N columns, fp32; W_N and W_K are that matrix's strides.
+def rows_at(A, row, m, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where a tile of rows of A, (m, K), begins. Those beyond the end repeat the last: what they give is not stored."""
+    rows = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - row)
+    return A + row.to(tl.int64) * K + rows[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
 
-    Rows and columns beyond the end repeat the last one: what they give is never stored.
+
+@triton.jit
+def product(
+    total, a_at, W, column, N: tl.constexpr, K: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total plus the rows at a_at, K wide, times columns of a matrix of N; W_N and W_K are that matrix's strides.
+
+    Columns beyond the end repeat the last one, as rows do.
     """
     k = tl.arange(0, BLOCK_K)
-    rows = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - row)
     columns = tl.minimum(column + tl.arange(0, BLOCK_N), N - 1)
-    a_at = A + row.to(tl.int64) * K + rows[:, None] * K + k[None, :]
     w_at = W + columns[None, :] * W_N + k[:, None] * W_K
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             a, w = tl.load(a_at), tl.load(w_at)
         else:
             a = tl.load(a_at, mask=first + k[None, :] < K, other=0.0)
             w = tl.load(w_at, mask=first + k[:, None] < K, other=0.0)
-        total = tl.dot(a, w, total, input_precision=PRECISION)
+        total = tl.dot(a.to(w.dtype), w, total, input_precision=PRECISION)
         a_at += BLOCK_K
         w_at += BLOCK_K * W_K
     return total
@@ -71,13 +76,35 @@ def linear(
 ):  # fmt: skip
     """gelu(A W^T + bias), or the residual stream plus A W^T + bias."""
     row, column = tile_of(tl.program_id(0), m, N, BLOCK_M, BLOCK_N)
-    out = product(A, W, row, column, m, N, K, K, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_at = rows_at(A, row, m, K, BLOCK_M, BLOCK_K)
+    out = product(out, a_at, W, column, N, K, K, 1, BLOCK_N, BLOCK_K, PRECISION)
     out = add_bias(out, BIAS, column, N, BLOCK_N)
     at, exist = place(row, column, m, N, BLOCK_M, BLOCK_N)
     if THEN == "gelu":
         out = gelu(out)
     else:
         out += tl.load(RESIDUAL + at, mask=exist, other=0.0).to(tl.float32)
+    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=exist)
+
+
+@triton.jit(do_not_specialize=["m"])
+def input_grad(
+    GRAD1, GRAD2, GRAD3, W1, W2, W3, OUT, m,
+    N: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """GRAD1 W1, or the sum of three such products: the gradient of what one or three linear layers take in."""
+    row, column = tile_of(tl.program_id(0), m, N, BLOCK_M, BLOCK_N)
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    at1 = rows_at(GRAD1, row, m, K, BLOCK_M, BLOCK_K)
+    out = product(out, at1, W1, column, N, K, 1, N, BLOCK_N, BLOCK_K, PRECISION)
+    if TERMS == 3:
+        at2 = rows_at(GRAD2, row, m, K, BLOCK_M, BLOCK_K)
+        out = product(out, at2, W2, column, N, K, 1, N, BLOCK_N, BLOCK_K, PRECISION)
+        at3 = rows_at(GRAD3, row, m, K, BLOCK_M, BLOCK_K)
+        out = product(out, at3, W3, column, N, K, 1, N, BLOCK_N, BLOCK_K, PRECISION)
+    at, exist = place(row, column, m, N, BLOCK_M, BLOCK_N)
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=exist)
 
 
@@ -104,26 +131,40 @@ def linear_residual(a, weight, bias, residual):
     return _linear(a, weight, bias, residual, torch.empty_like(residual), "residual")
 
 
+def input_grads(grads, weights, dtype):
+    """The gradient, in `dtype`, of the input of one or three linear layers of one shape; all contiguous."""
+    (m, k), n = grads[0].shape, weights[0].shape[1]
+    out = grads[0].new_empty(m, n, dtype=dtype)
+    config = linear_config("input_grad", capability(out), grads[0].dtype)
+    tensors = (*(tensors[i % len(tensors)] for tensors in (grads, weights) for i in range(3)), out)
+    input_grad[(tiles(config, m, n),)](*tensors, m, n, k, len(grads), precision(), **config.launch)
+    return out
+
+
 def weight_grads(grad, inputs, like):
     """Gradients of the weight and bias of a linear layer, the bias's summed in fp32."""
     return grad.T @ inputs, grad.sum(0, dtype=torch.float32).to(like.dtype)
 
 
 def compile_specs(capability: int) -> list:
-    """fc1 and fc2 of ESM-1b; the output projection is like fc2, but shorter."""
+    """fc1 and fc2 of ESM-1b, the output projection being like fc2, but shorter; and the gradients of what the language
+    model's head and the projections to q, k and v take in."""
+    products = (
+        (linear, "*{0} *{0} *{0} *{0} *{0} i32", dict(N=5120, K=1280, THEN="gelu")),
+        (linear, "*{0} *{0} *{0} *fp32 *fp32 i32", dict(N=1280, K=5120, THEN="residual")),
+        (input_grad, "*{0} *{0} *{0} *{0} *{0} *{0} *fp32 i32", dict(N=1280, K=1280, TERMS=1)),
+        (input_grad, "*{0} *{0} *{0} *{0} *{0} *{0} *{0} i32", dict(N=1280, K=1280, TERMS=3)),
+    )
     return [
         spec(
-            linear,
+            kernel,
             types.format(NAMES[dtype]),
-            dict(N=n, K=k, THEN=then, PRECISION=how),
-            linear_config("linear", capability, dtype),
+            shape | dict(PRECISION=how),
+            linear_config(kernel.__name__, capability, dtype),
             gemm=(dtype, how) != (torch.float32, "ieee"),
-            direction="fwd",
+            direction="fwd" if kernel is linear else "bwd",
             dtype=dtype,
         )
         for dtype, how in PRECISIONS
-        for types, n, k, then in (
-            ("*{0} *{0} *{0} *{0} *{0} i32", 5120, 1280, "gelu"),
-            ("*{0} *{0} *{0} *fp32 *fp32 i32", 1280, 5120, "residual"),
-        )
+        for kernel, types, shape in products
     ]

@@ -1,4 +1,5 @@
-"""masked_lm_head on the rows asked for: dense with bias and GELU in one product; LN, projection and loss in another.
+"""masked_lm_head on the rows asked for: dense with bias and GELU in one product, which picks them and rounds them to
+the weights' dtype as it reads; LN, projection and loss in another.
 
 The second kernel walks over its rows' hidden values three times, for the mean, the variance and the product with the
 token table; only the first time they come from memory. The logits' softmax happens in registers, and each row's loss is
@@ -10,10 +11,21 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import NAMES, PRECISIONS, gelu, gelu_slope, implements, padded, precision, require_one_dtype, spec
-from .configs import Config
+from .common import (
+    NAMES,
+    PRECISIONS,
+    capability,
+    gelu,
+    gelu_slope,
+    implements,
+    padded,
+    precision,
+    require_one_dtype,
+    spec,
+)
+from .configs import Config, linear_config
 from .gather import scatter_sum
-from .linear import linear_gelu, weight_grads
+from .linear import add_bias, input_grads, place, product, tile_of, tiles, weight_grads
 
 _IGNORED = tl.constexpr(-100)  # the target that torch's cross-entropy leaves out
 _CHUNK = 16  # rows a program of the backward sums up for the gradients of gain and bias
@@ -23,6 +35,24 @@ _BACKWARD = Config({}, 8, 1)
 def project_config(dtype: torch.dtype) -> Config:
     rows, warps = (16, 4) if dtype == torch.float32 else (64, 4)
     return Config(dict(ROWS=rows, BLOCK=64), warps, 2)
+
+
+@triton.jit(do_not_specialize=["m"])
+def lm_dense(
+    X, CHOSEN, W, BIAS, OUT, m, WIDTH: tl.constexpr, CHOOSE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """gelu(x W^T + bias) for the rows of X in CHOSEN, or for the first m."""
+    row, column = tile_of(tl.program_id(0), m, WIDTH, BLOCK_M, BLOCK_N)
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), m - 1)
+    if CHOOSE:
+        rows = tl.load(CHOSEN + rows)
+    x_at = X + rows.to(tl.int64)[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    out = product(out, x_at, W, column, WIDTH, WIDTH, WIDTH, 1, BLOCK_N, BLOCK_K, PRECISION)
+    out = gelu(add_bias(out, BIAS, column, WIDTH, BLOCK_N))
+    at, exist = place(row, column, m, WIDTH, BLOCK_M, BLOCK_N)
+    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=exist)
 
 
 @triton.jit
@@ -112,8 +142,7 @@ def lm_hidden_backward(
 
 def _train(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
     require_one_dtype(dense_weight, token_table)
-    x = _chosen(x, rows, dense_weight.dtype)
-    hidden = linear_gelu(x, dense_weight.contiguous(), dense_bias.contiguous())
+    hidden = _dense(x.contiguous(), dense_weight.contiguous(), dense_bias.contiguous(), rows)
     (m, width), vocabulary = hidden.shape, len(token_table)
     config = project_config(hidden.dtype)
     logits = hidden.new_empty(m, vocabulary)
@@ -126,6 +155,16 @@ def _train(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, r
         width, vocabulary, _padded_vocabulary(vocabulary), lost, precision(), **config.launch,
     )  # fmt: skip
     return (logits, losses.sum() if lost else None), (logits,)
+
+
+def _dense(x, weight, bias, rows):
+    m, width = len(x) if rows is None else len(rows), x.shape[1]
+    out = weight.new_empty(m, width)
+    config = linear_config("lm_dense", capability(x), weight.dtype)
+    choose = rows is not None
+    tensors = (x, rows.contiguous() if choose else x, weight, bias, out)
+    lm_dense[(tiles(config, m, width),)](*tensors, m, width, choose, precision(), **config.launch)
+    return out
 
 
 def _chosen(x, rows, dtype):
@@ -144,8 +183,9 @@ def _backward(arguments, kept, grad_outputs):
     normed, du, dgain, dbias = _hidden_grads(u, ln_weight, ln_bias, dlogits @ token_table, eps)
     dtable, dtable_bias = weight_grads(dlogits, normed, bias)
     ddense, ddense_bias = weight_grads(du, chosen, dense_bias)
-    dx = du @ dense_weight
-    dx = dx.to(x.dtype) if rows is None else scatter_sum(dx, rows, len(x), x.dtype)
+    dx = input_grads((du,), (dense_weight.contiguous(),), x.dtype if rows is None else du.dtype)
+    if rows is not None:
+        dx = scatter_sum(dx, rows, len(x), x.dtype)
     return dx, ddense, ddense_bias, dgain, dbias, dtable, dtable_bias, None, None, None
 
 
@@ -175,8 +215,21 @@ def masked_lm_head(*arguments):
 
 
 def compile_specs(capability: int) -> list:
-    """ESM-1b's sizes, with the loss and without; the dense layer is in `linear`."""
+    """ESM-1b's sizes, with the loss and without, on all rows of the fp32 stream and on some."""
     shape = dict(WIDTH=1280, VOCABULARY=33, TOKENS=_padded_vocabulary(33))
+    dense = [
+        spec(
+            lm_dense,
+            "*fp32 {1} *{0} *{0} *{0} i32".format(NAMES[dtype], "*i64" if choose else "*fp32"),
+            dict(WIDTH=1280, CHOOSE=choose, PRECISION=how),
+            linear_config("lm_dense", capability, dtype),
+            gemm=(dtype, how) != (torch.float32, "ieee"),
+            direction="fwd",
+            dtype=dtype,
+        )
+        for dtype, how in PRECISIONS
+        for choose in (False, True)
+    ]
     project = [
         spec(
             lm_project,
@@ -202,4 +255,4 @@ def compile_specs(capability: int) -> list:
         )
         for dtype, name in NAMES.items()
     ]
-    return project + backward
+    return dense + project + backward

@@ -33,7 +33,7 @@ def pool_backward(X, WEIGHT, OWNER, GRAD, DX, DWEIGHT, WIDTH: tl.constexpr, BLOC
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     weight = tl.load(WEIGHT + row).to(tl.float32)
-    read = (columns < WIDTH) & (weight != 0.0)
+    read = columns < tl.where(weight != 0.0, WIDTH, 0)
     at = row.to(tl.int64) * WIDTH + columns
     grad = tl.load(GRAD + tl.load(OWNER + row) * WIDTH + columns, mask=read, other=0.0)
     tl.store(DX + at, (grad * weight).to(DX.dtype.element_ty), mask=columns < WIDTH)

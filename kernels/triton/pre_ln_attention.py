@@ -24,7 +24,7 @@ from .common import (
 )
 from .configs import linear_config
 from .layer_norm import layer_norm, layer_norm_grads
-from .linear import add_bias, linear_residual, place, product, tile_of, tiles, weight_grads
+from .linear import add_bias, input_grads, linear_residual, place, product, rows_at, tile_of, tiles, weight_grads
 from .rotary import rotary_grad, rotate
 
 # The op's arguments by name, and in `_backward` their gradients.
@@ -41,7 +41,9 @@ def qkv_projection(
     W = WQ if which == 0 else (WK if which == 1 else WV)
     BIAS = BQ if which == 0 else (BK if which == 1 else BV)
     row, column = tile_of(tl.program_id(0), m, WIDTH, BLOCK_M, BLOCK_N)
-    out = product(X, W, row, column, m, WIDTH, WIDTH, WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x_at = rows_at(X, row, m, WIDTH, BLOCK_M, BLOCK_K)
+    out = product(out, x_at, W, column, WIDTH, WIDTH, WIDTH, 1, BLOCK_N, BLOCK_K, PRECISION)
     out = add_bias(out, BIAS, column, WIDTH, BLOCK_N)
     at, exist = place(row, column, m, WIDTH, BLOCK_M, BLOCK_N)
     OUT += which.to(tl.int64) * m * WIDTH
@@ -107,7 +109,7 @@ def _backward(arguments, kept, grad_outputs):
     dq_weight, dq_bias = weight_grads(dq, normed, given.q_bias)
     dk_weight, dk_bias = weight_grads(dk, normed, given.k_bias)
     dv_weight, dv_bias = weight_grads(dv, normed, given.v_bias)
-    dnormed = (dq @ given.q_weight).addmm_(dk, given.k_weight).addmm_(dv, given.v_weight)
+    dnormed = input_grads((dq, dk, dv), (given.q_weight, given.k_weight, given.v_weight), dq.dtype)
     dx, dgain, dbias = layer_norm_grads(given.x, given.ln_weight, dnormed, stream_grad, given.eps)
     return Arguments(
         x=dx,

