@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: embed test lint bench proof clean
+.PHONY: embed test lint bench proof gpu-report clean
 
 embed: .venv/core
 	mkdir -p out
@@ -25,9 +25,13 @@ bench: .venv/bench
 # Compiles every Triton kernel for every architecture and runs it in Triton's interpreter, without a GPU; after a change
 # to a kernel, this renews the tables that tests/test_triton.py compares with. Tens of minutes if all has changed.
 proof: .venv/test
-	$(BIN)/pip install --quiet --editable '.[test,proof]'
 	$(BIN)/python tests/triton_proof/audit.py
 	$(BIN)/python tests/triton_proof/matrix.py
+
+# For whoever has a GPU: tests and times everything on it, and writes gpu-report.md and gpu-report.json.
+# `make gpu-report REPORT=--dry-run` shows without a GPU that it works.
+gpu-report: .venv/test
+	$(BIN)/python benches/gpu_report.py $(REPORT)
 
 .venv/core: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .

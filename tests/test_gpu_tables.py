@@ -42,6 +42,46 @@ def test_no_compilation_in_the_table_has_a_problem(audit):
     assert [f"{facts} {problem}" for facts in audit.read_table().values() for problem in facts.problems()] == []
 
 
+@pytest.mark.parametrize(
+    "kernel, arch, change, problem",
+    [
+        ("attention_forward", 80, dict(spilled=8), "spills 8 bytes"),
+        ("attention_forward", 86, dict(shared=100 << 10), "shared memory"),
+        ("attention_forward", 89, dict(blocks=1), "not for 2"),
+        ("attention_backward", 80, dict(blocks=1), "not for 2"),
+        ("attention_backward", 90, dict(tensor_core=0), "HGMMA"),
+        ("linear", 90, dict(tensor_core=0, gemm=0), "HGMMA"),
+        ("attention_forward", 100, dict(tensor_core=0, gemm=0), "UTC"),
+        ("linear", 120, dict(blocks=0), "does not fit"),
+    ],
+)
+def test_a_doctored_compilation_is_found(audit, kernel, arch, change, problem):
+    facts = next(f for f in audit.read_table().values() if (f.kernel, f.arch, f.dtype) == (kernel, arch, "bf16"))
+    assert facts.problems() == []
+    (found,) = facts._replace(**change).problems()
+    assert problem in found
+
+
+def test_every_product_is_known_to_be_one(audit):
+    """The audit asks the kernels that multiply for tensor cores by name, whatever their specs say."""
+    table = audit.read_table().values()
+    assert {facts.kernel for facts in table if facts.gemm} == audit.PRODUCTS
+    assert all(facts.gemm for facts in table if facts.kernel in audit.PRODUCTS and facts.dtype != "fp32")
+
+
+def test_no_op_moves_more_than_it_may():
+    matrix = pytest.importorskip("triton_proof.matrix")
+    assert matrix.problems(matrix.read()) == []
+
+
+@pytest.mark.parametrize("change, problem", [(dict(distinct="1.16"), "moves 1.16"), (dict(distinct=""), "not counted")])
+def test_doctored_traffic_is_found(change, problem):
+    matrix = pytest.importorskip("triton_proof.matrix")
+    table = [row._replace(**change) if row.distinct and row.op == "attention_varlen" else row for row in matrix.read()]
+    found = matrix.problems(table)
+    assert len(found) == 2 and all(problem in line for line in found)
+
+
 def test_the_table_of_results_has_every_case():
     """That they pass is for test_triton.py; here, that none was left out."""
     matrix = pytest.importorskip("triton_proof.matrix")

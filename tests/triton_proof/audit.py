@@ -2,7 +2,7 @@
 
 A compilation is identified by a key: the hash of Triton's IR without source locations, the options and Triton's
 version. So the table of facts that is committed (kernels/triton/audit.csv) is known to belong to the kernels as they
-are: whoever changes one sees its key change, and `make audit` compiles what is new.
+are: whoever changes one sees its key change, and `make proof` compiles what is new.
 """
 
 import contextlib
@@ -56,6 +56,15 @@ LIMITS = {
 SM_REGISTERS, RESERVED_SHARED = 65536, 1024  # the driver takes 1 KiB of shared memory a block
 
 
+# Kernels that multiply matrices on tensor cores in half precision, and the fewest blocks an SM must hold of attention,
+# so that one computes while the other waits for memory.
+PRODUCTS = {
+    *("attention_forward", "attention_backward", "contact_lse", "contact_sums", "contact_tiles", "contact_backward_q"),
+    *("contact_backward_k", "gelu_ffn_backward", "input_grad", "linear", "lm_dense", "lm_project", "qkv_projection"),
+}
+ATTENTION_BLOCKS = 2
+
+
 class Facts(NamedTuple):
     """What one compilation gave. spilled: bytes, by ptxas and by the local memory and its accesses in the cubin;
     tensor_core: instructions of the generation; blocks: how many fit on one SM."""
@@ -81,10 +90,15 @@ class Facts(NamedTuple):
             found.append(f"spills {self.spilled} bytes of registers")
         if self.shared > limits.block_shared:
             found.append(f"needs {self.shared} bytes of shared memory, a block has {limits.block_shared}")
-        if self.gemm and not self.tensor_core:
+        multiplies = self.gemm or (self.kernel in PRODUCTS and self.dtype != "fp32")
+        if multiplies and not self.tensor_core:
             found.append(f"has no tensor-core instruction {limits.tensor_core}")
         if not self.blocks:
             found.append("does not fit on an SM")
+        elif self.kernel in ("attention_forward", "attention_backward") and self.dtype != "fp32":
+            head_dim = int(re.search(r"HEAD_DIM=(\d+)", self.constexprs)[1])
+            if head_dim <= 64 and self.blocks < ATTENTION_BLOCKS:
+                found.append(f"leaves room for {self.blocks} block on an SM, not for {ATTENTION_BLOCKS}")
         return found
 
     def __str__(self) -> str:
