@@ -42,6 +42,7 @@ _ATTENTION_BY_ARCH = {
         ("attention_forward", 64): (128, 64, 4, 3),
         ("attention_forward", 128): (128, 64, 8, 2),
         ("attention_backward", 64): (64, 64, 4, 2),
+        ("attention_backward", 128): (64, 32, 8, 1),
     },
 }
 # fp32 without tf32 is multiplied without tensor cores, with operands in registers: small tiles.
@@ -49,7 +50,7 @@ _ATTENTION_FP32 = {
     ("attention_forward", 64): (32, 32, 8, 2),
     ("attention_forward", 128): (32, 32, 8, 1),
     ("attention_backward", 64): (32, 32, 8, 1),
-    ("attention_backward", 128): (32, 32, 8, 1),
+    ("attention_backward", 128): (16, 16, 8, 2),
 }
 
 
