@@ -9,6 +9,8 @@ from triton_proof import sanitizer
 
 from esm_fast.ops import verify
 from esm_fast.ops.attention_varlen import _case as attention_case
+from esm_fast.ops.contact_map import _case as contact_case
+from esm_fast.ops.embedding import _case as embedding_case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
@@ -16,10 +18,12 @@ from esm_fast.ops.pool import _case as pool_case
 from esm_fast.ops.pre_ln_attention import _case as layer_case
 from esm_fast.ops.registry import Case, Kernel, Op, run_with_gradients
 
-# Enough tokens for the width, as ESM-1b has them, that neither weights nor the edges of tiles are most of it; the rest
-# of the ops take their largest case.
+# Enough tokens for the width, as ESM-1b has them, that neither weights nor the edges of tiles are most of it; where the
+# tests set no limit, little.
 CASES = {
     "attention_varlen": attention_case("4_proteins", [128, 128, 100, 28], 2, 64),
+    "contact_map": contact_case("2_proteins", [40, 20], 2, 32),
+    "embedding": embedding_case("2_proteins", [60, 40], 64),
     "gelu_ffn": ffn_case("512_rows", 512, 128, 512),
     "masked_lm_head": head_case("256_rows", 256, 1280),
     "masked_softmax": softmax_case("2_padded", [64, 40], 2),
