@@ -83,7 +83,7 @@ def test_a_spill_is_found():
 
 def test_too_much_shared_memory_is_found():
     wide = one_of("attention_forward", HEAD_DIM=128)
-    facts = audit.audit(replace(wide, constexprs=wide.constexprs | dict(BLOCK_Q=128, BLOCK_K=128), num_stages=4), 86)
+    facts = audit.audit(replace(wide, constexprs=wide.constexprs | dict(BLOCK=128, INNER=128), num_stages=4), 86)
     assert any("shared memory" in problem for problem in facts.problems())
 
 
@@ -94,7 +94,7 @@ def test_a_product_without_tensor_cores_is_found():
 
 def test_the_key_changes_with_the_code():
     spec = one_of("attention_forward", HEAD_DIM=64)
-    other_tile = replace(spec, constexprs=spec.constexprs | dict(BLOCK_K=2 * spec.constexprs["BLOCK_K"]))
+    other_tile = replace(spec, constexprs=spec.constexprs | dict(INNER=2 * spec.constexprs["INNER"]))
     variants = [(spec, 80), (spec, 90), (other_tile, 80), (replace(spec, num_warps=8), 80)]
     assert len({audit.key_of(*variant) for variant in variants}) == len(variants)
     assert audit.key_of(spec, 80) == audit.key_of(spec, 80)
