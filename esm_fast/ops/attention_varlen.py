@@ -9,9 +9,9 @@ from .registry import Case, Cost, op
 
 def check(q, k, v, cu_seqlens, max_seqlen, scale):
     require(
-        q.ndim == 3 and q.shape == k.shape == v.shape,
+        q.ndim == 3 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype,
         "attention_varlen",
-        "q, k, v must be (n, heads, head_dim)",
+        "q, k, v must be (n, heads, head_dim), of one dtype",
         q=q,
         k=k,
         v=v,

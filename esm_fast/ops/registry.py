@@ -1,8 +1,8 @@
 """Ops and the kernels that implement them.
 
 An op is its contract: a signature, a check, a differentiable pure-PyTorch reference, test cases and a cost. A kernel is
-one backend's implementation of one op. `select` chooses a kernel by priority; every kernel that cannot run says why,
-and a backend asked for by name runs or raises those reasons. `reference` is always the last choice.
+one backend's implementation of one op. `select` chooses a kernel by the order in `preference`; every kernel that cannot
+run says why, and a backend asked for by name runs or raises those reasons. `reference` is always the last choice.
 """
 
 import functools
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-REFERENCE = "reference"
+from .preference import REFERENCE, priority_of
+
 OPS: dict[str, "Op"] = {}
 _KERNELS: dict[str, list["Kernel"]] = {}
 
@@ -61,7 +62,8 @@ class Kernel:
     it could run: where it was measured slower than the next kernel.
     backward(arguments, kept, grad_outputs) returns one gradient (or None) per argument, in signature order, for a
     sequence of tensors one per element; kept are the outputs, or what train(*arguments) -> (outputs, kept) chose to
-    keep. Without backward, the gradient is the reference's, recomputed from the inputs.
+    keep. Without backward, the gradient is the reference's, recomputed from the inputs; unless the kernel is
+    differentiable: made of torch's operations and of ops, which autograd follows by itself.
     """
 
     op: str
@@ -72,6 +74,7 @@ class Kernel:
     priority: int = 0
     why_not: Callable[[Request], list[str]] = lambda request: []
     yields: Callable[[Request], list[str]] = lambda request: []
+    differentiable: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,6 @@ class Op:
         request = self.request(bound.arguments)
         kernel = select(self.name, request, backend)
         values = tuple(bound.arguments.values())
-        if kernel.backend == REFERENCE:
-            return kernel.forward(*values)
         return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
 
     def request(self, arguments: dict[str, Any]) -> Request:
@@ -131,17 +132,19 @@ def op(*, check, cases, cost, dtype_of, bench_cases=None):
         name = reference.__name__
         signature = inspect.signature(reference)
         OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature)
-        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=-1)]
+        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=True)]
         return OPS[name]
 
     return decorate
 
 
-def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None, train=None, yields=Kernel.yields):
-    """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position."""
+def implements(op_name: str, *, backend: str, why_not, **options):
+    """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position.
+    options: other fields of `Kernel`."""
 
     def decorate(forward: Callable) -> Callable:
-        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, train, priority, why_not, yields))
+        options.setdefault("priority", priority_of(backend))
+        _KERNELS[op_name].append(Kernel(op_name, backend, forward, why_not=why_not, **options))
         _KERNELS[op_name].sort(key=lambda kernel: -kernel.priority)
         select.cache_clear()
         return forward

@@ -16,7 +16,6 @@ from esm_fast.ops import registry
 from esm_fast.ops.registry import Request
 
 BACKEND = "triton"
-PRIORITY = 20
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that are compiled and audited
 OLDEST_ARCH = (8, 0)
 MAX_HEAD_DIM = 128
@@ -66,7 +65,6 @@ def implements(op_name: str, *, backward=None, train=None):
     return lambda forward: registry.implements(
         op_name,
         backend=BACKEND,
-        priority=PRIORITY,
         why_not=why_not,
         yields=yields,
         backward=backward,
