@@ -91,9 +91,16 @@ class Op:
     bench_cases: Callable[[], list[Case]]
     cost: Callable[..., Cost]
     dtype_of: str  # the argument whose dtype is the compute dtype; of a sequence, its first matrix's
+    shapes: Callable | None  # the outputs' shapes and dtypes for torch.compile; None: they follow from values, or lists
+    unpack: Callable  # the list of the outputs that are not None -> the outputs
     signature: inspect.Signature = field(repr=False)
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
+        if torch.compiler.is_compiling():
+            return self._in_graph(*args, backend=backend, **kwargs)
+        return self.run(*args, backend=backend, **kwargs)
+
+    def run(self, *args, backend: str | None = None, **kwargs):
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self.check(**bound.arguments)
@@ -101,6 +108,12 @@ class Op:
         kernel = select(self.name, request, backend)
         values = tuple(bound.arguments.values())
         return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
+
+    def _in_graph(self, *args, **kwargs):
+        """While torch.compile traces: a call of the op's operator, or a break of the graph; see `graph`."""
+        if self.shapes is None:
+            return torch.compiler.disable(self.run)(*args, **kwargs)
+        return self.unpack(getattr(torch.ops.esm_fast, self.name)(*args, **kwargs))
 
     def request(self, arguments: dict[str, Any]) -> Request:
         lead = next(tensor for tensor in _tensors(arguments[self.dtype_of]) if tensor.ndim > 1)
@@ -110,6 +123,8 @@ class Op:
 
     def has_kernel(self, arguments: dict[str, Any], backend: str | None) -> bool:
         """Whether a call without gradients would run a kernel, and one of the backend that is named, if one is."""
+        if torch.compiler.is_compiling() and self.shapes is None:
+            return False
         request = self.request(arguments)
         kernel = select(self.name, request, backend)
         return not request.grad and kernel.backend != REFERENCE and backend in (None, kernel.backend)
@@ -125,13 +140,22 @@ def _head_dim(arguments: dict[str, Any]) -> int | None:
     return arguments["q"].shape[-1] if "q" in arguments else None
 
 
-def op(*, check, cases, cost, dtype_of, bench_cases=None):
-    """Decorates a reference: its name and signature become the op's."""
+def _alone(outputs: list[torch.Tensor]):
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+_OF_THE_REFERENCE = object()
+
+
+def op(*, check, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFERENCE, unpack=_alone):
+    """Decorates a reference: its name and signature become the op's, its annotations (int, float, bool) tell the
+    arguments that are no tensors."""
 
     def decorate(reference: Callable) -> Op:
         name = reference.__name__
         signature = inspect.signature(reference)
-        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature)
+        known = reference if shapes is _OF_THE_REFERENCE else shapes
+        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, known, unpack, signature)
         _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=True)]
         return OPS[name]
 
