@@ -24,13 +24,13 @@ _NO_MASK = 0
 
 def why_not(request: Request) -> list[str]:
     """What keeps torch's kernels from running a request; see `registry.Request`."""
+    if request.device != "cuda":
+        return [f"needs a CUDA device, the tensors are on {request.device}"]
+    if torch.version.hip is not None:
+        return ["needs an NVIDIA GPU, this torch is built for ROCm"]
     name = str(request.dtype).removeprefix("torch.")
     reasons = []
-    if request.device != "cuda":
-        reasons.append(f"needs a CUDA device, the tensors are on {request.device}")
-    elif torch.version.hip is not None:
-        reasons.append("needs an NVIDIA GPU, this torch is built for ROCm")
-    elif request.arch < _OLDEST_ARCH or request.arch[0] > _NEWEST_MAJOR:
+    if request.arch < _OLDEST_ARCH or request.arch[0] > _NEWEST_MAJOR:
         oldest, arch = (".".join(map(str, pair)) for pair in (_OLDEST_ARCH, request.arch))
         reasons.append(f"needs compute capability {oldest} to {_NEWEST_MAJOR}.x, this GPU has {arch}")
     elif request.dtype == torch.bfloat16 and request.arch < _OLDEST_BF16:

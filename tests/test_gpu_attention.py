@@ -10,6 +10,7 @@ from cutlass_standin import admitted, installed
 from esm_fast.kernels import cutlass
 from fakes import trained_like
 
+from esm_fast.cli import main
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, BackendError, registry, select, verify
 from esm_fast.ops.registry import REFERENCE, Request
@@ -255,6 +256,24 @@ def test_a_name_runs_or_says_why_not(backend, change, reason):
     for name in ("attention_varlen", "pre_ln_attention"):
         with pytest.raises(BackendError, match=reason):
             select(name, A100._replace(**change), backend)
+
+
+@pytest.mark.parametrize("arch, cutlass_runs", [("7.0", True), ("sm_90", True), ("120", False)])
+def test_info_shows_the_choice_for_a_gpu_that_is_elsewhere(arch, cutlass_runs, capsys):
+    assert main(["info", "--arch", arch]) == 0
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    columns = next(line for line in lines if "cutlass" in line and "reference" in line)
+    cells = dict(zip(columns, next(line for line in lines if line[:1] == ["pre_ln_attention"])[1:], strict=True))
+    assert (cells["cutlass"] == "*") == cutlass_runs and (cells["reference"] == "*") == (not cutlass_runs)
+    assert "machine" not in text and "only by name on a GPU, where it has never run" in text or arch == "7.0"
+
+
+@pytest.mark.parametrize("text", ["", "x", "sm_", "7.0.0", "-7"])
+def test_no_architecture(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["info", f"--arch={text}"])
+    assert "such as 8.0 or sm_80" in capsys.readouterr().err
 
 
 def test_another_gpu_makers_torch_is_no_cuda(monkeypatch):

@@ -64,6 +64,14 @@ def positive(text: str) -> int:
     return number
 
 
+def architecture(text: str) -> tuple[int, int]:
+    """A GPU's compute capability: 8.0, 80 or sm_80 -> (8, 0)."""
+    found = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)a?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability, such as 8.0 or sm_80")
+    return int(found[1]), int(found[2])
+
+
 def output_path(text: str, force: bool) -> Path:
     """The path of a file to write. Raises InputError before any work is lost."""
     path = Path(text)

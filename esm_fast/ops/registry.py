@@ -232,4 +232,4 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
 
 def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
     """(backend, reasons it is not chosen for this request) for every kernel of an op, best first."""
-    return [(kernel.backend, kernel.why_not(request) + kernel.yields(request)) for kernel in kernels(op_name)]
+    return [(kernel.backend, kernel.why_not(request) or kernel.yields(request)) for kernel in kernels(op_name)]
