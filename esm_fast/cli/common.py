@@ -128,10 +128,7 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
         _C.set_threads(threads)
     if is_random(name):
         warn_random(name)
-    try:
-        torch.empty(0, device="cpu" if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    require_device(device)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -143,6 +140,15 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     return model
+
+
+def require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def is_random(name: str) -> bool:

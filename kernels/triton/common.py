@@ -24,6 +24,9 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  
 PRECISIONS = [*((dtype, "ieee") for dtype in NAMES), (torch.float32, "tf32")]
 
 
+elsewhere: int | None = None  # the capability that launches on CPU tensors are compiled for; see elsewhere.py
+
+
 def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
@@ -33,7 +36,8 @@ def why_not(request: Request) -> list[str]:
     reasons = []
     if request.device == "cuda" and request.arch < OLDEST_ARCH:
         reasons.append("needs compute capability {}.{}, this GPU has {}.{}".format(*OLDEST_ARCH, *request.arch))
-    if request.device != "cuda" and not (interpreted() and request.device == "cpu"):
+    on_cpu = request.device == "cpu" and (interpreted() or elsewhere is not None)
+    if request.device != "cuda" and not on_cpu:
         reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1 on the CPU), the tensors are on {request.device}")
     if request.dtype not in NAMES:
         reasons.append(f"has float16, bfloat16 and float32, not {str(request.dtype).removeprefix('torch.')}")
@@ -75,9 +79,11 @@ def implements(op_name: str, *, backward=None, train=None):
 def capability(tensor: torch.Tensor) -> int:
     """The architecture whose tile sizes to use; the interpreter takes the oldest one's."""
     if not tensor.is_cuda:
-        return ARCHITECTURES[0]
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return max(known for known in ARCHITECTURES if known <= 10 * major + minor)
+        there = elsewhere or ARCHITECTURES[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        there = 10 * major + minor
+    return max(known for known in ARCHITECTURES if known <= there)
 
 
 def precision() -> str:
