@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: embed test lint bench proof clean
+.PHONY: embed test lint bench proof gpu-report clean
 
 embed: .venv/core
 	mkdir -p out
@@ -28,6 +28,10 @@ proof: .venv/test
 	$(BIN)/pip install --quiet --editable '.[test,proof]'
 	$(BIN)/python tests/triton_proof/audit.py
 	$(BIN)/python tests/triton_proof/matrix.py
+
+# On a machine with a GPU: is it right there, and how fast? Writes gpu-report.md and gpu-report.json.
+gpu-report: .venv/test
+	$(BIN)/python benches/gpu_report.py
 
 .venv/core: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .
