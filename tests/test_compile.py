@@ -8,6 +8,7 @@ from cutlass_standin import admitted, installed
 from fakes import trained_like
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from esm_fast.compat.fair_esm import ProteinBertModel
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, verify
 from esm_fast.packed import PackedWeight
@@ -114,6 +115,16 @@ def test_what_has_no_place_in_a_graph_runs_between_graphs():
     with torch.inference_mode():
         for ours, plain in zip(torch.compile(run, backend="eager")(BATCHES[0]), run(BATCHES[0]), strict=True):
             torch.testing.assert_close(ours, plain)
+
+
+def test_the_padded_face_is_the_same():
+    torch.manual_seed(0)
+    face = trained_like(ProteinBertModel(Config(1, 32, 64, 4, max_positions=64)))
+    tokens = torch.tensor([[0, 20, 15, 32, 2], [0, 5, 5, 2, 1]])
+    with torch.inference_mode():
+        ours, plain = torch.compile(face, backend="eager")(tokens, repr_layers=[1]), face(tokens, repr_layers=[1])
+    torch.testing.assert_close(ours["logits"], plain["logits"])
+    torch.testing.assert_close(ours["representations"][1], plain["representations"][1])
 
 
 def test_weights_are_packed_once(monkeypatch):
