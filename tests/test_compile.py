@@ -57,7 +57,7 @@ def gradients(run, batch, parameters):
 @pytest.mark.parametrize("op", IN_GRAPHS, ids=lambda op: op.name)
 def test_the_operator_keeps_torchs_rules(op):
     """Its schema, the shapes it announces, its gradients, alone and inside AOT autograd: torch's own checks."""
-    for case in op.cases()[-2:]:
+    for case in op.cases()[-1:]:
         arguments = verify.bound(op, case.build(torch.float32, "cpu", 0))
         values = [v.requires_grad_() if verify.differentiable(v) else v for v in arguments.values()]
         torch.library.opcheck(getattr(torch.ops.esm_fast, op.name).default, values)
@@ -99,10 +99,13 @@ def test_training_is_the_same_in_one_graph_for_all_shapes(backend):
 
 
 def test_inductor_computes_the_same():
-    run = outputs_of(model(layers=1))
+    made = model(layers=1)
+
+    def run(batch):
+        return made.forward_packed(batch, layers=(1,)).representations[1]
+
     with torch.inference_mode():
-        for ours, plain in zip(torch.compile(run, fullgraph=True)(BATCHES[0]), run(BATCHES[0]), strict=True):
-            torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(torch.compile(run, fullgraph=True)(BATCHES[0]), run(BATCHES[0]))
 
 
 def test_what_has_no_place_in_a_graph_runs_between_graphs():
