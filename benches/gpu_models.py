@@ -51,7 +51,7 @@ def rows(place: Place) -> list[dict]:
 
 def _peers(size: Size, state, lengths, ids, place: Place) -> list[tuple[str, Callable]]:
     """(name, build(dtype, its name) -> run() -> (residues, embed_dim)); the first is what the others are held to."""
-    backends = ("reference", "triton") if place.tiny else ("reference", "triton", "xformers")
+    backends = ("reference", "cutlass", "triton", "xformers")
     peers = [(f"esm_fast {name}", _ours(size, state, lengths, ids, place, name)) for name in backends]
     if find_spec("esm"):
         peers.append(("fair-esm", _fair_esm(size, state, lengths, ids, place)))

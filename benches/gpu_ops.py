@@ -76,7 +76,12 @@ def _contenders(op, place: Place) -> list[tuple[str, Kernel]]:
     """Every kernel of the op; the reference, which is torch's own (SDPA in attention), also through torch.compile."""
     known = [(kernel.backend, kernel) for kernel in registry.kernels(op.name)]
     if not place.tiny:
-        known.append(("torch.compile", Kernel(op.name, REFERENCE, torch.compile(op.reference, dynamic=True))))
+        known.append(
+            (
+                "torch.compile",
+                Kernel(op.name, REFERENCE, torch.compile(op.reference, dynamic=True), differentiable=True),
+            )
+        )
     return known
 
 
@@ -111,9 +116,7 @@ def _forward(kernel: Kernel, arguments: dict) -> Callable:
 def _backward(op, kernel: Kernel, arguments: dict) -> Callable:
     """The backward alone; the graph is kept between calls."""
     leaves = [value.requires_grad_() for value in arguments.values() if verify.differentiable(value)]
-    values = tuple(arguments.values())
-    ours = kernel.backend != REFERENCE
-    outputs = registry.run_with_gradients(op, kernel, values) if ours else kernel.forward(*values)
+    outputs = registry.run_with_gradients(op, kernel, tuple(arguments.values()))
     outputs = [out for out in verify.outputs_of(outputs) if out.requires_grad]
     seeds = [torch.ones_like(out) for out in outputs]
     return lambda: torch.autograd.grad(outputs, leaves, seeds, retain_graph=True, allow_unused=True)

@@ -299,6 +299,7 @@ def _join_ids(group: list[_Segment]) -> tuple[np.ndarray, np.ndarray]:
 @torch.inference_mode()
 def _forward(model: ESM1, batch, outputs: list[Output], segments: list[_Segment]) -> list[list[np.ndarray]]:
     """Per output, one array a segment."""
+    bounds = spans(batch.cu_seqlens)  # from the host's copy, so that nobody waits for a GPU's
     batch = batch.to(model.device)
     layers = {output.layer for output in outputs if output != CONTACTS}
     computed = model.forward_packed(batch, layers=layers, contacts=CONTACTS in outputs)
@@ -307,13 +308,13 @@ def _forward(model: ESM1, batch, outputs: list[Output], segments: list[_Segment]
         if output == CONTACTS:
             made.append([map_[1:-1, 1:-1].float().cpu().numpy().copy() for map_ in computed.contacts])
         else:
-            made.append(_pooled(model, computed.representations[output.layer], output.pool, batch.cu_seqlens, segments))
+            x = computed.representations[output.layer]
+            made.append(_pooled(model, x, output.pool, batch.cu_seqlens, bounds, segments))
     return made
 
 
-def _pooled(model: ESM1, x: torch.Tensor, pool: str, cu_seqlens, segments: list[_Segment]) -> list[np.ndarray]:
-    """Per segment, (embed_dim,), or (residues, embed_dim) for per_residue."""
-    bounds = spans(cu_seqlens)
+def _pooled(model: ESM1, x, pool: str, cu_seqlens, bounds, segments: list[_Segment]) -> list[np.ndarray]:
+    """Per segment, (embed_dim,), or (residues, embed_dim) for per_residue. bounds: the rows of each."""
     if pool == "per_residue":
         rows = x.cpu().numpy()
         return [rows[start + 1 : end - 1].copy() for start, end in bounds]

@@ -513,7 +513,7 @@ def test_info_of_a_fair_esm_file(fair_checkpoint, capsys):
 # ---- the frame
 
 
-@pytest.mark.parametrize("command", ["embed", "extract", "fill-mask", "contacts", "convert", "info"])
+@pytest.mark.parametrize("command", ["embed", "extract", "fill-mask", "contacts", "convert", "info", "warmup"])
 def test_every_command_has_help_with_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from cutlass_standin import admitted, installed
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
+from esm_fast.ops import OPS, registry
 
+sys.path.append(str(Path(__file__).parents[1] / "benches"))  # last: there is a test_ops.py, too
+
+import gpu_models  # noqa: E402
+import gpu_ops  # noqa: E402
 import gpu_report  # noqa: E402
 
 
@@ -39,3 +45,38 @@ def test_the_report_says_what_it_found(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == found
     text = (tmp_path / "report.md").read_text()
     assert "no number here is a speed" in text and "| pool | triton | 1.5 | a\\|b |" in text
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("name", ["attention_varlen", "pre_ln_attention"])
+def test_a_backend_of_gpus_is_verified_and_timed(name, direction):
+    """On a stand-in for torch's operators."""
+    op, place = OPS[name], gpu_ops.Place.dry()
+    with installed([]) as log, admitted("cutlass"):
+        kernel = next(kernel for kernel in registry.kernels(name) if kernel.backend == "cutlass")
+        row = gpu_ops._measure(op, kernel, op.cases()[2], torch.float32, direction, place)
+    assert row["ms"] > 0 and row["note"] == "" and log
+
+
+def test_what_cannot_run_says_why():
+    op, place = OPS["attention_varlen"], gpu_ops.Place.dry()
+    contenders = dict(gpu_ops._contenders(op, place))
+    assert {"cutlass", "xformers", "reference"} <= set(contenders)
+    row = gpu_ops._measure(op, contenders["cutlass"], op.cases()[0], torch.float32, "fwd", place)
+    assert row["ms"] == "" and row["note"].startswith("needs a CUDA device")
+
+
+def test_a_wrong_kernel_is_not_timed():
+    op, place = OPS["attention_varlen"], gpu_ops.Place.dry()
+    wrong = registry.Kernel(op.name, "wrong", lambda q, *_: q)
+    row = gpu_ops._measure(op, wrong, op.cases()[3], torch.float32, "fwd", place)
+    assert row["ms"] == "" and row["note"].startswith("WRONG, not timed")
+
+
+def test_models_are_compared_on_every_backend_of_gpus(monkeypatch):
+    monkeypatch.setattr(gpu_models, "find_spec", lambda name: None)  # without the other packages' models
+    place = gpu_ops.Place.dry()
+    with installed([]), admitted("cutlass"):
+        rows = {row["model"]: row for row in gpu_models.rows(place)}
+    assert rows["esm_fast cutlass"]["residues/s"] > 0 and rows["esm_fast cutlass"]["least cosine"] > 0.9999
+    assert "cannot run on backend 'xformers'" in rows["esm_fast xformers"]["note"]

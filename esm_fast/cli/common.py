@@ -64,6 +64,14 @@ def positive(text: str) -> int:
     return number
 
 
+def architecture(text: str) -> tuple[int, int]:
+    """A GPU's compute capability: 8.0, 80 or sm_80 -> (8, 0)."""
+    found = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)a?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability, such as 8.0 or sm_80")
+    return int(found[1]), int(found[2])
+
+
 def output_path(text: str, force: bool) -> Path:
     """The path of a file to write. Raises InputError before any work is lost."""
     path = Path(text)
@@ -120,10 +128,7 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
         _C.set_threads(threads)
     if is_random(name):
         warn_random(name)
-    try:
-        torch.empty(0, device="cpu" if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    require_device(device)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -135,6 +140,15 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     return model
+
+
+def require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def is_random(name: str) -> bool:

@@ -7,15 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .. import __version__
-from .common import human_bytes
+from .common import architecture, human_bytes
 
 NAME = "info"
 HELP = "this machine, the backends and why they run or not; or a checkpoint"
 DESCRIPTION = """\
 Without FILE: versions, the machine, which backend runs each op here and why the others do not, and
-where models are looked for. With FILE: what a checkpoint holds, and whether its checksum is right."""
+where models are looked for. With --arch: which backends would run on a GPU that is elsewhere. With FILE:
+what a checkpoint holds, and whether its checksum is right."""
 EXAMPLES = """\
   esm-fast info
+  esm-fast info --arch 7.0 --arch sm_90
   esm-fast info esm1b.safetensors
   esm-fast info ~/.cache/torch/hub/checkpoints/esm1b_t33_650M_UR50S.pt
 """
@@ -30,15 +32,26 @@ _HEAD_DIM = 64  # ESM-1b's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", metavar="FILE", help="a checkpoint file, folder or model name")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("file", nargs="?", metavar="FILE", help="a checkpoint file, folder or model name")
+    what.add_argument(
+        "--arch",
+        action="append",
+        type=architecture,
+        metavar="X.Y",
+        help="a GPU's compute capability, such as 7.0 or sm_70: only the backends there (repeatable)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.file:
         _print_checkpoint(args.file)
         return
+    if args.arch:
+        _print_ops([("cuda", arch) for arch in args.arch])
+        return
     _print_machine()
-    _print_ops()
+    _print_ops(_here())
     _print_caches()
 
 
@@ -95,7 +108,15 @@ def _memory() -> str:
         return "memory unknown"
 
 
-def _print_ops() -> None:
+def _here() -> list[tuple[str, tuple[int, int] | None]]:
+    """(device type, compute capability) of what this machine has."""
+    import torch
+
+    gpus = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
+    return [("cpu", None), *(("cuda", arch) for arch in sorted(gpus))]
+
+
+def _print_ops(places: list[tuple[str, tuple[int, int] | None]]) -> None:
     """A table a device, a line an op, a column a backend; dtypes that give the same table share it."""
     import torch
 
@@ -106,15 +127,15 @@ def _print_ops() -> None:
     columns = sorted(known, key=lambda name: (name == REFERENCE, name))
     reasons: list[str] = []
     tables: dict[str, list[str]] = {}
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        arch = torch.cuda.get_device_capability() if device == "cuda" else None
+    for device, arch in places:
+        place = device if arch is None else "sm_{}{}".format(*arch)
         for dtype in _DTYPES:
             request = Request(device, arch, getattr(torch, dtype), _HEAD_DIM, False)
             lines = []
             for op_name in ops.OPS:
                 cells = _cells(ops.explain(op_name, request), reasons)
                 lines.append(f"  {op_name:20}" + "".join(f"{cells.get(name, '-'):12}" for name in columns).rstrip())
-            tables.setdefault("\n".join(lines), []).append(f"{device} {dtype}")
+            tables.setdefault("\n".join(lines), []).append(f"{place} {dtype}")
     print("\nBackends (head dimension 64): * runs, ok could run, [n] cannot and why, - does not have this op")
     for table, titles in tables.items():
         print(f"\n{', '.join(titles)}\n{'':22}" + "".join(f"{name:12}" for name in columns).rstrip())

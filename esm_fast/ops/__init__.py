@@ -1,5 +1,6 @@
 """The ops, one contract a file. Calling an op selects a kernel; see `registry`."""
 
+from . import graph
 from .attention_varlen import attention_varlen
 from .contact_map import contact_map
 from .embedding import embedding
@@ -10,6 +11,10 @@ from .pool import pool
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
 from .transformer_stack import LayerWeights, transformer_stack
+
+for _op in OPS.values():
+    if _op.shapes is not None:
+        graph.define(_op)
 
 __all__ = [
     "OPS",

@@ -9,9 +9,9 @@ from .registry import Case, Cost, op
 
 def check(q, k, v, cu_seqlens, max_seqlen, scale):
     require(
-        q.ndim == 3 and q.shape == k.shape == v.shape,
+        q.ndim == 3 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype,
         "attention_varlen",
-        "q, k, v must be (n, heads, head_dim)",
+        "q, k, v must be (n, heads, head_dim), of one dtype",
         q=q,
         k=k,
         v=v,
@@ -44,8 +44,12 @@ def cost(q, k, v, cu_seqlens, max_seqlen, scale) -> Cost:
     return Cost(4 * pairs * q.shape[1] * q.shape[2], 4 * q.numel() * q.element_size())
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q")
-def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
+def shapes(q, k, v, cu_seqlens, max_seqlen, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
+def attention_varlen(q, k, v, cu_seqlens, max_seqlen: int, scale: float):
     """Bidirectional attention (Vaswani et al. 2017) within each sequence.
 
     Args:

@@ -52,8 +52,8 @@ def cost(q, k, cu_seqlens, keep, weight, scale) -> Cost:
     return Cost(pairs * q.shape[1] * (2 * q.shape[2] + 8), 2 * q.numel() * q.element_size() + 4 * pairs)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q")
-def contact_map(q, k, cu_seqlens, keep, weight, scale):
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=None)
+def contact_map(q, k, cu_seqlens, keep, weight, scale: float):
     """One layer's contribution to the contact logits, bias not included.
 
     Args:

@@ -74,12 +74,18 @@ def cost(tokens, cu_seqlens, token_table, **_) -> Cost:
 def token_dropout_scale(tokens, cu_seqlens, dtype=torch.float32):
     """What embeddings are multiplied by, per sequence, to make up for the <mask> tokens it shows: (sequences,)."""
     lengths = cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
+    numbers = torch.arange(len(lengths), device=tokens.device)
+    owner = torch.repeat_interleave(numbers, lengths, output_size=len(tokens))  # or it would wait for a GPU's sum
     masked = torch.zeros(len(lengths), device=tokens.device).index_add_(0, owner, (tokens == MASK).float())
     return KEPT_IN_TRAINING / (1 - masked / lengths).to(dtype)  # the share is in fp32 in every reference
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="token_table")
+def shapes(tokens, positions, cu_seqlens, token_table, *_):
+    dtype = accumulate_dtype(token_table.dtype)
+    return token_table.new_empty(tokens.shape[0], token_table.shape[1], dtype=dtype)
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="token_table", shapes=shapes)
 def embedding(
     tokens,
     positions,
@@ -88,9 +94,9 @@ def embedding(
     position_table,
     ln_weight=None,
     ln_bias=None,
-    token_dropout=True,
+    token_dropout: bool = True,
     scale=None,
-    eps=1e-5,
+    eps: float = 1e-5,
 ):
     """ESM-1b's input embedding: LN(scale * E[token] + P[position]).
 
@@ -110,7 +116,7 @@ def embedding(
     if token_dropout:
         if scale is None:
             scale = token_dropout_scale(tokens, cu_seqlens, wide)
-        per_token = torch.repeat_interleave(scale.to(wide), cu_seqlens.diff().long())
+        per_token = torch.repeat_interleave(scale.to(wide), cu_seqlens.diff().long(), output_size=len(tokens))
         x = (x * per_token[:, None]).masked_fill((tokens == MASK)[:, None], 0.0)
     x = x + F.embedding(positions, position_table, padding_idx=PAD).to(wide)
     return x if ln_weight is None else layer_norm(x, ln_weight, ln_bias, eps)

@@ -57,7 +57,7 @@ def cost(x, fc1_weight, **_) -> Cost:
 
 
 @op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="fc1_weight")
-def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=1e-5):
+def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps: float = 1e-5):
     """Feed-forward block of a pre-LN transformer, with the exact GELU.
 
     Args:

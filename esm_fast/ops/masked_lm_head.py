@@ -55,9 +55,13 @@ def cost(x, dense_weight, token_table, rows, **_) -> Cost:
     return Cost(2 * n * weights, moved, between=2 * n * width * size)  # the dense layer's rows, under their norm
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="dense_weight")
+def unpack(outputs):
+    return (*outputs, None)[:2]  # without targets there is no loss
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="dense_weight", unpack=unpack)
 def masked_lm_head(
-    x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows=None, targets=None, eps=1e-5
+    x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows=None, targets=None, eps: float = 1e-5
 ):
     """RoBERTa's language-model head (Liu et al. 2019).
 

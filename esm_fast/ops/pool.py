@@ -41,7 +41,11 @@ def cost(x, cu_seqlens, **_) -> Cost:
     return Cost(2 * x.numel(), (x.numel() + (len(cu_seqlens) - 1) * x.shape[1]) * x.element_size())
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="x")
+def shapes(x, cu_seqlens, weight):
+    return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1], dtype=accumulate_dtype(x.dtype))
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="x", shapes=shapes)
 def pool(x, cu_seqlens, weight):
     """The weighted sum of each sequence's rows: with 1 / residues, and 0 on <cls> and <eos>, the mean over residues.
 

@@ -1,8 +1,11 @@
 """pre_ln_attention: x + out(attention(q, k, v of LN(x))), the first half of a transformer layer, packed."""
 
+from functools import partial
+
 import torch
 
 from .attention_varlen import attention_varlen
+from .attention_varlen import shapes as attention_shapes
 from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, require, require_offsets, spans
 from .registry import Case, Cost, op
 
@@ -128,11 +131,14 @@ def compose(
     return (out, q, k) if return_qk else out
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q_weight")
+shapes = partial(compose, attention=attention_shapes)
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q_weight", shapes=shapes)
 def pre_ln_attention(
     x,
     cu_seqlens,
-    max_seqlen,
+    max_seqlen: int,
     ln_weight,
     ln_bias,
     q_weight,
@@ -143,10 +149,10 @@ def pre_ln_attention(
     v_bias,
     out_weight,
     out_bias,
-    heads,
-    eps=1e-5,
+    heads: int,
+    eps: float = 1e-5,
     rotary=None,
-    return_qk=False,
+    return_qk: bool = False,
 ):
     """Self-attention block of a pre-LN transformer (Xiong et al. 2020).
 

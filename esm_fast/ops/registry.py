@@ -1,8 +1,8 @@
 """Ops and the kernels that implement them.
 
 An op is its contract: a signature, a check, a differentiable pure-PyTorch reference, test cases and a cost. A kernel is
-one backend's implementation of one op. `select` chooses a kernel by priority; every kernel that cannot run says why,
-and a backend asked for by name runs or raises those reasons. `reference` is always the last choice.
+one backend's implementation of one op. `select` chooses a kernel by the order in `preference`; every kernel that cannot
+run says why, and a backend asked for by name runs or raises those reasons. `reference` is always the last choice.
 """
 
 import functools
@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-REFERENCE = "reference"
+from .gradients import run_with_gradients
+from .preference import REFERENCE, priority_of
+
 OPS: dict[str, "Op"] = {}
 _KERNELS: dict[str, list["Kernel"]] = {}
 
@@ -66,7 +68,8 @@ class Kernel:
     it could run: where it was measured slower than the next kernel.
     backward(arguments, kept, grad_outputs) returns one gradient (or None) per argument, in signature order, for a
     sequence of tensors one per element; kept are the outputs, or what train(*arguments) -> (outputs, kept) chose to
-    keep. Without backward, the gradient is the reference's, recomputed from the inputs.
+    keep. Without backward, the gradient is the reference's, recomputed from the inputs; unless the kernel is
+    differentiable: made of torch's operations and of ops, which autograd follows by itself.
     """
 
     op: str
@@ -77,6 +80,7 @@ class Kernel:
     priority: int = 0
     why_not: Callable[[Request], list[str]] = lambda request: []
     yields: Callable[[Request], list[str]] = lambda request: []
+    differentiable: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,29 @@ class Op:
     bench_cases: Callable[[], list[Case]]
     cost: Callable[..., Cost]
     dtype_of: str  # the argument whose dtype is the compute dtype; of a sequence, its first matrix's
+    shapes: Callable | None  # the outputs' shapes and dtypes for torch.compile; None: they follow from values, or lists
+    unpack: Callable  # the list of the outputs that are not None -> the outputs
     signature: inspect.Signature = field(repr=False)
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
+        if torch.compiler.is_compiling():
+            return self._in_graph(*args, backend=backend, **kwargs)
+        return self.run(*args, backend=backend, **kwargs)
+
+    def run(self, *args, backend: str | None = None, **kwargs):
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self.check(**bound.arguments)
         request = self.request(bound.arguments)
         kernel = select(self.name, request, backend)
         values = tuple(bound.arguments.values())
-        if kernel.backend == REFERENCE:
-            return kernel.forward(*values)
         return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
+
+    def _in_graph(self, *args, **kwargs):
+        """While torch.compile traces: a call of the op's operator, or a break of the graph; see `graph`."""
+        if self.shapes is None:
+            return torch.compiler.disable(self.run)(*args, **kwargs)
+        return self.unpack(getattr(torch.ops.esm_fast, self.name)(*args, **kwargs))
 
     def request(self, arguments: dict[str, Any]) -> Request:
         lead = next(tensor for tensor in _tensors(arguments[self.dtype_of]) if tensor.ndim > 1)
@@ -114,6 +129,8 @@ class Op:
 
     def has_kernel(self, arguments: dict[str, Any], backend: str | None) -> bool:
         """Whether a call without gradients would run a kernel, and one of the backend that is named, if one is."""
+        if torch.compiler.is_compiling() and self.shapes is None:
+            return False
         request = self.request(arguments)
         kernel = select(self.name, request, backend)
         return not request.grad and kernel.backend != REFERENCE and backend in (None, kernel.backend)
@@ -129,24 +146,35 @@ def _head_dim(arguments: dict[str, Any]) -> int | None:
     return arguments["q"].shape[-1] if "q" in arguments else None
 
 
-def op(*, check, cases, cost, dtype_of, bench_cases=None):
-    """Decorates a reference: its name and signature become the op's."""
+def _alone(outputs: list[torch.Tensor]):
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+_OF_THE_REFERENCE = object()
+
+
+def op(*, check, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFERENCE, unpack=_alone):
+    """Decorates a reference: its name and signature become the op's, its annotations (int, float, bool) tell the
+    arguments that are no tensors."""
 
     def decorate(reference: Callable) -> Op:
         name = reference.__name__
         signature = inspect.signature(reference)
-        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature)
-        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=-1)]
+        known = reference if shapes is _OF_THE_REFERENCE else shapes
+        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, known, unpack, signature)
+        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=True)]
         return OPS[name]
 
     return decorate
 
 
-def implements(op_name: str, *, backend: str, priority: int, why_not, backward=None, train=None, yields=Kernel.yields):
-    """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position."""
+def implements(op_name: str, *, backend: str, why_not, **options):
+    """Decorates a kernel in `kernels/<backend>`: it takes exactly the arguments of the op's reference, by position.
+    options: other fields of `Kernel`."""
 
     def decorate(forward: Callable) -> Callable:
-        _KERNELS[op_name].append(Kernel(op_name, backend, forward, backward, train, priority, why_not, yields))
+        options.setdefault("priority", priority_of(backend))
+        _KERNELS[op_name].append(Kernel(op_name, backend, forward, why_not=why_not, **options))
         _KERNELS[op_name].sort(key=lambda kernel: -kernel.priority)
         select.cache_clear()
         return forward
@@ -209,62 +237,4 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
 
 def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
     """(backend, reasons it is not chosen for this request) for every kernel of an op, best first."""
-    return [(kernel.backend, kernel.why_not(request) + kernel.yields(request)) for kernel in kernels(op_name)]
-
-
-def run_with_gradients(op: Op, kernel: Kernel, values: tuple):
-    """The kernel's outputs for all of the op's arguments, by position, with autograd's graph behind them."""
-    leaves, structure = pytree.tree_flatten(values)
-    return _WithBackward.apply(op, kernel, structure, *leaves)
-
-
-class _WithBackward(torch.autograd.Function):
-    """Any kernel, differentiable: by its own backward, or by the reference's on recomputed inputs.
-
-    autograd sees the tensors inside sequences too: it is handed the leaves of the arguments.
-    """
-
-    @staticmethod
-    def forward(ctx, op: Op, kernel: Kernel, structure: pytree.TreeSpec, *leaves):
-        values = pytree.tree_unflatten(leaves, structure)
-        if kernel.train is not None:
-            outputs, kept = kernel.train(*values)
-        else:
-            outputs = kernel.forward(*values)
-            kept = outputs if isinstance(outputs, tuple) else (outputs,)
-        ctx.op, ctx.kernel, ctx.structure = op, kernel, structure
-        ctx.plain = [None if isinstance(v, torch.Tensor) else v for v in leaves]
-        ctx.where = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
-        ctx.inputs = len(ctx.where)
-        ctx.save_for_backward(*(leaves[i] for i in ctx.where), *(o for o in kept if o is not None))
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grad_outputs):
-        saved = ctx.saved_tensors
-        leaves = list(ctx.plain)
-        for i, tensor in zip(ctx.where, saved[: ctx.inputs], strict=True):
-            leaves[i] = tensor
-        needs = ctx.needs_input_grad[3:]
-        if ctx.kernel.backward is not None:
-            values = pytree.tree_unflatten(leaves, ctx.structure)
-            grads = pytree.tree_leaves(ctx.kernel.backward(values, saved[ctx.inputs :], grad_outputs))
-        else:
-            grads = _reference_grads(ctx.op.reference, ctx.structure, leaves, needs, grad_outputs)
-        return (None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
-
-
-def _reference_grads(reference: Callable, structure: pytree.TreeSpec, values: list, needs, grad_outputs) -> list:
-    with torch.enable_grad():
-        leaves = [v.detach().requires_grad_() if need else v for v, need in zip(values, needs, strict=True)]
-        outputs = reference(*pytree.tree_unflatten(leaves, structure))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # An output may depend on no input at all, such as the contacts of a sequence without residues.
-        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
-        if not pairs:
-            return [None] * len(values)
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-        got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-    grads = iter(got)
-    return [next(grads) if need else None for need in needs]
+    return [(kernel.backend, kernel.why_not(request) or kernel.yields(request)) for kernel in kernels(op_name)]

@@ -113,7 +113,7 @@ def cost(x, cu_seqlens, layers, heads, return_layers, **_) -> Cost:
     return Cost(flops, transferred)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers")
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers", shapes=None)
 def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights], heads, return_layers=()):
     """Every layer of a pre-LN transformer: attention block, feed-forward block, next layer.
 

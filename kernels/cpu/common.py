@@ -17,9 +17,9 @@ _UNPROVEN = ("base",)
 
 def why_not(request: Request) -> list[str]:
     """What keeps the CPU kernels from running a request; see `registry.Request`."""
-    reasons = []
     if request.device != "cpu":
-        reasons.append(f"needs tensors on the CPU, these are on {request.device}")
+        return [f"needs tensors on the CPU, these are on {request.device}"]
+    reasons = []
     if request.dtype not in NAMES:
         reasons.append(f"has float32 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
     if request.head_dim is not None and (request.head_dim % 2 or request.head_dim > _MAX_HEAD_DIM):

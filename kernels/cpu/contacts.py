@@ -15,7 +15,7 @@ def contacts_yield(request: Request) -> list[str]:
     return yields(request) + even
 
 
-@implements("contact_map", backend=BACKEND, priority=10, why_not=why_not, yields=contacts_yield)
+@implements("contact_map", backend=BACKEND, why_not=why_not, yields=contacts_yield)
 def contact_map(q, k, cu_seqlens, keep, weight, scale):
     """See `esm_fast.ops.contact_map`."""
     follow_torch()

@@ -15,7 +15,7 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@implements("embedding", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("embedding", backend=BACKEND, why_not=why_not, yields=yields)
 def embedding(
     tokens, positions, cu_seqlens, token_table, position_table, ln_weight, ln_bias, token_dropout, scale, eps
 ):
@@ -53,7 +53,7 @@ def embedding(
     return result
 
 
-@implements("masked_lm_head", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("masked_lm_head", backend=BACKEND, why_not=why_not, yields=yields)
 def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
     """See `esm_fast.ops.masked_lm_head`."""
     follow_torch()
@@ -88,7 +88,7 @@ def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table,
     return logits, loss
 
 
-@implements("masked_softmax", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("masked_softmax", backend=BACKEND, why_not=why_not, yields=yields)
 def masked_softmax(scores, lengths):
     """See `esm_fast.ops.masked_softmax`."""
     follow_torch()
@@ -100,7 +100,7 @@ def masked_softmax(scores, lengths):
     return result
 
 
-@implements("pool", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("pool", backend=BACKEND, why_not=why_not, yields=yields)
 def pool(x, cu_seqlens, weight):
     """See `esm_fast.ops.pool`."""
     follow_torch()

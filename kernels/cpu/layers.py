@@ -9,7 +9,7 @@ from esm_fast.ops.transformer_stack import LayerWeights
 from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, vectors_of, why_not, yields
 
 
-@implements("gelu_ffn", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("gelu_ffn", backend=BACKEND, why_not=why_not, yields=yields)
 def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     """See `esm_fast.ops.gelu_ffn`."""
     follow_torch()
@@ -32,7 +32,7 @@ def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
     return result.to(x.dtype)
 
 
-@implements("pre_ln_attention", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("pre_ln_attention", backend=BACKEND, why_not=why_not, yields=yields)
 def pre_ln_attention(
     x,
     cu_seqlens,
@@ -92,7 +92,7 @@ def _matrices(layer: LayerWeights) -> list[torch.Tensor]:
     return [tensor for tensor in layer.attention + layer.ffn if tensor.ndim == 2]
 
 
-@implements("transformer_stack", backend=BACKEND, priority=10, why_not=why_not, yields=yields)
+@implements("transformer_stack", backend=BACKEND, why_not=why_not, yields=yields)
 def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
     """See `esm_fast.ops.transformer_stack`."""
     follow_torch()

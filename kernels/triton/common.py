@@ -16,13 +16,15 @@ from esm_fast.ops import registry
 from esm_fast.ops.registry import Request
 
 BACKEND = "triton"
-PRIORITY = 20
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities that are compiled and audited
 OLDEST_ARCH = (8, 0)
 MAX_HEAD_DIM = 128
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names of the dtypes
 # Every dtype and how its matrices are multiplied; see `precision`.
 PRECISIONS = [*((dtype, "ieee") for dtype in NAMES), (torch.float32, "tf32")]
+
+
+elsewhere: int | None = None  # the capability that launches on CPU tensors are compiled for; see elsewhere.py
 
 
 def interpreted() -> bool:
@@ -34,7 +36,8 @@ def why_not(request: Request) -> list[str]:
     reasons = []
     if request.device == "cuda" and request.arch < OLDEST_ARCH:
         reasons.append("needs compute capability {}.{}, this GPU has {}.{}".format(*OLDEST_ARCH, *request.arch))
-    if request.device != "cuda" and not (interpreted() and request.device == "cpu"):
+    on_cpu = request.device == "cpu" and (interpreted() or elsewhere is not None)
+    if request.device != "cuda" and not on_cpu:
         reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1 on the CPU), the tensors are on {request.device}")
     if request.dtype not in NAMES:
         reasons.append(f"has float16, bfloat16 and float32, not {str(request.dtype).removeprefix('torch.')}")
@@ -66,7 +69,6 @@ def implements(op_name: str, *, backward=None, train=None):
     return lambda forward: registry.implements(
         op_name,
         backend=BACKEND,
-        priority=PRIORITY,
         why_not=why_not,
         yields=yields,
         backward=backward,
@@ -77,9 +79,11 @@ def implements(op_name: str, *, backward=None, train=None):
 def capability(tensor: torch.Tensor) -> int:
     """The architecture whose tile sizes to use; the interpreter takes the oldest one's."""
     if not tensor.is_cuda:
-        return ARCHITECTURES[0]
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return max(known for known in ARCHITECTURES if known <= 10 * major + minor)
+        there = elsewhere or ARCHITECTURES[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        there = 10 * major + minor
+    return max(known for known in ARCHITECTURES if known <= there)
 
 
 def precision() -> str:

@@ -1,0 +1,113 @@
+"""A CPU implementation of torch's two memory-efficient attention operators, which have none: for tests without a GPU.
+
+It refuses what torch's CUDA code refuses, computes the forward by the textbook formula, and the backward from the
+log-sum-exp and the output it is handed, as the CUDA kernel does: a caller that hands over the wrong ones gets wrong
+gradients. Memory that the kernel leaves uninitialised is NaN here.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from esm_fast.ops import OPS, registry, select
+
+ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
+
+
+@contextmanager
+def installed(log: list):
+    """Within, aten's operators run on CPU tensors, and every call is noted in the log by the operator's name."""
+
+    def forward(*arguments, **options):
+        log.append("forward")
+        return _forward(*arguments, **options)
+
+    def backward(*arguments, **options):
+        log.append("backward")
+        return _backward(*arguments, **options)
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_efficient_attention_forward", forward, "CPU")
+        library.impl("_efficient_attention_backward", backward, "CPU")
+        yield log
+
+
+@contextmanager
+def admitted(backend: str, devices=("cpu",)):
+    """Within, the backend's kernels take tensors on other devices as if these were a GPU of compute capability 8.0."""
+    before = {name: registry.kernels(name) for name in OPS}
+
+    def as_gpu(function):
+        return lambda request: function(
+            request._replace(device="cuda", arch=(8, 0)) if request.device in devices else request
+        )
+
+    for name in OPS:
+        registry._KERNELS[name] = [
+            replace(kernel, why_not=as_gpu(kernel.why_not)) if kernel.backend == backend else kernel
+            for kernel in before[name]
+        ]
+    select.cache_clear()
+    try:
+        yield
+    finally:
+        registry._KERNELS.update(before)
+        select.cache_clear()
+
+
+def _check(q, k, v, bias, ends_q, ends_k, longest_q, longest_k, dropout, mask, seqlen_k=None, window_size=None):
+    assert bias is None and dropout == 0.0 and mask == 0 and seqlen_k is None and window_size is None
+    assert q.dim() == 4 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    assert q.shape[0] == 1, "offsets go with one batch"
+    for ends in (ends_q, ends_k):
+        assert ends.dtype == torch.int32 and ends.dim() == 1 and ends.is_contiguous()
+    assert torch.equal(ends_q, ends_k) and ends_q[0] == 0 and ends_q[-1] == q.shape[1]
+    assert 0 < longest_q == longest_k <= q.shape[1]
+    for tensor in (q, k, v):
+        assert tensor.stride(-1) == 1 and tensor.stride(2) % ALIGNMENT[q.dtype] == 0
+        assert tensor.data_ptr() % 16 == 0
+
+
+def _spans(ends):
+    return list(zip(ends.tolist(), ends.tolist()[1:], strict=False))
+
+
+def _forward(
+    q, k, v, bias, ends_q, ends_k, longest_q, longest_k, dropout, mask, compute_log_sumexp=False,
+    *, scale=None, **options,
+):  # fmt: skip
+    _check(q, k, v, bias, ends_q, ends_k, longest_q, longest_k, dropout, mask, **options)
+    heads = q.shape[2]
+    out = torch.full_like(q, float("nan"))
+    width = -(-longest_q // 32) * 32 if compute_log_sumexp else 0
+    lse = torch.full((len(ends_q) - 1, heads, width), float("nan"))
+    for i, (start, end) in enumerate(_spans(ends_q)):
+        end = min(end, start + longest_q)  # no block of the grid computes what lies beyond
+        queries, keys, values = (t[0, start:end].float().transpose(0, 1) for t in (q, k, v))
+        scores = scale * queries @ keys.transpose(1, 2)
+        out[0, start:end] = (scores.softmax(-1).to(q.dtype).float() @ values).transpose(0, 1).to(q.dtype)
+        if compute_log_sumexp:
+            lse[i, :, : end - start] = scores.logsumexp(-1)
+            lse[i, :, end - start : -(-(end - start) // 32) * 32] = float("inf")
+    return out, lse, torch.empty((), dtype=torch.long), torch.empty((), dtype=torch.long), longest_q, longest_k
+
+
+def _backward(
+    grad, q, k, v, bias, out, ends_q, ends_k, longest_q, longest_k, lse, dropout, seed, offset, mask,
+    bias_requires_grad, *, scale=None, num_splits_key=None, shared_storage_dqdkdv=False, **options,
+):  # fmt: skip
+    _check(q, k, v, bias, ends_q, ends_k, longest_q, longest_k, dropout, mask, **options)
+    assert not bias_requires_grad and not shared_storage_dqdkdv
+    assert grad.shape == out.shape == q.shape and grad.dtype == out.dtype == q.dtype
+    assert lse.dtype == torch.float32 and lse.shape[2] % 32 == 0 and lse.shape[2] >= longest_q
+    grads = [torch.full_like(t, float("nan")) for t in (q, k, v)]
+    for i, (start, end) in enumerate(_spans(ends_q)):
+        queries, keys, values, result, above = (t[0, start:end].float().transpose(0, 1) for t in (q, k, v, out, grad))
+        p = (scale * queries @ keys.transpose(1, 2) - lse[i, :, : end - start, None]).exp()
+        delta = (above * result).sum(-1, keepdim=True)
+        dscores = scale * p * (above @ values.transpose(1, 2) - delta)
+        for whole, part in zip(grads, (dscores @ keys, dscores.transpose(1, 2) @ queries, p.transpose(1, 2) @ above),
+                               strict=True):  # fmt: skip
+            whole[0, start:end] = part.transpose(0, 1).to(q.dtype)
+    return *grads, torch.empty(())
