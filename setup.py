@@ -36,6 +36,7 @@ setup(
         "esm_fast.compat",
         "esm_fast.kernels",
         "esm_fast.kernels.cpu",
+        "esm_fast.kernels.cuda",
         "esm_fast.kernels.triton",
         "esm_fast.models",
         "esm_fast.ops",

@@ -114,8 +114,8 @@ def test_a_whole_model_trains(dtype):
     got, plain = through(half, "triton"), through(half, "reference")
     truth = through(copy.deepcopy(half).double(), "reference")
     largest = max(float(g.abs().max()) for g in truth[1])
-    checks = verify._compare(["logits"], got[0], plain[0], truth[0], dtype, 2.0)
-    checks += verify._compare([n for n, _ in named(half)], got[1], plain[1], truth[1], dtype, 3.0, largest)
+    checks = verify.compare(["logits"], got[0], plain[0], truth[0], dtype, 2.0)
+    checks += verify.compare([n for n, _ in named(half)], got[1], plain[1], truth[1], dtype, 3.0, largest)
     for check in checks:
         assert check.ok, check
 

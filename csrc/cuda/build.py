@@ -1,0 +1,119 @@
+"""Compiles the CUDA kernels beside this file to cubins: with nvcc, or with NVRTC from PyPI and no toolkit at all.
+
+A cubin is one file for one dtype and one architecture, and holds machine code alone: nothing is linked, no CUDA library
+is needed to import the package, and the driver loads what it runs. Used by setup.py, the audit and the tests.
+
+    python csrc/cuda/build.py FOLDER [nvcc|nvrtc]
+"""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+SOURCES = Path(__file__).resolve().parent
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+SCALARS = ("f32", "f16", "bf16")
+NVRTC = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-cccl-cu12")
+_HEADERS = ("cuda_runtime", "cuda_nvcc", "cuda_cccl")
+
+
+class Unit(NamedTuple):
+    """One compilation: a file, for one dtype and one architecture."""
+
+    source: Path
+    scalar: str
+    arch: int
+
+    @property
+    def cubin(self) -> str:
+        return f"{self.source.stem}.{self.scalar}.sm_{self.arch}.cubin"
+
+    @property
+    def options(self) -> list[str]:
+        return ["--std=c++17", f"-DESM_SCALAR={self.scalar}", f"--gpu-architecture=sm_{self.arch}"]
+
+
+def units(architectures=ARCHITECTURES) -> list[Unit]:
+    """Everything that ships. bf16 has no hardware before sm_80."""
+    sources = sorted(SOURCES.glob("*.cu"))
+    every = (Unit(*unit) for unit in product(sources, SCALARS, architectures))
+    return [unit for unit in every if unit.scalar != "bf16" or unit.arch >= 80]
+
+
+class CompileError(RuntimeError):
+    """A kernel does not compile, or there is nothing to compile it with; the message is the compiler's."""
+
+
+class Nvrtc:
+    """NVRTC 12.9 of PyPI's wheels, the last that compiles for sm_70; with the headers of its sisters."""
+
+    def __init__(self):
+        spec = importlib.util.find_spec("nvidia")
+        roots = [Path(root) for root in (spec.submodule_search_locations if spec else [])]
+        libraries = [path for root in roots for path in root.glob("cuda_nvrtc/lib/libnvrtc.so.12")]
+        self.headers = [root / name / "include" for root in roots for name in _HEADERS]
+        if not libraries or not any((folder / "mma.h").exists() for folder in self.headers):
+            raise CompileError(f"NVRTC is not installed: pip install {' '.join(NVRTC)}")
+        self._library = ctypes.CDLL(str(libraries[0]))
+
+    def compile(self, unit: Unit) -> bytes:
+        call, program = self._call, ctypes.c_void_p()
+        text = unit.source.read_bytes()
+        call("CreateProgram", ctypes.byref(program), text, unit.source.name.encode(), 0, None, None)
+        try:
+            folders = [SOURCES, *self.headers, *(folder / "cccl" for folder in self.headers)]
+            options = [*unit.options, *(f"-I{folder}" for folder in folders if folder.exists())]
+            array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            if self._library.nvrtcCompileProgram(program, len(options), array):
+                raise CompileError(f"{unit.cubin}: {self._get(program, 'ProgramLog').decode()}")
+            return self._get(program, "CUBIN")
+        finally:
+            call("DestroyProgram", ctypes.byref(program))
+
+    def _get(self, program, what: str) -> bytes:
+        size = ctypes.c_size_t()
+        self._call(f"Get{what}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(f"Get{what}", program, buffer)
+        return buffer.raw[: size.value]
+
+    def _call(self, name: str, *arguments) -> None:
+        if code := getattr(self._library, f"nvrtc{name}")(*arguments):
+            raise CompileError(f"nvrtc{name} failed with error {code}")
+
+
+class Nvcc:
+    """The toolkit's compiler: CUDA 13 compiles for sm_75 and newer, 12.x for sm_70 too."""
+
+    def __init__(self):
+        self.path = shutil.which("nvcc")
+        if not self.path:
+            raise CompileError("nvcc is not on PATH")
+
+    def compile(self, unit: Unit) -> bytes:
+        command = [self.path, *unit.options, f"-I{SOURCES}", "-cubin", "-o", "-", str(unit.source)]
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            raise CompileError(f"{unit.cubin}: {done.stderr.decode()}")
+        return done.stdout
+
+
+COMPILERS = {"nvcc": Nvcc, "nvrtc": Nvrtc}
+
+
+def build(folder: Path, compiler, chosen: list[Unit]) -> None:
+    """Writes the cubins of these units into a folder, on two threads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        for unit, cubin in zip(chosen, pool.map(compiler.compile, chosen), strict=True):
+            (folder / unit.cubin).write_bytes(cubin)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), COMPILERS[(sys.argv[2:] or ["nvrtc"])[0]](), units())

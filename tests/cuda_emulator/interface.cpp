@@ -1,0 +1,49 @@
+// What Python calls, and the replay of launches for the sanitizers. Its launch takes what cuLaunchKernel takes.
+#include "interface.h"
+
+#include <cstring>
+#include <string>
+
+#include "kernel.h"
+
+namespace emulator {
+namespace {
+
+std::string message;
+
+const char* problem(const std::string& text) {
+    message = text;
+    return message.c_str();
+}
+
+const Kernel* find(const char* name, const char* scalar) {
+    for (const Kernel& kernel : kernels())
+        if (kernel.name == name && kernel.scalar == scalar) return &kernel;
+    return nullptr;
+}
+
+}  // namespace
+}  // namespace emulator
+
+const char* emulator_launch(const Launch* launch, Result* result) {
+    using namespace emulator;
+    const Kernel* kernel = find(launch->kernel, launch->scalar);
+    if (!kernel) return problem(std::string("no kernel ") + launch->kernel + " for " + launch->scalar);
+    if (kernel->signature != launch->signature)
+        return problem(kernel->name + " takes " + kernel->signature + ", not " + launch->signature);
+    const Index block{launch->block[0], launch->block[1], launch->block[2]};
+    if (block.x * block.y * block.z > kernel->threads)
+        return problem(kernel->name + " is bounded to " + std::to_string(kernel->threads) + " threads a block");
+    struct Call {
+        const Kernel* kernel;
+        void** parameters;
+    } call{kernel, launch->parameters};
+    begin_tensors(launch->tensors, launch->tensor_count, launch->count_traffic);
+    const char* error = run(
+        launch->kernel, {launch->grid[0], launch->grid[1], launch->grid[2]}, block, launch->dynamic_bytes, launch->seed,
+        [](void* c) { static_cast<Call*>(c)->kernel->call(static_cast<Call*>(c)->kernel->function, static_cast<Call*>(c)->parameters); },
+        &call);
+    end_tensors(&result->loads, &result->stores);
+    result->shared_bytes = shared_bytes();
+    return error;
+}

@@ -1,0 +1,67 @@
+// How a kernel gets a name that Python can launch it by.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "emulator.h"
+
+template <typename T>
+class Global;
+
+namespace emulator {
+
+struct Kernel {
+    std::string name, scalar, signature;  // a letter a parameter: p (Global), i (32 bits), l (64 bits), f (float)
+    unsigned threads;                     // the most a block may have
+    void (*call)(void* function, void** parameters);
+    void* function;
+};
+
+inline std::vector<Kernel>& kernels() {
+    static std::vector<Kernel> all;
+    return all;
+}
+
+template <typename T>
+struct Parameter {
+    static_assert(std::is_arithmetic<T>::value && sizeof(T) >= 4, "a parameter is a Global, a number of 4 or 8 bytes");
+    static constexpr char kLetter = std::is_floating_point<T>::value ? (sizeof(T) == 4 ? 'f' : 'd') : (sizeof(T) == 4 ? 'i' : 'l');
+    static T from(void* at) { return *static_cast<T*>(at); }
+};
+template <typename T>
+struct Parameter<Global<T>> {
+    static constexpr char kLetter = 'p';
+    static Global<T> from(void* at) {
+        T* address = *static_cast<T**>(at);
+        return {address, tensor_of(address)};
+    }
+};
+
+template <typename... P>
+struct Caller {
+    template <size_t... I>
+    static void call(void* function, void** parameters, std::index_sequence<I...>) {
+        reinterpret_cast<void (*)(P...)>(function)(Parameter<P>::from(parameters[I])...);
+    }
+    static void call(void* function, void** parameters) { call(function, parameters, std::index_sequence_for<P...>()); }
+};
+
+struct Registration {
+    template <typename... P>
+    Registration(const char* name, const char* scalar, unsigned threads, void (*function)(P...)) {
+        const std::string signature{Parameter<P>::kLetter...};
+        kernels().push_back({name, scalar, signature, threads, Caller<P...>::call, reinterpret_cast<void*>(function)});
+    }
+};
+
+}  // namespace emulator
+
+#define EMULATOR_TEXT_OF(x) #x
+#define EMULATOR_TEXT(x) EMULATOR_TEXT_OF(x)
+#define KERNEL(threads, blocks, name, params)                                                               \
+    static void name params;                                                                                \
+    static const emulator::Registration name##_registration(#name, EMULATOR_TEXT(ESM_SCALAR), threads, &name); \
+    static void name params
