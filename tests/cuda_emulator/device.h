@@ -17,100 +17,12 @@
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
 
-// Blocks run one at a time, so what is static is the block's.
+// Blocks run one at a time, so what is static is the block's. AddressSanitizer guards no global aligned to more than 64.
 #define SHARED(type, name, count)                                  \
-    alignas(128) static unsigned char name##_bytes[sizeof(type) * (count)]; \
+    alignas(64) static unsigned char name##_bytes[sizeof(type) * (count)]; \
     emulator::poison_shared(name##_bytes, sizeof name##_bytes);    \
     type* const name = reinterpret_cast<type*>(name##_bytes)
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared()
-
-// ---- Barriers and warps
-
-inline void __syncthreads(int line = __builtin_LINE()) { emulator::wait_for_block(line); }
-inline void __syncwarp(unsigned lanes = ~0u, int line = __builtin_LINE()) { emulator::wait_for_warp(lanes, line); }
-
-namespace emulator {
-
-template <typename T>
-inline uint64_t bits(T value) {
-    static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
-    uint64_t result = 0;
-    std::memcpy(&result, &value, sizeof value);
-    return result;
-}
-
-template <typename T>
-inline T shuffle(unsigned lanes, T value, int from, int line) {
-    const uint64_t* given = exchange(lanes, bits(value), line);
-    if (from < 0 || from > 31) return value;
-    if (!(lanes >> from & 1)) fail("line %d: a shuffle from lane %d, which takes no part in it", line, from);
-    std::memcpy(&value, &given[from], sizeof value);
-    return value;
-}
-
-}  // namespace emulator
-
-template <typename T>
-inline T __shfl_sync(unsigned lanes, T value, int from, int line = __builtin_LINE()) {
-    return emulator::shuffle(lanes, value, from & 31, line);
-}
-template <typename T>
-inline T __shfl_xor_sync(unsigned lanes, T value, int distance, int line = __builtin_LINE()) {
-    return emulator::shuffle(lanes, value, int(emulator::lane()) ^ distance, line);
-}
-template <typename T>
-inline T __shfl_down_sync(unsigned lanes, T value, int distance, int line = __builtin_LINE()) {
-    return emulator::shuffle(lanes, value, int(emulator::lane()) + distance, line);
-}
-template <typename T>
-inline T __shfl_up_sync(unsigned lanes, T value, int distance, int line = __builtin_LINE()) {
-    return emulator::shuffle(lanes, value, int(emulator::lane()) - distance, line);
-}
-inline unsigned __ballot_sync(unsigned lanes, int predicate, int line = __builtin_LINE()) {
-    const uint64_t* given = emulator::exchange(lanes, predicate != 0, line);
-    unsigned result = 0;
-    for (unsigned l = 0; l < 32; ++l) result |= unsigned(lanes >> l & 1 && given[l]) << l;
-    return result;
-}
-inline int __any_sync(unsigned lanes, int predicate, int line = __builtin_LINE()) {
-    return __ballot_sync(lanes, predicate, line) != 0;
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-
-// ---- Numbers
-
-struct __half {
-    _Float16 value;
-};
-struct __nv_bfloat16 {
-    uint16_t bits;
-};
-inline float __half2float(__half x) { return float(x.value); }
-inline __half __float2half_rn(float x) { return {_Float16(x)}; }
-inline float __bfloat162float(__nv_bfloat16 x) {
-    const uint32_t wide = uint32_t(x.bits) << 16;
-    float result;
-    std::memcpy(&result, &wide, 4);
-    return result;
-}
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x != x) return {0x7fff};
-    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
-}
-inline float __int_as_float(int bits) {
-    float result;
-    std::memcpy(&result, &bits, 4);
-    return result;
-}
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
-using std::max;
-using std::min;
 
 // ---- Global memory: a pointer that remembers its tensor, and a reference that tells loads from stores
 
@@ -168,7 +80,107 @@ inline Global<To> global_cast(Global<From> from) {
     return {reinterpret_cast<To*>(from.raw()), from.tensor()};
 }
 
-// Integers only: float additions in no fixed order would change bits.
+// ---- Barriers and warps
+
+inline void __syncthreads(int line = __builtin_LINE()) { emulator::wait_for_block(line); }
+inline void __syncwarp(unsigned lanes = ~0u, int line = __builtin_LINE()) { emulator::wait_for_warp(lanes, line); }
+
+namespace emulator {
+
+template <typename T>
+inline uint64_t bits(T value) {
+    static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
+    uint64_t result = 0;
+    std::memcpy(&result, &value, sizeof value);
+    return result;
+}
+
+// The value of an element of a tensor, too.
+template <typename T>
+inline T plain(T value) {
+    return value;
+}
+template <typename T>
+inline std::remove_const_t<T> plain(Reference<T> element) {
+    return element;
+}
+template <typename T>
+using Plain = decltype(plain(std::declval<T>()));
+
+template <typename T>
+inline T shuffle(unsigned lanes, T value, int from, int line) {
+    const uint64_t* given = exchange(lanes, bits(value), line);
+    if (from < 0 || from > 31) return value;
+    if (!(lanes >> from & 1)) fail("line %d: a shuffle from lane %d, which takes no part in it", line, from);
+    std::memcpy(&value, &given[from], sizeof value);
+    return value;
+}
+
+}  // namespace emulator
+
+template <typename T>
+inline emulator::Plain<T> __shfl_sync(unsigned lanes, T value, int from, int line = __builtin_LINE()) {
+    return emulator::shuffle(lanes, emulator::plain(value), from & 31, line);
+}
+template <typename T>
+inline emulator::Plain<T> __shfl_xor_sync(unsigned lanes, T value, int distance, int line = __builtin_LINE()) {
+    return emulator::shuffle(lanes, emulator::plain(value), int(emulator::lane()) ^ distance, line);
+}
+template <typename T>
+inline emulator::Plain<T> __shfl_down_sync(unsigned lanes, T value, int distance, int line = __builtin_LINE()) {
+    return emulator::shuffle(lanes, emulator::plain(value), int(emulator::lane()) + distance, line);
+}
+template <typename T>
+inline emulator::Plain<T> __shfl_up_sync(unsigned lanes, T value, int distance, int line = __builtin_LINE()) {
+    return emulator::shuffle(lanes, emulator::plain(value), int(emulator::lane()) - distance, line);
+}
+inline unsigned __ballot_sync(unsigned lanes, int predicate, int line = __builtin_LINE()) {
+    const uint64_t* given = emulator::exchange(lanes, predicate != 0, line);
+    unsigned result = 0;
+    for (unsigned l = 0; l < 32; ++l) result |= unsigned(lanes >> l & 1 && given[l]) << l;
+    return result;
+}
+inline int __any_sync(unsigned lanes, int predicate, int line = __builtin_LINE()) {
+    return __ballot_sync(lanes, predicate, line) != 0;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+// ---- Numbers
+
+struct __half {
+    _Float16 value;
+};
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+inline float __half2float(__half x) { return float(x.value); }
+inline __half __float2half_rn(float x) { return {_Float16(x)}; }
+inline float __bfloat162float(__nv_bfloat16 x) {
+    const uint32_t wide = uint32_t(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, 4);
+    return result;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {0x7fff};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+}
+inline float __int_as_float(int bits) {
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+using std::max;
+using std::min;
+
+// ---- Atomics. Integers only: float additions in no fixed order would change bits.
 template <typename T>
 inline T atomicAdd(Global<T> at, T value) {
     static_assert(std::is_integral<T>::value, "");

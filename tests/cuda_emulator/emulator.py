@@ -2,6 +2,9 @@
 
 import ctypes
 import hashlib
+import os
+import struct
+import subprocess
 from pathlib import Path
 
 import torch
@@ -100,18 +103,16 @@ class Emulator:
     def launch(self, launch: Launch) -> None:
         signature, values = parameters(launch)
         addresses = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
-        tensors = {
-            t.data_ptr(): _Tensor(t.data_ptr(), t.nbytes) for t in launch.arguments if isinstance(t, torch.Tensor)
-        }
+        tensors = [_Tensor(tensor.data_ptr(), tensor.nbytes) for tensor in tensors_of(launch)]
         described = _Launch(
             launch.kernel.encode(),
             SCALARS[launch.dtype].encode(),
             signature.encode(),
-            (ctypes.c_uint * 3)(*launch.grid, *[1] * (3 - len(launch.grid))),
+            (ctypes.c_uint * 3)(*_three(launch.grid)),
             (ctypes.c_uint * 3)(launch.block, 1, 1),
             launch.shared,
             (ctypes.c_void_p * len(values))(*addresses),
-            (_Tensor * len(tensors))(*tensors.values()),
+            (_Tensor * len(tensors))(*tensors),
             len(tensors),
             self.seed,
             self.traffic,
@@ -122,3 +123,55 @@ class Emulator:
             raise EmulatorError(error.decode())
         if self.traffic:
             self.counted.append((launch, result))
+
+
+class Recorder(Emulator):
+    """Also writes every launch to a file, with what its tensors hold before it, for the program that replays them."""
+
+    def __init__(self, library: Path, path: Path):
+        super().__init__(library)
+        self.path = path
+        path.write_bytes(b"")
+
+    def launch(self, launch: Launch) -> None:
+        with self.path.open("ab") as file:
+            file.write(recorded(launch))
+        super().launch(launch)
+
+
+def recorded(launch: Launch) -> bytes:
+    """A launch as replay.cpp reads it."""
+    signature, values = parameters(launch)
+    tensors = tensors_of(launch)
+    places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors)}
+    parts = [_text(launch.kernel), _text(SCALARS[launch.dtype]), _text(signature)]
+    parts.append(struct.pack("<6IQI", *_three(launch.grid), launch.block, 1, 1, launch.shared, len(tensors)))
+    for tensor in tensors:
+        parts += [struct.pack("<Q", tensor.nbytes), tensor.flatten().view(torch.uint8).numpy().tobytes()]
+    for letter, value in zip(signature, values, strict=True):
+        if letter == "p":
+            parts.append(struct.pack("<q", places[value.value] if value.value else -1))
+        else:
+            parts.append(bytes(value).ljust(8, b"\0"))
+    return b"".join(parts)
+
+
+def replay(program: Path, recording: Path, seed: int = 0) -> subprocess.CompletedProcess:
+    """Runs recorded launches in a program that a sanitizer watches."""
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "TSAN_OPTIONS": "halt_on_error=1"}
+    command = [str(program), str(recording), str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **options})
+
+
+def tensors_of(launch: Launch) -> list[torch.Tensor]:
+    """The different tensors among the arguments; an empty one has no address and is passed as null."""
+    given = [argument for argument in launch.arguments if isinstance(argument, torch.Tensor) and argument.nbytes]
+    return list({tensor.data_ptr(): tensor for tensor in given}.values())
+
+
+def _three(sizes) -> tuple[int, ...]:
+    return (*sizes, *[1] * (3 - len(sizes)))
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<I", len(text)) + text.encode()
