@@ -62,8 +62,12 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
 // N consecutive elements, which move in one instruction where they fill 4, 8 or 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
+    static_assert(sizeof(T) * N <= 16, "a lane moves up to 16 bytes");
     T at[N];
 };
+
+// As many as fill 16 bytes.
+constexpr int kWide = 16 / int(sizeof(scalar));
 
 // Elements N * index to N * index + N - 1 of a tensor whose address is a multiple of the pack's size.
 template <int N, typename T>
@@ -74,6 +78,26 @@ __device__ __forceinline__ Pack<T, N> load_pack(Global<const T> tensor, size_t i
 template <typename T, int N>
 __device__ __forceinline__ void store_pack(Global<T> tensor, size_t index, const Pack<T, N>& pack) {
     global_cast<Pack<T, N>>(tensor)[index] = pack;
+}
+
+// In fp32, where sums are made: not a Pack, which may be 16 bytes at most.
+template <int N>
+struct Floats {
+    float at[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Floats<N> to_floats(const Pack<T, N>& pack) {
+    Floats<N> result;
+    for (int j = 0; j < N; ++j) result.at[j] = to_float(pack.at[j]);
+    return result;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> from_floats(const Floats<N>& floats) {
+    Pack<T, N> result;
+    for (int j = 0; j < N; ++j) result.at[j] = from_float<T>(floats.at[j]);
+    return result;
 }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
@@ -92,6 +116,19 @@ __device__ __forceinline__ float warp_reduce(float value) {
     for (int distance = kWarp / 2; distance; distance /= 2)
         value = Reduce::of(value, __shfl_xor_sync(kAllLanes, value, distance));
     return value;
+}
+
+// The sequence that holds a row: the last whose first row is not beyond it. Empty sequences hold none.
+__device__ __forceinline__ int sequence_of(int row, Global<const int> cu_seqlens, int sequences) {
+    int low = 0, high = sequences;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (cu_seqlens[middle] <= row)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
 }
 
 }  // namespace esm

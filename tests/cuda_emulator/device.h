@@ -154,6 +154,9 @@ struct __half {
 struct __nv_bfloat16 {
     uint16_t bits;
 };
+struct float2 {
+    float x, y;
+};
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float __bfloat162float(__nv_bfloat16 x) {
