@@ -55,8 +55,8 @@ __device__ __forceinline__ float2 block_sums(float a, float b, float* buffer) {
 
 // dx = dy's share through the norm, plus `along`, the gradient that passes beside it (may be null).
 // shares (gridDim.x, 2, width): the block's sums of dy * normal and dy.
-template <int V, typename T>
-__device__ __forceinline__ void backward(Global<const T> x, Global<const scalar> gain, Global<const scalar> dy,
+template <int V, typename T, typename D>
+__device__ __forceinline__ void backward(Global<const T> x, Global<const scalar> gain, Global<const D> dy,
                                          Global<const float> statistics, Global<const float> along, Global<T> dx,
                                          Global<float> shares, int rows, int width) {
     SHARED(float, buffers, 2 * 2 * kBackwardThreads / kWarp);
@@ -106,22 +106,18 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
     }
 }
 
-KERNEL(kBackwardThreads, 1, layer_norm_backward,
-       (Global<const float> x, Global<const scalar> gain, Global<const scalar> dy, Global<const float> statistics,
-        Global<const float> along, Global<float> dx, Global<float> shares, int rows, int width)) {
-    if (width % 4)
-        backward<1, float>(x, gain, dy, statistics, along, dx, shares, rows, width);
-    else
-        backward<4, float>(x, gain, dy, statistics, along, dx, shares, rows, width);
-}
+#define BACKWARD(name, T, D)                                                                                         \
+    KERNEL(kBackwardThreads, 1, name,                                                                                \
+           (Global<const T> x, Global<const scalar> gain, Global<const D> dy, Global<const float> statistics,        \
+            Global<const float> along, Global<T> dx, Global<float> shares, int rows, int width)) {                   \
+        if (width % 4)                                                                                               \
+            backward<1>(x, gain, dy, statistics, along, dx, shares, rows, width);                                    \
+        else                                                                                                         \
+            backward<4>(x, gain, dy, statistics, along, dx, shares, rows, width);                                    \
+    }
 
-KERNEL(kBackwardThreads, 1, layer_norm_backward_narrow,
-       (Global<const scalar> x, Global<const scalar> gain, Global<const scalar> dy, Global<const float> statistics,
-        Global<const float> along, Global<scalar> dx, Global<float> shares, int rows, int width)) {
-    if (width % 4)
-        backward<1, scalar>(x, gain, dy, statistics, along, dx, shares, rows, width);
-    else
-        backward<4, scalar>(x, gain, dy, statistics, along, dx, shares, rows, width);
-}
+BACKWARD(layer_norm_backward, float, scalar)
+BACKWARD(layer_norm_backward_narrow, scalar, scalar)
+BACKWARD(layer_norm_backward_wide, float, float)  // of a norm whose output was fp32 too
 
 }  // namespace esm

@@ -65,7 +65,8 @@ def build(folder: Path, sources: list[Path], flags=("-O2",), dtypes=DTYPES, libr
     bare = [flag for flag in common if flag != "-fsanitize=thread"]
 
     def of_kernel(source, scalar):
-        defines = ["-DESM_EMULATE_CUDA", f"-DESM_SCALAR={scalar}"]
+        # A namespace of its own, since several files have functions of one name.
+        defines = ["-DESM_EMULATE_CUDA", f"-DESM_SCALAR={scalar}", f"-Desm=esm_{source.stem}_{scalar}"]
         return compiled(folder / f"{source.stem}.{scalar}.o", *common, *defines, "-x", "c++", source)
 
     def of_core(name):
@@ -149,7 +150,7 @@ def recorded(launch: Launch) -> bytes:
     for tensor in tensors:
         parts += [struct.pack("<Q", tensor.nbytes), tensor.flatten().view(torch.uint8).numpy().tobytes()]
     for letter, value in zip(signature, values, strict=True):
-        if letter == "p":
+        if letter.isupper():
             parts.append(struct.pack("<q", places[value.value] if value.value else -1))
         else:
             parts.append(bytes(value).ljust(8, b"\0"))

@@ -22,6 +22,14 @@ const Kernel* find(const char* name, const char* scalar) {
     return nullptr;
 }
 
+// Null, a P, is a tensor of any type.
+bool fits(const std::string& given, const std::string& taken) {
+    if (given.size() != taken.size()) return false;
+    for (size_t i = 0; i < given.size(); ++i)
+        if (given[i] != taken[i] && !(given[i] == 'P' && taken[i] < 'a')) return false;
+    return true;
+}
+
 }  // namespace
 }  // namespace emulator
 
@@ -29,7 +37,7 @@ const char* emulator_launch(const Launch* launch, Result* result) {
     using namespace emulator;
     const Kernel* kernel = find(launch->kernel, launch->scalar);
     if (!kernel) return problem(std::string("no kernel ") + launch->kernel + " for " + launch->scalar);
-    if (kernel->signature != launch->signature)
+    if (!fits(launch->signature, kernel->signature))
         return problem(kernel->name + " takes " + kernel->signature + ", not " + launch->signature);
     const Index block{launch->block[0], launch->block[1], launch->block[2]};
     if (block.x * block.y * block.z > kernel->threads)

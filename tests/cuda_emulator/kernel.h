@@ -10,11 +10,13 @@
 
 template <typename T>
 class Global;
+struct __half;
+struct __nv_bfloat16;
 
 namespace emulator {
 
 struct Kernel {
-    std::string name, scalar, signature;  // a letter a parameter: p (Global), i (32 bits), l (64 bits), f (float)
+    std::string name, scalar, signature;  // a letter a parameter, as in kernels/cuda/launch.py; capitals are tensors
     unsigned threads;                     // the most a block may have
     void (*call)(void* function, void** parameters);
     void* function;
@@ -26,14 +28,29 @@ inline std::vector<Kernel>& kernels() {
 }
 
 template <typename T>
+struct Letter;
+#define EMULATOR_LETTER(type, letter)           \
+    template <>                                 \
+    struct Letter<type> {                       \
+        static constexpr char kLetter = letter; \
+    }
+EMULATOR_LETTER(float, 'f');
+EMULATOR_LETTER(__half, 'h');
+EMULATOR_LETTER(__nv_bfloat16, 'b');
+EMULATOR_LETTER(unsigned char, 'c');
+EMULATOR_LETTER(int, 'i');
+EMULATOR_LETTER(long long, 'l');
+EMULATOR_LETTER(unsigned long long, 'u');
+
+template <typename T>
 struct Parameter {
-    static_assert(std::is_arithmetic<T>::value && sizeof(T) >= 4, "a parameter is a Global, a number of 4 or 8 bytes");
-    static constexpr char kLetter = std::is_floating_point<T>::value ? (sizeof(T) == 4 ? 'f' : 'd') : (sizeof(T) == 4 ? 'i' : 'l');
+    static_assert(sizeof(T) >= 4, "a parameter is a Global, or a number of 4 or 8 bytes");
+    static constexpr char kLetter = Letter<T>::kLetter;
     static T from(void* at) { return *static_cast<T*>(at); }
 };
 template <typename T>
 struct Parameter<Global<T>> {
-    static constexpr char kLetter = 'p';
+    static constexpr char kLetter = Letter<std::remove_const_t<T>>::kLetter - 'a' + 'A';
     static Global<T> from(void* at) {
         T* address = *static_cast<T**>(at);
         return {address, tensor_of(address)};

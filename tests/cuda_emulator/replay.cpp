@@ -49,7 +49,7 @@ void replay(const std::string& kernel, unsigned seed) {
     std::vector<void*> parameters;
     for (size_t i = 0; i < values.size(); ++i) {
         values[i] = number<uint64_t>();
-        if (signature[i] == 'p') values[i] = int64_t(values[i]) < 0 ? 0 : uint64_t(tensors[values[i]].data);
+        if (signature[i] < 'a') values[i] = int64_t(values[i]) < 0 ? 0 : uint64_t(tensors[values[i]].data);
         parameters.push_back(&values[i]);
     }
     launch.parameters = parameters.data();
