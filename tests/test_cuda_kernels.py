@@ -3,22 +3,14 @@
 The Python side is the one that ships: only what executes its launches is another. docs/cuda.md says what this proves.
 """
 
-import platform
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulator.emulator import Emulator, cached, shipped
-from esm_fast.kernels.cuda.common import executed_by
 from esm_fast.kernels.cuda.launch import SCALARS
 from esm_fast.kernels.cuda.layer_norm import layer_norm, layer_norm_grads
 
 from esm_fast.ops import OPS, verify
 from esm_fast.ops.registry import kernels
-
-if platform.machine() != "x86_64" or not shutil.which("g++"):
-    pytest.skip("the emulator needs g++ on x86-64", allow_module_level=True)
 
 DTYPES = list(SCALARS)
 KERNELS = [kernel for op in OPS for kernel in kernels(op) if kernel.backend == "cuda"]
@@ -27,18 +19,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library():
-    return cached(shipped())
-
-
-@pytest.fixture(autouse=True)
-def emulator(library):
-    """Fresh memory is NaN, so that an element that no thread writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    with executed_by(Emulator(library, seed=1)) as emulator:
-        yield emulator
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SCALARS.get)
