@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
 CORE = ["threads", "memory", "interface"]
 DTYPES = tuple(SCALARS.values())
+QUICK = ("-O1",)
 LIBRARY, PROGRAM = "emulator.so", "replay"
 
 
@@ -47,7 +48,7 @@ def shipped() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
-def cached(sources: list[Path], flags=("-O2",), **options) -> Path:
+def cached(sources: list[Path], flags=QUICK, **options) -> Path:
     """`build` in a folder of the checkout's build/ that is known by all that goes into it."""
     texts = [path.read_bytes() for path in [*sources, *sorted(SOURCES.glob("*.cuh")), *sorted(HERE.glob("*.[ch]*"))]]
     name = hashlib.sha256(b"\0".join([repr((flags, options)).encode(), *texts])).hexdigest()[:16]
@@ -59,7 +60,7 @@ def cached(sources: list[Path], flags=("-O2",), **options) -> Path:
     return built
 
 
-def build(folder: Path, sources: list[Path], flags=("-O2",), dtypes=DTYPES, library=True) -> Path:
+def build(folder: Path, sources: list[Path], flags=QUICK, dtypes=DTYPES, library=True) -> Path:
     """Compiles the emulator with these kernels: into a library for Python, or a program that replays launches."""
     common = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-c", *flags, f"-I{HERE}", f"-I{SOURCES}"]
     bare = [flag for flag in common if flag != "-fsanitize=thread"]

@@ -7,6 +7,9 @@
 #include "kernel.h"
 
 namespace emulator {
+
+const Kernel* kernels;
+
 namespace {
 
 std::string message;
@@ -16,10 +19,10 @@ const char* problem(const std::string& text) {
     return message.c_str();
 }
 
-const Kernel* find(const char* name, const char* scalar) {
-    for (const Kernel& kernel : kernels())
-        if (kernel.name == name && kernel.scalar == scalar) return &kernel;
-    return nullptr;
+const Kernel* find(const std::string& name, const std::string& scalar) {
+    const Kernel* kernel = kernels;
+    while (kernel && (name != kernel->name || scalar != kernel->scalar)) kernel = kernel->next;
+    return kernel;
 }
 
 // Null, a P, is a tensor of any type.
@@ -36,12 +39,13 @@ bool fits(const std::string& given, const std::string& taken) {
 const char* emulator_launch(const Launch* launch, Result* result) {
     using namespace emulator;
     const Kernel* kernel = find(launch->kernel, launch->scalar);
-    if (!kernel) return problem(std::string("no kernel ") + launch->kernel + " for " + launch->scalar);
+    if (!kernel)
+        return problem(std::string("no kernel ") + launch->kernel + " for " + launch->scalar);
     if (!fits(launch->signature, kernel->signature))
-        return problem(kernel->name + " takes " + kernel->signature + ", not " + launch->signature);
+        return problem(std::string(kernel->name) + " takes " + kernel->signature + ", not " + launch->signature);
     const Index block{launch->block[0], launch->block[1], launch->block[2]};
     if (block.x * block.y * block.z > kernel->threads)
-        return problem(kernel->name + " is bounded to " + std::to_string(kernel->threads) + " threads a block");
+        return problem(std::string(kernel->name) + " is bounded to " + std::to_string(kernel->threads) + " threads a block");
     struct Call {
         const Kernel* kernel;
         void** parameters;

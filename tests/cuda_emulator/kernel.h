@@ -1,10 +1,8 @@
 // How a kernel gets a name that Python can launch it by.
 #pragma once
 
-#include <string>
-#include <tuple>
+#include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "emulator.h"
 
@@ -16,16 +14,13 @@ struct __nv_bfloat16;
 namespace emulator {
 
 struct Kernel {
-    std::string name, scalar, signature;  // a letter a parameter, as in kernels/cuda/launch.py; capitals are tensors
-    unsigned threads;                     // the most a block may have
+    const char *name, *scalar, *signature;  // a letter a parameter, as in kernels/cuda/launch.py; capitals are tensors
+    unsigned threads;                       // the most a block may have
     void (*call)(void* function, void** parameters);
     void* function;
+    const Kernel* next;
 };
-
-inline std::vector<Kernel>& kernels() {
-    static std::vector<Kernel> all;
-    return all;
-}
+extern const Kernel* kernels;  // a list of all (interface.cpp)
 
 template <typename T>
 struct Letter;
@@ -59,6 +54,8 @@ struct Parameter<Global<T>> {
 
 template <typename... P>
 struct Caller {
+    static constexpr char kSignature[] = {Parameter<P>::kLetter..., 0};
+
     template <size_t... I>
     static void call(void* function, void** parameters, std::index_sequence<I...>) {
         reinterpret_cast<void (*)(P...)>(function)(Parameter<P>::from(parameters[I])...);
@@ -68,10 +65,12 @@ struct Caller {
 
 struct Registration {
     template <typename... P>
-    Registration(const char* name, const char* scalar, unsigned threads, void (*function)(P...)) {
-        const std::string signature{Parameter<P>::kLetter...};
-        kernels().push_back({name, scalar, signature, threads, Caller<P...>::call, reinterpret_cast<void*>(function)});
+    Registration(const char* name, const char* scalar, unsigned threads, void (*function)(P...))
+        : kernel{name,    scalar, Caller<P...>::kSignature, threads, Caller<P...>::call, reinterpret_cast<void*>(function),
+                 kernels} {
+        kernels = &kernel;
     }
+    const Kernel kernel;
 };
 
 }  // namespace emulator
