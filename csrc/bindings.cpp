@@ -162,7 +162,8 @@ py::tuple mask_tokens(const Array<int32_t>& tokens, const Array<int32_t>& cu_seq
                       uint32_t epoch, uint64_t seed) {
     const size_t b = size_t(records.size());
     const int32_t* ends = cu_seqlens.data();
-    if (size_t(cu_seqlens.size()) != b + 1 || ends[0] != 0 || ends[b] != tokens.size() || !std::is_sorted(ends, ends + b + 1))
+    const bool fits = size_t(cu_seqlens.size()) == b + 1 && ends[0] == 0 && ends[b] == tokens.size();
+    if (!fits || !std::is_sorted(ends, ends + b + 1))
         throw py::value_error("cu_seqlens must rise from 0 to the number of tokens, one more than there are records");
     py::array_t<int32_t> shown(tokens.size()), targets(tokens.size());
     {

@@ -165,7 +165,7 @@ void pack(const PackSource& source, const int32_t* cu_seqlens, int32_t* tokens, 
 
 // ---- masking.cpp
 
-// Masks the tokens of b packed sequences, as masking.h defines it; records[s] is the number of sequence s in its data set.
+// Masks the tokens of b packed sequences, as masking.h defines it; records[s] is sequence s's number in its data set.
 void mask_tokens(const int32_t* tokens, const int32_t* cu_seqlens, const int64_t* records, size_t b, uint32_t epoch,
                  uint64_t seed, int32_t* shown, int32_t* targets);
 

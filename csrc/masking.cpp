@@ -12,7 +12,8 @@ void mask_tokens(const int32_t* tokens, const int32_t* cu_seqlens, const int64_t
     parallel_for(b, grain, [&](size_t begin, size_t end) {
         for (size_t s = begin; s < end; ++s) {
             for (int32_t i = cu_seqlens[s]; i < cu_seqlens[s + 1]; ++i) {
-                const Shown decided = mask_token(tokens[i], uint32_t(i - cu_seqlens[s]), uint64_t(records[s]), epoch, seed);
+                const uint32_t position = uint32_t(i - cu_seqlens[s]);
+                const Shown decided = mask_token(tokens[i], position, uint64_t(records[s]), epoch, seed);
                 shown[i] = decided.token;
                 targets[i] = decided.target;
             }

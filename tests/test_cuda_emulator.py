@@ -5,25 +5,24 @@ import shutil
 
 import pytest
 import torch
-from cuda_emulator.emulator import HERE, Emulator, EmulatorError, cached, recorded, replay
+from cuda_emulator import emulator
+from cuda_emulator.emulator import BOUNDS, HERE, RACES, Emulator, EmulatorError, figures, recorded, replay
 from esm_fast.kernels.cuda.launch import Launch
 
 if platform.machine() != "x86_64" or not shutil.which("g++"):
     pytest.skip("the emulator needs g++ on x86-64", allow_module_level=True)
 
-TOYS = [HERE / "toys.cu"]
-BOUNDS = ("-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")
-RACES = ("-O1", "-g1", "-fsanitize=thread")
+TOYS = [emulator.Unit(HERE / "toys.cu", "f32")]
 
 
 @pytest.fixture(scope="module")
 def library():
-    return cached(TOYS, dtypes=("f32",))
+    return emulator.library(TOYS)
 
 
 @pytest.fixture(scope="module")
 def programs():
-    return {flags: cached(TOYS, flags, dtypes=("f32",), library=False) for flags in (BOUNDS, RACES)}
+    return {flags: emulator.program(TOYS, flags) for flags in (BOUNDS, RACES)}
 
 
 def launch(name, *arguments, grid=2, block=64, shared=0):
@@ -43,24 +42,24 @@ def product(fault):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_it_computes(library, seed):
-    emulator = Emulator(library, seed)
+    runner = Emulator(library, seed)
     described, y = reverse(0)
-    emulator.launch(described)
+    runner.launch(described)
     assert torch.equal(y, torch.arange(128.0).view(2, 64).flip(1).flatten())
 
     x, y = torch.randn(128), torch.empty(128)
-    emulator.launch(launch("sum", x, y, 0))
+    runner.launch(launch("sum", x, y, 0))
     torch.testing.assert_close(y.view(4, 32), x.view(4, 32).sum(1, keepdim=True).expand(4, 32))
 
     counts, order = torch.tensor([0, 1000], dtype=torch.int32), torch.empty(128, dtype=torch.int32)
-    emulator.launch(launch("positive", x, counts, order, 0))
+    runner.launch(launch("positive", x, counts, order, 0))
     positive = x > 0
     assert counts.tolist() == [int(positive.sum()), int(positive.nonzero()[0])]
     ranks = positive.view(4, 32).int().cumsum(1) - 1
     assert torch.equal(order.view(4, 32), ranks.masked_fill(~positive.view(4, 32), -1).int())
 
     described, c, expected = product(0)
-    emulator.launch(described)
+    runner.launch(described)
     torch.testing.assert_close(c, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -112,15 +111,15 @@ def test_faults_that_a_sanitizer_shows(programs, tmp_path):
         for right in (reverse(0)[0], product(0)[0]):
             done = report(right, flags, seed=3)
             assert (done.returncode, done.stdout, done.stderr) == (0, "1 launches\n", "")
-    assert "global-buffer-overflow" in report(reverse(8)[0], BOUNDS).stderr
+    assert "heap-buffer-overflow" in report(reverse(8)[0], BOUNDS).stderr
     assert "data race" in report(reverse(5)[0], RACES).stderr
     assert "data race" in report(product(3)[0], RACES).stderr
 
 
 def test_traffic(library):
     """Packs of 16 bytes in 2 full warps a block, and single floats."""
-    emulator = Emulator(library, traffic=True)
-    emulator.launch(launch("copy", torch.ones(512), torch.ones(512), 0))
-    emulator.launch(launch("sum", torch.ones(128), torch.ones(128), 0))
-    figures = [[getattr(t, name) for name, _ in t._fields_] for _, r in emulator.counted for t in (r.loads, r.stores)]
-    assert figures == [[4, 64, 2048, 0, 2048]] * 2 + [[4, 16, 512, 512, 512]] * 2
+    runner = Emulator(library, traffic=True)
+    runner.launch(launch("copy", torch.ones(512), torch.ones(512), 0))
+    runner.launch(launch("sum", torch.ones(128), torch.ones(128), 0))
+    found = [list(part.values()) for _, result in runner.counted for part in figures(result)]
+    assert found == [[4, 64, 2048, 0, 2048]] * 2 + [[4, 16, 512, 512, 512]] * 2

@@ -53,7 +53,12 @@ __device__ __forceinline__ void backward(Global<const scalar> h, Global<const sc
         }
         store_pack(dh + start, p, from_floats<scalar>(d));
     }
-    for (int j = 0; j < V; ++j) shares[size_t(blockIdx.y) * width + p * V + j] = sums.at[j];
+    constexpr int kPart = V < 4 ? V : 4;  // floats that a lane moves at once
+    for (int part = 0; part < V / kPart; ++part) {
+        Pack<float, kPart> share;
+        for (int j = 0; j < kPart; ++j) share.at[j] = sums.at[part * kPart + j];
+        store_pack(shares + size_t(blockIdx.y) * width, p * (V / kPart) + part, share);
+    }
 }
 
 KERNEL(kThreads, 6, bias_gelu_backward,

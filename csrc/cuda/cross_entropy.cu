@@ -1,5 +1,5 @@
-// The cross-entropy of logits (rows, vocabulary), a thread a row, and its backward pass. A block's rows lie side by side
-// in memory: they pass through shared memory, so that the block reads and writes whole lines.
+// The cross-entropy of logits (rows, vocabulary), a thread a row, and its backward pass. A block's rows lie side by
+// side in memory: they pass through shared memory, so that the block reads and writes whole lines.
 #include "common.cuh"
 
 namespace esm {
@@ -42,7 +42,7 @@ __device__ __forceinline__ float2 normaliser(const float* row, int vocabulary) {
 }
 
 // losses (rows,): 0 for an ignored target, NaN for one that is no token.
-KERNEL(kRows, 8, cross_entropy_forward,
+KERNEL(kRows, 6, cross_entropy_forward,
        (Global<const scalar> logits, Global<const long long> targets, Global<float> losses, int rows, int vocabulary)) {
     DYNAMIC_SHARED(bytes);
     float* shared = reinterpret_cast<float*>(bytes);
@@ -59,7 +59,7 @@ KERNEL(kRows, 8, cross_entropy_forward,
 }
 
 // dlogits = (softmax - the target's one) dloss + along; dloss is one number in memory, along may be null.
-KERNEL(kRows, 8, cross_entropy_backward,
+KERNEL(kRows, 6, cross_entropy_backward,
        (Global<const scalar> logits, Global<const long long> targets, Global<const float> dloss,
         Global<const scalar> along, Global<scalar> dlogits, int rows, int vocabulary)) {
     DYNAMIC_SHARED(bytes);

@@ -35,7 +35,7 @@ __device__ __forceinline__ void embed(Global<const scalar> token, Global<const s
 }
 
 // factors may be null, for 1; gain and bias too, for no norm. Ids and positions must lie within the tables.
-KERNEL(kRowThreads, 4, embedding_forward,
+KERNEL(kRowThreads, 3, embedding_forward,
        (Global<const int> tokens, Global<const int> positions, Global<const float> factors,
         Global<const scalar> token_table, Global<const scalar> position_table, Global<const scalar> gain,
         Global<const scalar> bias, Global<float> out, int rows, int width, float eps)) {

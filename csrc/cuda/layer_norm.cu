@@ -18,13 +18,13 @@ __device__ __forceinline__ void forward(Global<const T> x, Global<const scalar> 
         store_pack(statistics, size_t(row), Pack<float, 2>{s.mean, s.inverse_deviation});
 }
 
-KERNEL(kRowThreads, 5, layer_norm_forward,
+KERNEL(kRowThreads, 4, layer_norm_forward,
        (Global<const float> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,
         Global<float> statistics, int rows, int width, float eps)) {
     forward<float>(x, gain, bias, y, statistics, rows, width, eps);
 }
 
-KERNEL(kRowThreads, 5, layer_norm_forward_narrow,
+KERNEL(kRowThreads, 4, layer_norm_forward_narrow,
        (Global<const scalar> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,
         Global<float> statistics, int rows, int width, float eps)) {
     forward<scalar>(x, gain, bias, y, statistics, rows, width, eps);

@@ -29,14 +29,15 @@ __device__ __forceinline__ void forward(Global<const float> x, Global<const int>
 }
 
 KERNEL(kWarps * kWarp, 4, pool_forward,
-       (Global<const float> x, Global<const int> cu_seqlens, Global<const float> weight, Global<float> out, int width)) {
+       (Global<const float> x, Global<const int> cu_seqlens, Global<const float> weight, Global<float> out,
+        int width)) {
     if (width % 4)
         forward<1>(x, cu_seqlens, weight, out, width);
     else
         forward<4>(x, cu_seqlens, weight, out, width);
 }
 
-// dx = weight dout, dweight = x . dout; both 0 where the weight is 0. A warp a row, which finds its sequence by halving.
+// dx = weight dout, dweight = x . dout; both 0 where the weight is 0. A warp a row.
 template <int V>
 __device__ __forceinline__ float backward(Global<const float> x, Global<const float> dout, float weight,
                                           Global<float> dx, int width) {

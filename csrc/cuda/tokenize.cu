@@ -98,42 +98,61 @@ __device__ __forceinline__ bool inside_special(const Text& text, long long i) {
     return false;
 }
 
-// counts[r]: the tokens of record r, which begin at ids[offsets[r]]; unknown[r]: its bytes that are no residue, each
-// read as X; first[r]: the column of the first; stops[r]: a final '*' was dropped. worst: the least of
-// record << 32 | column over all of these bytes; it begins beyond all places. A warp a record.
-KERNEL(kThreads, 4, tokenize_records,
-       (Global<const byte> residues, Global<const long long> offsets, Global<const int> flags, Global<byte> ids,
-        Global<int> counts, Global<int> unknown, Global<int> first, Global<byte> stops,
-        Global<long long> worst, int records)) {
-    const int r = int(blockIdx.x) * (kThreads / kWarp) + int(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
-    if (r >= records) return;  // a whole warp, and there is no barrier
-    Text text{residues, offsets[r], offsets[r + 1]};
-    int count = 0, strange = 0, column = 0;
-    const bool flagged = flags[r] != 0, stop = flagged && residues[text.end - 1] == '*';
-    if (stop) --text.end;
-    if (!flagged) count = int(text.end - text.begin);
-    for (long long base = text.begin; flagged && base < text.end; base += kWarp) {
+// What was found out about a record; see RecordCheck in csrc/esm.h.
+struct Found {
+    int count, unknown, first;
+    bool stop;
+};
+
+// Encodes a record by all lanes of a warp, again from its bytes.
+__device__ __forceinline__ Found encode(Text text, Global<byte> ids) {
+    const int lane = threadIdx.x % kWarp;
+    Found found = {0, 0, 0, text.bytes[text.end - 1] == '*'};
+    if (found.stop) --text.end;
+    for (long long base = text.begin; base < text.end; base += kWarp) {
         const long long i = base + lane;
         const bool token = i < text.end && !inside_special(text, i);
         int id = 0;
-        bool odd = false;
         if (token) {
             const Special special = special_at(text, i);
             id = special.size ? special.id : id_of(text.bytes[i]);
-            odd = id == kUnknown;
         }
+        const bool odd = id == kUnknown;
         const unsigned tokens = __ballot_sync(kAllLanes, token), odds = __ballot_sync(kAllLanes, odd);
-        if (token) ids[text.begin + count + __popc(tokens & ((1u << lane) - 1))] = byte(odd ? kX : id);
-        if (odds && !strange) column = int(base - text.begin) + __ffs(int(odds)) - 1;
-        strange += __popc(odds);
-        count += __popc(tokens);
+        if (token) ids[text.begin + found.count + __popc(tokens & ((1u << lane) - 1))] = byte(odd ? kX : id);
+        if (odds && !found.unknown) found.first = int(base - text.begin) + __ffs(int(odds)) - 1;
+        found.unknown += __popc(odds);
+        found.count += __popc(tokens);
     }
-    if (lane) return;
-    counts[r] = count;
-    unknown[r] = strange;
-    first[r] = column;
-    stops[r] = stop;
-    if (strange) atomicMin(worst, (long long)(r) << 32 | column);
+    return found;
+}
+
+// counts[r]: the tokens of record r, which begin at ids[offsets[r]]; unknown[r]: its bytes that are no residue, each
+// read as X; first[r]: the column of the first; stops[r]: a final '*' was dropped. worst: the least of
+// record << 32 | column over all of these bytes; it begins beyond all places. A lane a record; the warp together for
+// each that is flagged.
+KERNEL(kThreads, 4, tokenize_records,
+       (Global<const byte> residues, Global<const long long> offsets, Global<const int> flags, Global<byte> ids,
+        Global<int> counts, Global<int> unknown, Global<int> first, Global<byte> stops, Global<long long> worst,
+        int records)) {
+    const int r = int(blockIdx.x) * kThreads + int(threadIdx.x), lane = threadIdx.x % kWarp;
+    const bool exists = r < records;
+    const long long begin = exists ? (long long)(offsets[r]) : 0, end = exists ? (long long)(offsets[r + 1]) : 0;
+    Found own = {int(end - begin), 0, 0, false};
+    unsigned flagged = __ballot_sync(kAllLanes, exists && flags[r] != 0);
+    while (flagged) {
+        const int who = __ffs(int(flagged)) - 1;
+        const Text text{residues, __shfl_sync(kAllLanes, begin, who), __shfl_sync(kAllLanes, end, who)};
+        const Found found = encode(text, ids);
+        if (lane == who) own = found;
+        flagged &= flagged - 1;
+    }
+    if (!exists) return;
+    counts[r] = own.count;
+    unknown[r] = own.unknown;
+    first[r] = own.first;
+    stops[r] = own.stop;
+    if (own.unknown) atomicMin(worst, (long long)(r) << 32 | own.first);
 }
 
 }  // namespace esm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .common import ceil_div, launch, row_grid
 
-_BYTES, _TOKENIZE_THREADS, _WARP = 16, 256, 32  # tokenize.cu
+_BYTES, _TOKENIZE_THREADS = 16, 256  # tokenize.cu
 _TOKENS, _THREADS = 4, 128  # pack.cu, mask.cu
 _NOWHERE = 2**63 - 1
 _UNUSED = torch.float32  # of kernels that have no dtype: they are compiled for this one
@@ -39,7 +39,7 @@ def tokenize(residues: Tensor, offsets: Tensor) -> TokenizedRecords:
     counts, unknown, first = (torch.empty(records, dtype=torch.int32, device=device) for _ in range(3))
     stops = torch.empty(records, dtype=torch.uint8, device=device)
     worst = torch.full((1,), _NOWHERE, device=device)
-    grid = ceil_div(records, _TOKENIZE_THREADS // _WARP)
+    grid = ceil_div(records, _TOKENIZE_THREADS)
     tensors = residues, offsets, flags, ids, counts, unknown, first, stops, worst
     launch("tokenize", "records", _UNUSED, grid, _TOKENIZE_THREADS, *tensors, records)
     return TokenizedRecords(ids, offsets[:-1], counts, unknown, first, stops.bool(), worst[0])

@@ -16,12 +16,10 @@
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
 
-// Blocks run one at a time, so what is static is the block's. AddressSanitizer guards no global aligned to more than 64.
-#define SHARED(type, name, count)                                  \
-    alignas(64) static unsigned char name##_bytes[sizeof(type) * (count)]; \
-    emulator::poison_shared(name##_bytes, sizeof name##_bytes);    \
-    type* const name = reinterpret_cast<type*>(name##_bytes)
-#define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared()
+#define SHARED(type, name, count) \
+    static char name##_key;       \
+    type* const name = static_cast<type*>(emulator::shared(&name##_key, sizeof(type) * (count)))
+#define DYNAMIC_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(emulator::dynamic_shared())
 
 // ---- Global memory: a pointer that remembers its tensor, and a reference that tells loads from stores
 

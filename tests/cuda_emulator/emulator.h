@@ -41,10 +41,11 @@ float tile_product(int place);
 const char* run(const char* kernel, Index grid, Index block, size_t dynamic_bytes, unsigned seed,
                 void (*body)(void*), void* context);
 
-// ---- Shared memory (threads.cpp). A block finds all bytes 255, which is NaN in every float type.
+// ---- Shared memory (threads.cpp), from the heap, whose limits a sanitizer knows. A block finds all bytes 255, which
+// is NaN in every float type.
 
-void poison_shared(void* memory, size_t bytes);
-unsigned char* dynamic_shared();
+void* shared(const void* key, size_t bytes);  // the block's array that goes by this key
+void* dynamic_shared();
 size_t shared_bytes();  // what the last block used
 
 // ---- Global memory (memory.cpp)

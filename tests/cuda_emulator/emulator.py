@@ -5,7 +5,9 @@ import hashlib
 import os
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from building import ROOT, at_once, compiled
@@ -14,9 +16,10 @@ from esm_fast.kernels.cuda.launch import SCALARS, Launch, parameters
 HERE = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
 CORE = ["threads", "memory", "interface"]
-DTYPES = tuple(SCALARS.values())
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"]
 QUICK = ("-O1",)
-LIBRARY, PROGRAM = "emulator.so", "replay"
+BOUNDS = ("-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")
+RACES = ("-O1", "-g1", "-fsanitize=thread")
 
 
 class _Traffic(ctypes.Structure):
@@ -44,41 +47,67 @@ class _Launch(ctypes.Structure):
     ]
 
 
-def shipped() -> list[Path]:
-    return sorted(SOURCES.glob("*.cu"))
+class Unit(NamedTuple):
+    """A file of kernels as compiled for one dtype."""
+
+    source: Path
+    scalar: str
 
 
-def cached(sources: list[Path], flags=QUICK, **options) -> Path:
-    """`build` in a folder of the checkout's build/ that is known by all that goes into it."""
-    texts = [path.read_bytes() for path in [*sources, *sorted(SOURCES.glob("*.cuh")), *sorted(HERE.glob("*.[ch]*"))]]
-    name = hashlib.sha256(b"\0".join([repr((flags, options)).encode(), *texts])).hexdigest()[:16]
-    folder = ROOT / "build" / "cuda_emulator" / name
-    built = folder / (LIBRARY if options.get("library", True) else PROGRAM)
+def shipped() -> list[Unit]:
+    return [Unit(source, scalar) for source in sorted(SOURCES.glob("*.cu")) for scalar in SCALARS.values()]
+
+
+def library(units: list[Unit], flags=QUICK) -> Path:
+    """These kernels and the emulator, for Python to load."""
+    return _linked(units, flags, CORE, "-shared")
+
+
+def program(units: list[Unit], flags) -> Path:
+    """These kernels and the emulator, as a program that replays launches."""
+    return _linked(units, flags, [*CORE, "replay"])
+
+
+def _linked(units, flags, core, *kind) -> Path:
+    objects = at_once(
+        *(partial(_kernels, unit, flags) for unit in units), *(partial(_core, name, flags) for name in core)
+    )
+    return _cached([*flags, *kind, *objects], [])
+
+
+def _kernels(unit: Unit, flags) -> Path:
+    """The namespace becomes the object's own, since several files have functions of one name."""
+    defines = [f"-DESM_SCALAR={unit.scalar}", f"-Desm=esm_{unit.source.stem}_{unit.scalar}", "-DESM_EMULATE_CUDA"]
+    # A mutant of a shipped file lies elsewhere, and includes what the original does.
+    folders = [f"-I{HERE}", f"-I{SOURCES}"]
+    read = [unit.source, *SOURCES.glob("*.cuh"), *SOURCES.parent.glob("*.h"), *HERE.glob("*.h")]
+    return _cached([*WARNINGS, *flags, *defines, *folders, "-c", "-x", "c++", unit.source], read)
+
+
+def _core(name: str, flags) -> Path:
+    """The emulator's own part, which ThreadSanitizer does not watch."""
+    watched = "-fsanitize=thread" in flags
+    flags = [flag for flag in flags if flag != "-fsanitize=thread"] + ["-DESM_TSAN"] * watched
+    source = HERE / f"{name}.cpp"
+    return _cached([*WARNINGS, *flags, "-c", source], [source, *HERE.glob("*.h")])
+
+
+def _cached(arguments: list, read: list[Path]) -> Path:
+    """What g++ makes of these arguments, kept in build/ under a hash of them and of the files it reads."""
+    key = hashlib.sha256(repr([str(argument) for argument in arguments]).encode())
+    for path in sorted(read):
+        key.update(path.read_bytes())
+    built = ROOT / "build" / "cuda_emulator" / key.hexdigest()[:24]
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        build(folder, sources, flags, **options)
+        built.parent.mkdir(parents=True, exist_ok=True)
+        started = built.with_name(f"{built.name}.{os.getpid()}")
+        compiled(started, *arguments).rename(built)
     return built
 
 
-def build(folder: Path, sources: list[Path], flags=QUICK, dtypes=DTYPES, library=True) -> Path:
-    """Compiles the emulator with these kernels: into a library for Python, or a program that replays launches."""
-    common = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-c", *flags, f"-I{HERE}", f"-I{SOURCES}"]
-    bare = [flag for flag in common if flag != "-fsanitize=thread"]
-
-    def of_kernel(source, scalar):
-        # A namespace of its own, since several files have functions of one name.
-        defines = ["-DESM_EMULATE_CUDA", f"-DESM_SCALAR={scalar}", f"-Desm=esm_{source.stem}_{scalar}"]
-        return compiled(folder / f"{source.stem}.{scalar}.o", *common, *defines, "-x", "c++", source)
-
-    def of_core(name):
-        watched = ["-DESM_TSAN"] * ("-fsanitize=thread" in flags)
-        return compiled(folder / f"{name}.o", *bare, *watched, HERE / f"{name}.cpp")
-
-    core = CORE if library else [*CORE, "replay"]
-    jobs = [lambda s=source, d=dtype: of_kernel(s, d) for source in sources for dtype in dtypes]
-    objects = at_once(*jobs, *(lambda n=name: of_core(n) for name in core))
-    kind = ["-shared"] if library else []
-    return compiled(folder / (LIBRARY if library else PROGRAM), *kind, *flags, *objects)
+def figures(result: _Result) -> list[dict[str, int]]:
+    """What a launch loaded, and what it stored; see Traffic in emulator.h."""
+    return [{name: getattr(part, name) for name, _ in part._fields_} for part in (result.loads, result.stores)]
 
 
 class EmulatorError(AssertionError):
@@ -132,12 +161,13 @@ class Recorder(Emulator):
 
     def __init__(self, library: Path, path: Path):
         super().__init__(library)
-        self.path = path
+        self.path, self.launches = path, 0
         path.write_bytes(b"")
 
     def launch(self, launch: Launch) -> None:
         with self.path.open("ab") as file:
             file.write(recorded(launch))
+        self.launches += 1
         super().launch(launch)
 
 

@@ -39,13 +39,14 @@ bool fits(const std::string& given, const std::string& taken) {
 const char* emulator_launch(const Launch* launch, Result* result) {
     using namespace emulator;
     const Kernel* kernel = find(launch->kernel, launch->scalar);
+    const std::string name = launch->kernel;
     if (!kernel)
         return problem(std::string("no kernel ") + launch->kernel + " for " + launch->scalar);
     if (!fits(launch->signature, kernel->signature))
-        return problem(std::string(kernel->name) + " takes " + kernel->signature + ", not " + launch->signature);
+        return problem(name + " takes " + kernel->signature + ", not " + launch->signature);
     const Index block{launch->block[0], launch->block[1], launch->block[2]};
     if (block.x * block.y * block.z > kernel->threads)
-        return problem(std::string(kernel->name) + " is bounded to " + std::to_string(kernel->threads) + " threads a block");
+        return problem(name + " is bounded to " + std::to_string(kernel->threads) + " threads a block");
     struct Call {
         const Kernel* kernel;
         void** parameters;
@@ -53,7 +54,10 @@ const char* emulator_launch(const Launch* launch, Result* result) {
     begin_tensors(launch->tensors, launch->tensor_count, launch->count_traffic);
     const char* error = run(
         launch->kernel, {launch->grid[0], launch->grid[1], launch->grid[2]}, block, launch->dynamic_bytes, launch->seed,
-        [](void* c) { static_cast<Call*>(c)->kernel->call(static_cast<Call*>(c)->kernel->function, static_cast<Call*>(c)->parameters); },
+        [](void* context) {
+            const Call& call = *static_cast<Call*>(context);
+            call.kernel->call(call.kernel->function, call.parameters);
+        },
         &call);
     end_tensors(&result->loads, &result->stores);
     result->shared_bytes = shared_bytes();

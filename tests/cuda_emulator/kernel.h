@@ -66,8 +66,8 @@ struct Caller {
 struct Registration {
     template <typename... P>
     Registration(const char* name, const char* scalar, unsigned threads, void (*function)(P...))
-        : kernel{name,    scalar, Caller<P...>::kSignature, threads, Caller<P...>::call, reinterpret_cast<void*>(function),
-                 kernels} {
+        : kernel{name, scalar, Caller<P...>::kSignature, threads, Caller<P...>::call,
+                 reinterpret_cast<void*>(function), kernels} {
         kernels = &kernel;
     }
     const Kernel kernel;

@@ -76,7 +76,8 @@ void access(const void* address, size_t bytes, size_t alignment, const Tensor* t
     if (!tensor) fail("a null pointer is used");
     const ptrdiff_t begin = at - tensor->data;
     if (begin < 0 || begin + bytes > tensor->bytes)
-        fail("an access of bytes %td to %td of a tensor of %zu", begin, begin + ptrdiff_t(bytes), size_t(tensor->bytes));
+        fail("an access of bytes %td to %td of a tensor of %zu", begin, begin + ptrdiff_t(bytes),
+             size_t(tensor->bytes));
     if (uintptr_t(at) % alignment) fail("an access of %zu bytes is not aligned to %zu", bytes, alignment);
     book(books[size_t(reinterpret_cast<const Book*>(tensor) - books.data())], size_t(begin), bytes, kind);
     if (counts) count(at, bytes, kind, __builtin_return_address(0));
@@ -115,7 +116,9 @@ void end_block() {
 
 void end_tensors(Traffic* loads, Traffic* stores) {
     for (const Book& book : books) {
-        const auto touched = [](const std::vector<int>& by) { return by.size() - size_t(std::count(by.begin(), by.end(), kNobody)); };
+        const auto touched = [](const std::vector<int>& by) {
+            return by.size() - size_t(std::count(by.begin(), by.end(), kNobody));
+        };
         sums[0].distinct_bytes += touched(book.readers);
         sums[1].distinct_bytes += touched(book.writers);
     }

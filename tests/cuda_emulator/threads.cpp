@@ -86,9 +86,44 @@ void (*body)(void*);
 void* context;
 std::string error;
 const char* kernel_name;
-void* dynamic;
 size_t dynamic_size;
-std::unordered_map<void*, size_t> poisoned;
+const char dynamic_key = 0;
+
+// One of the block's shared arrays.
+struct Array {
+    void* memory;
+    size_t bytes;
+    bool used;  // by this block
+};
+std::unordered_map<const void*, Array> arrays;
+
+// From the heap, whose limits AddressSanitizer knows; to ThreadSanitizer a thread that allocates writes, so that there
+// it is memory of the emulator's own.
+#ifdef ESM_TSAN
+alignas(128) char arena[256 * 1024];
+size_t arena_used;
+
+void* allocate(size_t bytes) {
+    void* memory = arena + arena_used;
+    arena_used += (bytes + 127) / 128 * 128;
+    if (arena_used > sizeof arena) fail("no GPU has that much shared memory");
+    return memory;
+}
+void free_arrays() {
+    arena_used = 0;
+    arrays.clear();
+}
+#else
+void* allocate(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes)) std::abort();
+    return memory;
+}
+void free_arrays() {
+    for (auto& [key, array] : arrays) std::free(array.memory);
+    arrays.clear();
+}
+#endif
 
 void order_release(char* token) {
 #ifdef ESM_TSAN
@@ -161,20 +196,20 @@ void create(Fiber& fiber) {
 }
 
 unsigned first_of_warp(unsigned thread) { return thread / kWarp * kWarp; }
-bool is_lane(unsigned warp, unsigned lane) { return warp + lane < count; }
 
 // Lets the lanes go that wait for each other, if all of them have come. Returns whether it did.
 bool release_lanes(unsigned thread) {
     const unsigned warp = first_of_warp(thread), lanes = fibers[thread].lanes;
     for (unsigned l = 0; l < kWarp; ++l) {
         if (!(lanes >> l & 1)) continue;
-        if (!is_lane(warp, l)) return current = thread, fail("waits for lane %u, which the block does not have", l), false;
+        current = thread;  // whose failure it would be
+        if (warp + l >= count) fail("waits for lane %u, which the block does not have", l);
         const Fiber& other = fibers[warp + l];
-        if (other.state == State::done) return current = thread, fail("waits for lane %u, which has returned", l), false;
+        if (other.state == State::done) fail("waits for lane %u, which has returned", l);
         if (other.state != State::waits_for_warp) return false;
         if (other.lanes != lanes || other.line != fibers[thread].line)
-            return current = thread, fail("line %d: lane %u takes part in another operation, at line %d with lanes %08x",
-                                          fibers[thread].line, l, other.line, other.lanes), false;
+            fail("line %d: lane %u takes part in another operation, at line %d with lanes %08x", fibers[thread].line, l,
+                 other.line, other.lanes);
     }
     for (unsigned l = 0; l < kWarp; ++l) {
         if (!(lanes >> l & 1)) continue;
@@ -214,7 +249,7 @@ struct Failed {};
 bool in_fiber;
 
 void run_block(std::vector<unsigned>& order, std::minstd_rand* random) {
-    poisoned.clear();
+    for (auto& [key, array] : arrays) array.used = false;
     for (unsigned t = 0; t < count; ++t) {
         fibers[t].state = State::ready;
         fibers[t].index = {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y};
@@ -305,19 +340,23 @@ float tile_product(int place) {
     return sum;
 }
 
-void poison_shared(void* memory, size_t bytes) {
-    if (!poisoned.emplace(memory, bytes).second) return;
-    volatile unsigned char* byte = static_cast<unsigned char*>(memory);  // not by memset, which a sanitizer would watch
-    for (size_t i = 0; i < bytes; ++i) byte[i] = 0xff;
+void* shared(const void* key, size_t bytes) {
+    Array& array = arrays.try_emplace(key, Array{nullptr, bytes, false}).first->second;
+    if (!array.memory) array.memory = allocate(bytes);
+    if (!array.used) {
+        volatile unsigned char* byte = static_cast<unsigned char*>(array.memory);  // not memset, which TSan would watch
+        for (size_t i = 0; i < bytes; ++i) byte[i] = 0xff;
+        array.used = true;
+    }
+    return array.memory;
 }
 
-unsigned char* dynamic_shared() {
-    poison_shared(dynamic, dynamic_size);
-    return static_cast<unsigned char*>(dynamic);
-}
+void* dynamic_shared() { return shared(&dynamic_key, dynamic_size); }
 
 size_t shared_bytes() {
-    return std::accumulate(poisoned.begin(), poisoned.end(), size_t(0), [](size_t sum, auto& p) { return sum + p.second; });
+    size_t sum = 0;
+    for (const auto& [key, array] : arrays) sum += array.bytes * array.used;
+    return sum;
 }
 
 const char* run(const char* kernel, Index grid, Index block, size_t dynamic_bytes, unsigned seed,
@@ -334,9 +373,8 @@ const char* run(const char* kernel, Index grid, Index block, size_t dynamic_byte
 #ifdef ESM_TSAN
     scheduler.sanitizer = __tsan_get_current_fiber();
 #endif
-    std::free(dynamic);
+    free_arrays();
     dynamic_size = dynamic_bytes;
-    if (posix_memalign(&dynamic, 128, dynamic_bytes)) std::abort();
     std::vector<unsigned> order(block.x * block.y * block.z), blocks(grid.x * grid.y * grid.z);
     std::iota(order.begin(), order.end(), 0u);
     std::iota(blocks.begin(), blocks.end(), 0u);

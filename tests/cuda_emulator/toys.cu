@@ -32,7 +32,7 @@ KERNEL(64, 1, toys_sum, (Global<const float> x, Global<float> y, int fault)) {
     y[i] = warp_reduce(x[i]);
 }
 
-// counts[0] = how many x are positive, counts[1] the place of the first (atomics over blocks); order by ballot in lanes.
+// counts[0] = how many x are positive, counts[1] the place of the first (atomics over blocks); order in lanes by ballot.
 KERNEL(64, 1, toys_positive, (Global<const float> x, Global<int> counts, Global<int> order, int fault)) {
     const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
     const bool positive = x[i] > 0.0f;
@@ -59,7 +59,10 @@ KERNEL(32, 1, toys_product, (Global<const f16> a, Global<const f16> b, Global<fl
     load_matrix_sync(right, b, 16);
     mma_sync(sums, left, right, sums);
     if (fault == 1) {
-        for (int e = 0; e < 8; ++e) tile[(8 * int(threadIdx.x) + e) / 16 * 20 + (8 * int(threadIdx.x) + e) % 16] = sums.x[e];
+        for (int e = 0; e < 8; ++e) {
+            const int place = 8 * int(threadIdx.x) + e;
+            tile[place / 16 * 20 + place % 16] = sums.x[e];
+        }
     } else {
         store_matrix_sync(tile, sums, 20, mem_row_major);
     }

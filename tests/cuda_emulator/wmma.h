@@ -40,7 +40,8 @@ inline float widened(T x) {
 template <typename T>
 inline size_t offset(const T* tile, unsigned stride, bool by_columns, int place) {
     if (uintptr_t(tile) % 32) emulator::fail("a wmma tile must be aligned to 32 bytes");
-    if (stride * sizeof(T) % 16) emulator::fail("a wmma tile's stride must be a multiple of 16 bytes, not %zu", stride * sizeof(T));
+    const size_t bytes = stride * sizeof(T);
+    if (bytes % 16) emulator::fail("a wmma tile's stride must be a multiple of 16 bytes, not %zu", bytes);
     const int row = place / kSide, column = place % kSide;
     return by_columns ? size_t(column) * stride + row : size_t(row) * stride + column;
 }
