@@ -22,11 +22,12 @@ bench: .venv/bench
 	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
 	$(BIN)/python benches/bench_peers.py --profile --out out/peers
 
-# Compiles every Triton kernel for every architecture and runs it in Triton's interpreter, without a GPU; after a change
-# to a kernel, this renews the tables that tests/test_triton.py compares with. Tens of minutes if all has changed.
+# Compiles every Triton and CUDA kernel for every architecture and runs Triton's in its interpreter, without a GPU; after
+# a change to a kernel, this renews the tables that tests compare with. Tens of minutes if all has changed.
 proof: .venv/test
 	$(BIN)/python tests/triton_proof/audit.py
 	$(BIN)/python tests/triton_proof/matrix.py
+	$(BIN)/python tests/cuda_proof/audit.py
 
 # For whoever has a GPU: tests and times everything on it, and writes gpu-report.md and gpu-report.json.
 # `make gpu-report REPORT=--dry-run` shows without a GPU that it works.

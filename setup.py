@@ -1,5 +1,11 @@
-"""Builds the one C++ extension, `esm_fast._C`, with CMake. Needs neither torch nor CUDA."""
+"""Builds the one C++ extension, `esm_fast._C`, with CMake. Needs neither torch nor CUDA.
 
+ESM_FAST_CUDA=auto, nvcc or nvrtc also compiles the CUDA kernels, which the driver loads from a file of the package; by
+default they are left out, and with them minutes of compilation and 200 MB of compiler. See docs/cuda.md.
+"""
+
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +15,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA = os.environ.get("ESM_FAST_CUDA", "off")
+
+
+def cuda_build():
+    """csrc/cuda/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class CMakeBuild(build_ext):
@@ -27,6 +42,14 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(work)], check=True)
+        self.build_cuda()
+
+    def build_cuda(self):
+        build = cuda_build()
+        compiler = build.compiler_of(CUDA)
+        if compiler is not None:
+            package = ROOT / "kernels" if self.inplace else Path(self.build_lib) / "esm_fast" / "kernels"
+            build.build(package / "cuda" / "cubins.zip", compiler)
 
 
 setup(
@@ -36,6 +59,7 @@ setup(
         "esm_fast.compat",
         "esm_fast.kernels",
         "esm_fast.kernels.cpu",
+        "esm_fast.kernels.cuda",
         "esm_fast.kernels.triton",
         "esm_fast.models",
         "esm_fast.ops",
@@ -44,7 +68,9 @@ setup(
     ],
     # The kernels stand at the top level, beside csrc, and are imported as `esm_fast.kernels`.
     package_dir={"esm_fast": "esm_fast", "esm_fast.kernels": "kernels"},
-    package_data={"esm_fast.kernels.triton": ["*.csv"]},
+    package_data={"esm_fast.kernels.cuda": ["*.csv"], "esm_fast.kernels.triton": ["*.csv"]},
+    # An isolated build brings its own compiler along.
+    setup_requires=[f"{name}=={version}" for name, version in cuda_build().NVRTC.items()] if CUDA == "nvrtc" else [],
     ext_modules=[Extension("esm_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

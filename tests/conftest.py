@@ -1,6 +1,10 @@
 """Fixtures shared by the tests; the models behind them are made in `fakes`."""
 
+import platform
+import shutil
+
 import pytest
+import torch
 from fakes import fair_esm_model, save_fair_esm
 
 
@@ -14,3 +18,28 @@ def fair_model():
 def fair_checkpoint(fair_model, tmp_path_factory):
     """Its file, with the contact regression beside it, as fair-esm publishes them."""
     return save_fair_esm(fair_model, tmp_path_factory.mktemp("fair") / "tiny.pt")
+
+
+@pytest.fixture(scope="session")
+def cuda_library():
+    """The CUDA kernels, built for the emulator."""
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("the emulator needs g++ on x86-64")
+    from cuda_emulator.emulator import library, shipped
+
+    return library(shipped())
+
+
+@pytest.fixture
+def emulated(cuda_library):
+    """Has the CUDA backend executed by the emulator, on CPU tensors, in a shuffled order of blocks and threads.
+
+    Fresh memory is NaN, so that an element that no thread writes is seen.
+    """
+    from cuda_emulator.emulator import Emulator
+    from esm_fast.kernels.cuda.common import executed_by
+
+    torch.use_deterministic_algorithms(True)
+    with executed_by(Emulator(cuda_library, seed=1)) as emulator:
+        yield emulator
+    torch.use_deterministic_algorithms(False)

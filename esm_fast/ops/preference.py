@@ -14,15 +14,15 @@ sm_70, sm_75 (V100, T4): attention by cutlass, all else by the reference, that i
 sm_80 to sm_90 (A100, RTX 30 and 40, H100): the same. torch's attention may choose FlashAttention-2 for one sequence,
     which alone is faster than cutlass; but ESM-1b's proteins are short (300 tokens), their launches many, and attention
     is 2 to 12 % of the model. The Triton kernels fuse all ops and stand first; they run by name only until a report
-    from a GPU (`make gpu-report`) shows them right and fast. xformers runs by name only, too: it may choose
-    FlashAttention-3, but waits in every layer for the sequences' lengths.
+    from a GPU (`make gpu-report`) shows them right and fast, and so do the CUDA kernels, on sm_70 as well. xformers
+    runs by name only, too: it may choose FlashAttention-3, but waits in every layer for the sequences' lengths.
 
 sm_100 and newer (B200, RTX 50): torch's cutlass kernels are not in all its releases there, so the reference, until
     Triton's turn comes.
 """
 
 REFERENCE = "reference"
-ORDER = ("triton", "cutlass", "xformers", "cpu")
+ORDER = ("triton", "cuda", "cutlass", "xformers", "cpu")
 
 
 def priority_of(backend: str) -> int:

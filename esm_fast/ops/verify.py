@@ -34,7 +34,7 @@ def forward(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str,
     got = outputs_of(kernel.forward(*arguments.values()))
     plain = outputs_of(op.reference(**arguments))
     truth = outputs_of(op.reference(**widened(arguments)))
-    return _compare([f"output {i}" for i in range(len(got))], got, plain, truth, dtype, 2.0)
+    return compare([f"output {i}" for i in range(len(got))], got, plain, truth, dtype, 2.0)
 
 
 def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[Check]:
@@ -59,11 +59,13 @@ def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: st
     plain = through(lambda values: op.reference(**values), arguments)
     truth = through(lambda values: op.reference(**values), widened(arguments))
     largest = max([1.0, *(float(t.abs().max()) for t in truth if t.numel())])  # 1: what comes in from above
-    return _compare([f"gradient of {name}" for name in names], got, plain, truth, dtype, 3.0, largest)
+    return compare([f"gradient of {name}" for name in names], got, plain, truth, dtype, 3.0, largest)
 
 
-def _compare(names, got, plain, truth, dtype, factor, largest=0.0) -> list[Check]:
-    """largest: of all gradients, the outputs' too. Where terms of that size cancel to nothing, as in that of k's bias,
+def compare(names, got, plain, truth, dtype, factor, largest=0.0) -> list[Check]:
+    """The rule itself, for lists of tensors; factor: how often the plain one's largest error is allowed.
+
+    largest: of all gradients, the outputs' too. Where terms of that size cancel to nothing, as in that of k's bias,
     their sum's own scale is no measure: a few fp32 roundings remain, which luck may spare the plain one."""
     checks = []
     for name, g, p, t in zip(names, got, plain, truth, strict=True):

@@ -133,9 +133,9 @@ def test_a_whole_model_end_to_end(dtype):
     (got, grads, found), (plain, plain_grads, _) = through(half, "triton"), through(half, "reference")
     truth, true_grads, _ = through(copy.deepcopy(half).double(), "reference")
     largest = max(float(grad.abs().max()) for grad in true_grads)
-    checks = verify._compare(found, got, plain, truth, dtype, 2.0)
+    checks = verify.compare(found, got, plain, truth, dtype, 2.0)
     names = [name for name, _ in half.named_parameters()]
-    checks += verify._compare(names, grads, plain_grads, true_grads, dtype, 3.0, largest)
+    checks += verify.compare(names, grads, plain_grads, true_grads, dtype, 3.0, largest)
     assert [check for check in checks if not check.ok] == []
 
 

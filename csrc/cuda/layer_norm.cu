@@ -1,0 +1,123 @@
+// Layer norm over the rows of a matrix, statistics in fp32, into the dtype of the GEMM that follows. The input is the
+// fp32 residual stream or, for the kernels called narrow, a matrix of that dtype itself.
+#include "rows.cuh"
+
+namespace esm {
+
+// statistics (rows, 2) keeps the mean and 1 / deviation for the backward pass; it may be null.
+template <typename T>
+__device__ __forceinline__ void forward(Global<const T> x, Global<const scalar> gain, Global<const scalar> bias,
+                                        Global<scalar> y, Global<float> statistics, int rows, int width, float eps) {
+    const int row = warp_row();
+    if (row >= rows) return;  // a whole warp, and there is no barrier
+    const size_t start = size_t(row) * width;
+    const Statistics s =
+        width % 4 ? normalise(make_row<1>(loader<1, T>(x + start), width), gain, bias, y + start, width, eps)
+                  : normalise(make_row<4>(loader<4, T>(x + start), width), gain, bias, y + start, width, eps);
+    if (statistics && threadIdx.x % kWarp == 0)
+        store_pack(statistics, size_t(row), Pack<float, 2>{s.mean, s.inverse_deviation});
+}
+
+KERNEL(kRowThreads, 4, layer_norm_forward,
+       (Global<const float> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,
+        Global<float> statistics, int rows, int width, float eps)) {
+    forward<float>(x, gain, bias, y, statistics, rows, width, eps);
+}
+
+KERNEL(kRowThreads, 4, layer_norm_forward_narrow,
+       (Global<const scalar> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,
+        Global<float> statistics, int rows, int width, float eps)) {
+    forward<scalar>(x, gain, bias, y, statistics, rows, width, eps);
+}
+
+// ---- Backward: a block takes rows blockIdx.x, + gridDim.x, ...; a thread has the same columns in all of them, so that
+// the sums for gain and bias stay in its registers. Their order depends on the grid alone.
+
+constexpr int kBackwardThreads = 512, kSlots = 4;  // packs a thread may have
+
+// Both sums over the block, in every thread. `buffer` is another one at the next call, which saves a barrier.
+__device__ __forceinline__ float2 block_sums(float a, float b, float* buffer) {
+    a = warp_reduce(a);
+    b = warp_reduce(b);
+    const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    if (threadIdx.x % kWarp == 0) {
+        buffer[2 * warp] = a;
+        buffer[2 * warp + 1] = b;
+    }
+    __syncthreads();
+    float2 sums = {0.0f, 0.0f};
+    for (int w = 0; w < warps; ++w) {
+        sums.x += buffer[2 * w];
+        sums.y += buffer[2 * w + 1];
+    }
+    return sums;
+}
+
+// dx = dy's share through the norm, plus `along`, the gradient that passes beside it (may be null).
+// shares (gridDim.x, 2, width): the block's sums of dy * normal and dy.
+template <int V, typename T, typename D>
+__device__ __forceinline__ void backward(Global<const T> x, Global<const scalar> gain, Global<const D> dy,
+                                         Global<const float> statistics, Global<const float> along, Global<T> dx,
+                                         Global<float> shares, int rows, int width) {
+    SHARED(float, buffers, 2 * 2 * kBackwardThreads / kWarp);
+    const int packs = width / V, step = blockDim.x;
+    Floats<V> dgain[kSlots] = {}, dbias[kSlots] = {};
+    int turn = 0;
+    for (int row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+        const size_t start = size_t(row) * width;
+        const Pack<float, 2> s = load_pack<2>(statistics, row);
+        Floats<V> normal[kSlots], dnormal[kSlots];
+        float sum = 0.0f, product = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+            const int p = int(threadIdx.x) + i * step;
+            if (p >= packs) break;
+            const Floats<V> in = to_floats(load_pack<V>(x + start, p)), g = to_floats(load_pack<V>(gain, p));
+            const Floats<V> d = to_floats(load_pack<V>(dy + start, p));
+            for (int j = 0; j < V; ++j) {
+                normal[i].at[j] = (in.at[j] - s.at[0]) * s.at[1];
+                dnormal[i].at[j] = d.at[j] * g.at[j];
+                dgain[i].at[j] += d.at[j] * normal[i].at[j];
+                dbias[i].at[j] += d.at[j];
+                sum += dnormal[i].at[j];
+                product += dnormal[i].at[j] * normal[i].at[j];
+            }
+        }
+        const float2 sums = block_sums(sum, product, buffers + turn * 2 * kBackwardThreads / kWarp);
+        const float mean = sums.x / float(width), slope = sums.y / float(width);
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+            const int p = int(threadIdx.x) + i * step;
+            if (p >= packs) break;
+            Floats<V> out = {};
+            if (along) out = to_floats(load_pack<V>(along + start, p));
+            for (int j = 0; j < V; ++j)
+                out.at[j] += (dnormal[i].at[j] - mean - normal[i].at[j] * slope) * s.at[1];
+            store_pack(dx + start, p, from_floats<T>(out));
+        }
+    }
+    const size_t share = 2 * size_t(blockIdx.x) * width;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+        const int p = int(threadIdx.x) + i * step;
+        if (p >= packs) break;
+        store_pack(shares + share, p, from_floats<float>(dgain[i]));
+        store_pack(shares + (share + width), p, from_floats<float>(dbias[i]));
+    }
+}
+
+#define BACKWARD(name, T, D)                                                                                         \
+    KERNEL(kBackwardThreads, 1, name,                                                                                \
+           (Global<const T> x, Global<const scalar> gain, Global<const D> dy, Global<const float> statistics,        \
+            Global<const float> along, Global<T> dx, Global<float> shares, int rows, int width)) {                   \
+        if (width % 4)                                                                                               \
+            backward<1>(x, gain, dy, statistics, along, dx, shares, rows, width);                                    \
+        else                                                                                                         \
+            backward<4>(x, gain, dy, statistics, along, dx, shares, rows, width);                                    \
+    }
+
+BACKWARD(layer_norm_backward, float, scalar)
+BACKWARD(layer_norm_backward_narrow, scalar, scalar)
+BACKWARD(layer_norm_backward_wide, float, float)  // of a norm whose output was fp32 too
+
+}  // namespace esm

@@ -1,0 +1,112 @@
+"""What the CUDA kernels share: when they run, and how they are launched."""
+
+import contextlib
+import functools
+
+import torch
+
+from esm_fast.ops import registry
+from esm_fast.ops.registry import Request
+
+from .driver import Driver
+from .launch import SCALARS, Executor, Launch
+
+BACKEND = "cuda"
+_BF16_ARCH = (8, 0)
+_WARP, _ROWS_PER_BLOCK = 32, 4  # rows.cuh
+_executor: Executor = Driver()
+
+
+def executor() -> Executor:
+    """What runs the kernels: the CUDA driver, unless a test put the emulator in its place."""
+    return _executor
+
+
+@contextlib.contextmanager
+def executed_by(other: Executor):
+    """Has every launch executed by another one meanwhile."""
+    global _executor
+    before, _executor = _executor, other
+    registry.select.cache_clear()
+    try:
+        yield other
+    finally:
+        _executor = before
+        registry.select.cache_clear()
+
+
+def why_not(request: Request) -> list[str]:
+    """What keeps the CUDA kernels from running a request; see `registry.Request`."""
+    reasons = []
+    if request.device != _executor.device:
+        reasons.append(f"needs tensors on {_executor.device}, these are on {request.device}")
+    reasons += _executor.why_not()
+    if request.dtype not in SCALARS:
+        reasons.append(f"has float32, float16 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
+    if request.dtype == torch.bfloat16 and request.arch is not None and request.arch < _BF16_ARCH:
+        reasons.append(
+            "has bfloat16 from compute capability {}.{} on, this GPU has {}.{}".format(*_BF16_ARCH, *request.arch)
+        )
+    return reasons
+
+
+def yields(request: Request) -> list[str]:
+    """Nobody gets unasked what has never run on a GPU."""
+    return ["only by name on a GPU, where it has never run"]
+
+
+def implements(op_name: str, *, backward=None, train=None, why_not=why_not):
+    """`registry.implements` for this backend, on the device of the tensors. In a backward autograd sees to that."""
+
+    def on_its_device(function):
+        @functools.wraps(function)
+        def run(*arguments):
+            lead = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+            with torch.cuda.device_of(lead):
+                return function(*arguments)
+
+        return run
+
+    return lambda forward: registry.implements(
+        op_name,
+        backend=BACKEND,
+        why_not=why_not,
+        yields=yields,
+        backward=backward,
+        train=train and on_its_device(train),
+    )(on_its_device(forward))
+
+
+def launch(source: str, name: str, dtype: torch.dtype, grid, block: int, *arguments, shared: int = 0) -> None:
+    """Launches kernel <source>_<name> of csrc/cuda/<source>.cu. An empty grid is nothing to do."""
+    grid = (grid,) if isinstance(grid, int) else tuple(grid)
+    if all(grid):
+        _executor.launch(Launch(source, f"{source}_{name}", dtype, grid, block, arguments, shared))
+
+
+def row_grid(rows: int) -> tuple[int, int]:
+    """(blocks, threads a block) of a kernel that gives a warp to each row."""
+    return ceil_div(rows, _ROWS_PER_BLOCK), _ROWS_PER_BLOCK * _WARP
+
+
+def ceil_div(n: int, step: int) -> int:
+    return -(-n // step)
+
+
+def round_up(n: int, step: int) -> int:
+    return ceil_div(n, step) * step
+
+
+def vector_width(width: int, widest: int = 4) -> int:
+    """Elements that a lane moves at once: as many as the kernels take where the width is a multiple of it, else one."""
+    return 1 if width % widest else widest
+
+
+def require_one_dtype(*weights: torch.Tensor) -> None:
+    if len({weight.dtype for weight in weights}) > 1:
+        raise ValueError(f"the CUDA kernels take matrices of one dtype, got {[str(w.dtype) for w in weights]}")
+
+
+def of_dtype(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors as the kernels read them: of one dtype, contiguous, detached."""
+    return [None if tensor is None else tensor.detach().to(dtype).contiguous() for tensor in tensors]

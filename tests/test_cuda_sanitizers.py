@@ -1,0 +1,139 @@
+"""The CUDA kernels under sanitizers, and faults planted in them: each must be found by the build that is there for it.
+
+Every launch of the exercises is recorded and replayed with AddressSanitizer and UndefinedBehaviorSanitizer, and with
+ThreadSanitizer, for which barriers are the only order between a block's threads. In fp16: the dtype changes conversions
+and widths of packs, both of which the tests of the plain build go through in every dtype.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from building import at_once
+from cuda_emulator import emulator
+from cuda_emulator.emulator import BOUNDS, QUICK, RACES, SOURCES, EmulatorError, Recorder, Unit
+from cuda_emulator.exercises import exercises
+from esm_fast.kernels.cuda.common import executed_by
+from esm_fast.kernels.cuda.launch import SCALARS
+
+DTYPE = torch.float16
+EXERCISES = {exercise.name: exercise for exercise in exercises()}
+
+
+@pytest.fixture(scope="module")
+def recorded(cuda_library, tmp_path_factory):
+    """Records what some exercises launch."""
+
+    def record(names, path):
+        recorder = UnitsRecorder(cuda_library, path)
+        with executed_by(recorder):
+            assert all(EXERCISES[name].run(DTYPE) for name in names)
+        return recorder
+
+    folder = tmp_path_factory.mktemp("recordings")
+    return lambda *names: record(names, folder / "recording")
+
+
+class UnitsRecorder(Recorder):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.units = set()
+
+    def launch(self, launch):
+        self.units.add(Unit(SOURCES / f"{launch.source}.cu", SCALARS[launch.dtype]))
+        super().launch(launch)
+
+
+def test_every_kernel_is_clean(recorded):
+    recording = recorded(*EXERCISES)
+    kernels = {unit.source.name for unit in recording.units}
+    assert kernels == {source.name for source in SOURCES.glob("*.cu")}
+
+    def replayed(flags):
+        done = emulator.replay(emulator.program(sorted(recording.units), flags), recording.path, seed=2)
+        assert (done.returncode, done.stdout) == (0, f"{recording.launches} launches\n"), done.stderr[-4000:]
+
+    at_once(lambda: replayed(BOUNDS), lambda: replayed(RACES))
+
+
+class Mutant(NamedTuple):
+    """A fault: `right` in csrc/cuda/<source>.cu becomes `wrong`, and this exercise must show it in this build."""
+
+    source: str
+    right: str
+    wrong: str
+    exercise: str
+    build: tuple[str, ...] = QUICK
+    message: str = ""  # of the sanitizer
+
+
+RACE, OVERFLOW = "data race", "buffer-overflow"
+BARRIER = "    __syncthreads();\n"
+MUTANTS = {
+    "barrier_column_sums": Mutant("column_sums", BARRIER, "", "layer_norm", RACES, RACE),
+    "barrier_block_sums": Mutant("layer_norm", BARRIER, "", "layer_norm", RACES, RACE),
+    "one_buffer_for_two_turns": Mutant("layer_norm", "turn ^= 1", "turn ^= 0", "layer_norm", RACES, RACE),
+    "barrier_gather_sum": Mutant("gather_sum", BARRIER, "", "embedding-primes", RACES, RACE),
+    "barrier_pool": Mutant("pool", BARRIER, "", "pool-primes", RACES, RACE),
+    "barrier_loss": Mutant("cross_entropy", BARRIER, "", "masked_lm_head-masked_rows", RACES, RACE),
+    "barrier_table": Mutant("tokenize", BARRIER, "", "tokenize", RACES, RACE),
+    "small_array": Mutant("pool", "kWarps * kWarp * V)", "kWarps * kWarp * V - 1)", "pool-primes", BOUNDS, OVERFLOW),
+    "next_rows_logits": Mutant(
+        "cross_entropy", "shared + r * voc", "shared + (r + 56) * voc", "masked_lm_head-masked_rows", BOUNDS, OVERFLOW
+    ),
+    "guard_rows": Mutant("embedding", "    if (row >= rows) return;\n", "", "embedding-primes"),
+    "guard_columns": Mutant("gather_sum", "!inside || factor", "factor", "embedding-primes"),
+    "mask_of_sum": Mutant("masked_softmax", "column < valid ? expf", "column >= 0 ? expf", "masked_softmax-ragged"),
+    "mask_of_rows": Mutant("masked_softmax", "row % size < length ? length : 0", "length", "masked_softmax-ragged"),
+    "stride": Mutant(
+        "layer_norm", "size_t start = size_t(row) * width", "size_t start = size_t(row) * 64", "gelu_ffn-prime_rows"
+    ),
+    "early_return": Mutant(
+        "cross_entropy",
+        "    load_tile(tile, logits, shared);\n",
+        "    if (int(threadIdx.x) >= tile.rows) return;\n    load_tile(tile, logits, shared);\n",
+        "masked_lm_head-masked_rows",
+    ),
+    "next_sequence": Mutant(
+        "pool", "row < cu_seqlens[blockIdx.x + 1]", "row <= cu_seqlens[blockIdx.x + 1]", "pool-tiny"
+    ),
+    "sequence_too_early": Mutant("pack", "while (i >= end)", "while (i > end)", "pack"),
+    "last_residue": Mutant("pack", "i < end - 1", "i < end", "pack"),
+    "poison_in_padding": Mutant("pack", "store_pack(to, p, Pack<scalar, V>{})", "(void)to", "pad"),
+    "same_residue_again": Mutant("mask", "unsigned(i - begin)", "unsigned(i)", "mask"),
+    "longest_special": Mutant("tokenize", "kLongest = 8", "kLongest = 7", "tokenize"),
+    "lane_left_out": Mutant(
+        "layer_norm", "a = warp_reduce(a);", "if (threadIdx.x % 32) a = warp_reduce(a);", "layer_norm"
+    ),
+    "aligned_pack": Mutant("bias_gelu", "if (width % kWide)", "if (width % 1)", "gelu_ffn-odd_hidden"),
+    "gradient_of_gelu": Mutant("bias_gelu", "expf(-0.5f * x * x)", "expf(-0.4f * x * x)", "gelu_ffn-rows_33"),
+    "two_blocks_one_share": Mutant("bias_gelu", "shares + size_t(blockIdx.y) * width", "shares", "gelu_ffn-rows_33"),
+    "no_deviation": Mutant("layer_norm", "slope) * s.at[1];", "slope);", "gelu_ffn-prime_rows"),
+}
+
+
+def found(mutant: Mutant, library, recording, folder) -> bool:
+    text = (SOURCES / f"{mutant.source}.cu").read_text()
+    assert mutant.right in text, mutant
+    (folder / f"{mutant.source}.cu").write_text(text.replace(mutant.right, mutant.wrong))
+    units = [
+        unit._replace(source=folder / unit.source.name) if unit.source.stem == mutant.source else unit
+        for unit in recording.units
+    ]
+    if mutant.build != QUICK:
+        done = emulator.replay(emulator.program(sorted(units), mutant.build), recording.path)
+        return done.returncode != 0 and mutant.message in done.stderr
+    try:
+        with executed_by(emulator.Emulator(emulator.library(sorted(units)))):
+            return not EXERCISES[mutant.exercise].run(DTYPE)
+    except EmulatorError:
+        return True
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_found(name, cuda_library, recorded, tmp_path):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert found(MUTANTS[name], cuda_library, recorded(MUTANTS[name].exercise), tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)

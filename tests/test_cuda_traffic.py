@@ -1,0 +1,86 @@
+"""What the CUDA kernels move, counted by the emulator at ESM-1b's width: whole sectors, wide packs, nothing twice."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from cuda_emulator.emulator import Emulator, figures
+from esm_fast.kernels.cuda import data
+from esm_fast.kernels.cuda.bias_gelu import bias_gelu, bias_gelu_grads
+from esm_fast.kernels.cuda.common import executed_by
+from esm_fast.kernels.cuda.embedding import embedding
+from esm_fast.kernels.cuda.layer_norm import layer_norm, layer_norm_grads
+from esm_fast.kernels.cuda.masked_lm_head import cross_entropy, cross_entropy_grads
+from esm_fast.kernels.cuda.masked_softmax import masked_softmax
+
+HALF = torch.float16
+
+
+class Moved(NamedTuple):
+    """requested: bytes of all sectors that warps ask for, over the fewest bytes; distinct: each address once a launch,
+    as if caches kept the rest; sectors: bytes asked for over those of their sectors; wide: share of the bytes that
+    lanes move 16 at a time."""
+
+    requested: float
+    distinct: float
+    sectors: float
+    wide: float
+
+
+def moved(library, run, *tensors) -> Moved:
+    """`tensors`: all inputs and outputs, which must be moved once."""
+    with executed_by(Emulator(library, traffic=True)) as emulator:
+        results = run()
+    outputs = [t for t in (results if isinstance(results, tuple) else (results,)) if isinstance(t, torch.Tensor)]
+    fewest = sum(t.nbytes for t in (*tensors, *outputs))
+    loads_and_stores = [part for _, result in emulator.counted for part in figures(result)]
+    total = {name: sum(part[name] for part in loads_and_stores) for name in loads_and_stores[0]}
+    asked = 32 * total["sectors"]
+    wide = 1 - total["narrow_bytes"] / total["bytes"]
+    return Moved(asked / fewest, total["distinct_bytes"] / fewest, total["bytes"] / asked, wide)
+
+
+def calls() -> dict:
+    """(what to run, its inputs), of half weights and, where there is one, an fp32 stream."""
+    rows, width = 128, 1280
+    x, half, dy = torch.randn(rows, width), torch.randn(rows, width).half(), torch.randn(rows, width).half()
+    gain, bias = torch.randn(width).half(), torch.randn(width).half()
+    statistics = torch.randn(rows, 2)
+    scores, lengths = torch.randn(1, 2, 256, 256).half(), torch.tensor([250], dtype=torch.int32)
+    tokens, positions = torch.randint(4, 24, (rows,)).int(), (torch.arange(rows) + 2).int()
+    ends, table, places = torch.tensor([0, rows], dtype=torch.int32), *torch.randn(2, 130, width).half()
+    logits, targets = torch.randn(640, 33).half(), torch.randint(4, 24, (640,))
+    loss = torch.ones(1)
+    residues = torch.full((64 * 320,), ord("A"), dtype=torch.uint8)
+    offsets = torch.arange(0, len(residues) + 1, 320)
+    return {
+        "layer_norm": (lambda: layer_norm(x, gain, bias, 1e-5), x, gain, bias),
+        "layer_norm backward": (
+            lambda: layer_norm_grads(x, gain, dy, statistics, x),
+            *(x, gain, dy, statistics, x),
+        ),
+        "bias_gelu": (lambda: bias_gelu(half, bias), half, bias),
+        "bias_gelu backward": (lambda: bias_gelu_grads(half, bias, dy), half, bias, dy),
+        "masked_softmax": (lambda: masked_softmax(scores, lengths), scores),
+        "embedding": (
+            lambda: embedding(tokens, positions, ends, table, places, gain, bias, True, None, 1e-5),
+            *(tokens, positions, table[:20], places[:rows]),
+        ),
+        "cross_entropy": (lambda: cross_entropy(logits, targets), logits, targets),
+        "cross_entropy backward": (lambda: cross_entropy_grads(logits, targets, loss), logits, targets),
+        "tokenize": (lambda: tuple(data.tokenize(residues, offsets)), residues),
+    }
+
+
+# Above 1.3 here: the norm's gain and bias are asked for again by every row, which the caches serve; and with few rows
+# the shares of its backward pass's blocks weigh more than with the thousands of a batch.
+CACHED = {"layer_norm", "embedding", "layer_norm backward"}
+
+
+@pytest.mark.parametrize("name", calls())
+def test_traffic(name, cuda_library):
+    figure = moved(cuda_library, *calls()[name])
+    print(name, figure)
+    assert figure.sectors > 0.93
+    assert figure.requested < 1.3 or name in CACHED
+    assert figure.distinct < 1.3 or name == "layer_norm backward"
