@@ -83,6 +83,10 @@ class Kernel:
     differentiable: bool = False
 
 
+def _alone(outputs: list[torch.Tensor]):
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
 @dataclass(frozen=True)
 class Op:
     """A contract. Calling it checks the arguments, selects a kernel and runs it, with gradients where they are due.
@@ -97,9 +101,9 @@ class Op:
     bench_cases: Callable[[], list[Case]]
     cost: Callable[..., Cost]
     dtype_of: str  # the argument whose dtype is the compute dtype; of a sequence, its first matrix's
-    shapes: Callable | None  # the outputs' shapes and dtypes for torch.compile; None: they follow from values, or lists
-    unpack: Callable  # the list of the outputs that are not None -> the outputs
     signature: inspect.Signature = field(repr=False)
+    shapes: Callable | None = None  # the outputs' shapes and dtypes for torch.compile; None: they follow from values
+    unpack: Callable = _alone  # the list of the outputs that are not None -> the outputs
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
         if torch.compiler.is_compiling():
@@ -146,10 +150,6 @@ def _head_dim(arguments: dict[str, Any]) -> int | None:
     return arguments["q"].shape[-1] if "q" in arguments else None
 
 
-def _alone(outputs: list[torch.Tensor]):
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
 _OF_THE_REFERENCE = object()
 
 
@@ -161,7 +161,7 @@ def op(*, check, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFEREN
         name = reference.__name__
         signature = inspect.signature(reference)
         known = reference if shapes is _OF_THE_REFERENCE else shapes
-        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, known, unpack, signature)
+        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature, known, unpack)
         _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=True)]
         return OPS[name]
 
