@@ -15,6 +15,8 @@ from test_cpu import FLAGS
 from esm_fast import _C
 
 TESTS = Path(__file__).parent
+# One level of each vector length: the best, and two below it.
+LEVELS = [level for level in _C.isas() if level in ("base", "avx2", _C.isas()[-1])]
 BOUNDS = ["-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
 RACES = ["-O1", "-g1", "-fsanitize=thread"]
 OPTIONS = {
@@ -56,7 +58,7 @@ def python(needs, tmp_path_factory):
     """Runs Python with the instrumented extension, in a copy of the package."""
     needs(BOUNDS)
     folder = tmp_path_factory.mktemp("bounds")
-    runnable = {level: FLAGS.get(level, "") for level in _C.isas()}
+    runnable = {level: FLAGS.get(level, "") for level in LEVELS}
     extension = next(package(folder, runnable, *BOUNDS).glob("_C*"))
     # Python itself is not built with the sanitizer, whose library then has to be there before all others; so has the
     # C++ library, where it looks for the functions that throw.
@@ -104,7 +106,7 @@ _C.pool(ctypes.addressof(x), rows, width, ends, 1, ctypes.addressof(weight), cty
 """
 
 
-@pytest.mark.parametrize("level", _C.isas())
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_read_beyond_the_rows_is_found(python, level):
     done = python("-c", PLANTED, level, "0")
     assert done.returncode and "heap-buffer-overflow" in done.stderr, done.stderr

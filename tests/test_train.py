@@ -31,6 +31,15 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 MODEL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, max_positions=48)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on two, and a process that waits for a core holds the other up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
@@ -143,15 +152,7 @@ COMMAND = (
 )
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_kill_at_any_moment(store, tmp_path, one_thread):
+def test_kill_at_any_moment(store, tmp_path):
     """The curve of a run killed again and again, wherever it is, equals bit for bit that of one left in peace."""
     values = dict(model=MODEL, store=str(store.path), output="", steps=50, step_tokens=600, batch_tokens=300)
     values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=20, save_every=2, plot=False)
