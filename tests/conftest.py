@@ -25,9 +25,9 @@ def cuda_library():
     """The CUDA kernels, built for the emulator."""
     if platform.machine() != "x86_64" or not shutil.which("g++"):
         pytest.skip("the emulator needs g++ on x86-64")
-    from cuda_emulator.emulator import library, shipped
+    from cuda_emulator.emulator import loadable, shipped
 
-    return library(shipped())
+    return loadable(shipped())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import library
 
 from esm_fast.ops import OPS, registry, select
 
@@ -27,9 +28,9 @@ def installed(log: list):
         log.append("backward")
         return _backward(*arguments, **options)
 
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("_efficient_attention_forward", forward, "CPU")
-        library.impl("_efficient_attention_backward", backward, "CPU")
+    with library._scoped_library("aten", "IMPL") as aten:
+        aten.impl("_efficient_attention_forward", forward, "CPU")
+        aten.impl("_efficient_attention_backward", backward, "CPU")
         yield log
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cutlass_standin import admitted, installed
 from fakes import trained_like
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esm_fast.compat.fair_esm import ProteinBertModel
@@ -60,7 +61,7 @@ def test_the_operator_keeps_torchs_rules(op):
     for case in op.cases()[-1:]:
         arguments = verify.bound(op, case.build(torch.float32, "cpu", 0))
         values = [v.requires_grad_() if verify.differentiable(v) else v for v in arguments.values()]
-        torch.library.opcheck(getattr(torch.ops.esm_fast, op.name).default, values)
+        library.opcheck(getattr(torch.ops.esm_fast, op.name).default, values)
 
 
 def test_every_op_is_in_graphs_or_its_size_follows_from_values():
@@ -159,8 +160,8 @@ def meta():
     def gradient(grad, q, k, v, *_, **__):
         return *(torch.empty_like(tensor) for tensor in (q, k, v)), grad.new_empty(())
 
-    with admitted("cutlass", devices=("meta",)), torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("_efficient_attention_backward", gradient, "Meta")
+    with admitted("cutlass", devices=("meta",)), library._scoped_library("aten", "IMPL") as aten:
+        aten.impl("_efficient_attention_backward", gradient, "Meta")
         yield torch.device("meta")
 
 

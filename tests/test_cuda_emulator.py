@@ -17,7 +17,7 @@ TOYS = [emulator.Unit(HERE / "toys.cu", "f32")]
 
 @pytest.fixture(scope="module")
 def library():
-    return emulator.library(TOYS)
+    return emulator.loadable(TOYS)
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def found(mutant: Mutant, library, recording, folder) -> bool:
         done = emulator.replay(emulator.program(sorted(units), mutant.build), recording.path)
         return done.returncode != 0 and mutant.message in done.stderr
     try:
-        with executed_by(emulator.Emulator(emulator.library(sorted(units)))):
+        with executed_by(emulator.Emulator(emulator.loadable(sorted(units)))):
             return not EXERCISES[mutant.exercise].run(DTYPE)
     except EmulatorError:
         return True

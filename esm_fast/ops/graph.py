@@ -1,4 +1,4 @@
-"""The ops as operators of torch.library: what a graph of torch.compile holds of them.
+"""The ops as operators of PyTorch's dispatcher: what a graph of torch.compile holds of them.
 
 The compiler must not look into an op: kernels read memory by address, choose by architecture, and the reference reads
 the offsets on the host. So while it traces, a call of an op becomes one operator, `torch.ops.esm_fast.<op>`, which only
@@ -11,11 +11,12 @@ kept between forward and backward, whatever the kernel would keep.
 import inspect
 
 import torch
+from torch import library
 
 from .registry import Op
 
 _TYPES = {int: "SymInt", float: "float", bool: "bool"}
-_LIBRARY = torch.library.Library("esm_fast", "DEF")
+_LIBRARY = library.Library("esm_fast", "DEF")
 
 
 def define(op: Op) -> None:
@@ -23,14 +24,12 @@ def define(op: Op) -> None:
     arguments, does, back = _arguments(op), _Operator(op), f"{op.name}_backward"
     _LIBRARY.define(f"{op.name}({arguments}, str? backend=None) -> Tensor[]")
     _LIBRARY.impl(op.name, does.forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"esm_fast::{op.name}", does.shapes, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"esm_fast::{op.name}", does.differentiate, setup_context=does.remember, lib=_LIBRARY
-    )
+    library.register_fake(f"esm_fast::{op.name}", does.shapes, lib=_LIBRARY)
+    library.register_autograd(f"esm_fast::{op.name}", does.differentiate, setup_context=does.remember, lib=_LIBRARY)
     _LIBRARY.define(f"{back}(Tensor?[] grads, bool[] needs, {arguments}, str? backend=None) -> Tensor[]")
     _LIBRARY.impl(back, does.backward, "CompositeExplicitAutograd")
-    _LIBRARY.impl(back, torch.library.fallthrough_kernel, "Autograd")  # it calls autograd itself
-    torch.library.register_fake(f"esm_fast::{back}", does.gradient_shapes, lib=_LIBRARY)
+    _LIBRARY.impl(back, library.fallthrough_kernel, "Autograd")  # it calls autograd itself
+    library.register_fake(f"esm_fast::{back}", does.gradient_shapes, lib=_LIBRARY)
 
 
 class _Operator:

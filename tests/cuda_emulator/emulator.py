@@ -58,7 +58,7 @@ def shipped() -> list[Unit]:
     return [Unit(source, scalar) for source in sorted(SOURCES.glob("*.cu")) for scalar in SCALARS.values()]
 
 
-def library(units: list[Unit], flags=QUICK) -> Path:
+def loadable(units: list[Unit], flags=QUICK) -> Path:
     """These kernels and the emulator, for Python to load."""
     return _linked(units, flags, CORE, "-shared")
 
