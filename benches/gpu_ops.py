@@ -76,12 +76,8 @@ def _contenders(op, place: Place) -> list[tuple[str, Kernel]]:
     """Every kernel of the op; the reference, which is torch's own (SDPA in attention), also through torch.compile."""
     known = [(kernel.backend, kernel) for kernel in registry.kernels(op.name)]
     if not place.tiny:
-        known.append(
-            (
-                "torch.compile",
-                Kernel(op.name, REFERENCE, torch.compile(op.reference, dynamic=True), differentiable=True),
-            )
-        )
+        compiled = torch.compile(op.reference, dynamic=True)
+        known.append(("torch.compile", Kernel(op.name, REFERENCE, compiled, differentiable=compiled)))
     return known
 
 

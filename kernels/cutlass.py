@@ -85,6 +85,5 @@ def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
 
 
 # By name: inside, too, it runs or says why not.
-implements("pre_ln_attention", backend=BACKEND, why_not=why_not, differentiable=True)(
-    partial(compose, attention=partial(attention_op, backend=BACKEND))
-)
+_composed = partial(compose, attention=partial(attention_op, backend=BACKEND))
+implements("pre_ln_attention", backend=BACKEND, why_not=why_not, differentiable=_composed)(_composed)

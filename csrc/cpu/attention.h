@@ -59,10 +59,8 @@ ESM_INLINE void pack_values(const bf16* v, size_t ld, int length, int dim, bf16*
 template <class A, class W>
 void copy_head(const A* from, size_t ld_from, int64_t rows, int dim, W* to, size_t ld_to) {
     for (int64_t row = 0; row < rows; ++row)
-        for (int d = 0; d < dim; d += N) {
-            const int count = dim - d < N ? dim - d : N;
-            store_part(to + row * ld_to + d, load_part(from + row * ld_from + d, count), count);
-        }
+        for (int d = 0; d < dim; d += N)
+            store_most(to + row * ld_to + d, load_most(from + row * ld_from + d, dim - d), dim - d);
 }
 
 constexpr int kMostDim = 1024;
@@ -101,24 +99,26 @@ void pack_head(const A* k, const A* v, size_t ld, int length, int dim, A* packed
 }
 
 // Queries `begin` to `end` of a head against its packed keys and values. q, out: (length, dim) with rows ld apart; out
-// may be q.
+// may be q. log_sums: (length,), the log of every query's sum, or null.
 template <class A>
-void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t begin, int64_t end, int dim) {
+void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t begin, int64_t end, int dim,
+            float scale, float* log_sums = nullptr) {
     const double start = clock_start();
     const int key_panels = panels_of(length), dim_panels = panels_of(dim);
     const A *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
     const size_t ld_scores = size_t(key_panels) * kPanel;
     float* scores = static_cast<float*>(scratch(5, kTileRows<A> * ld_scores * sizeof(float)));
     A* weights = static_cast<A*>(scratch(6, kTileRows<A> * ld_scores * sizeof(A)));
-    const float scale = 1.0f / __builtin_sqrtf(float(dim));
     Tiles<A>{end - begin}.each([&](int64_t row, int height) {
         const int64_t first = begin + row;
         for (int panel = 0; panel < key_panels; ++panel)
             tile_of(height, q + first * ld, ld, keys + panel * panel_size(keys, dim), dim, scores + panel * kPanel,
                     ld_scores);
         float inverse[kTileRows<A>];
-        for (int r = 0; r < height; ++r)
-            inverse[r] = 1.0f / softmax_weights(scores + r * ld_scores, length, scale, weights + r * ld_scores);
+        for (int r = 0; r < height; ++r) {
+            float* log_sum = log_sums ? log_sums + first + r : nullptr;
+            inverse[r] = 1.0f / softmax_weights(scores + r * ld_scores, length, scale, weights + r * ld_scores, log_sum);
+        }
         gemm(weights, ld_scores, height, values, length, 0, dim_panels,
              [&](const float* c, int64_t done, int rows, int column) {
                  for (int r = 0; r < rows; ++r)

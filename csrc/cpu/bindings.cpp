@@ -155,6 +155,29 @@ void transformer_stack(Address x, Address result, int64_t rows, Address cu_seqle
     active().transformer_stack({calls.data(), int64_t(calls.size())});
 }
 
+VarlenCall varlen(Address q, Address k, Address v, const std::string& dtype, int64_t rows, Address cu_seqlens,
+                  int64_t sequences, int heads, int head_dim, float scale, Address out, Address log_sums) {
+    return {read_at(q), read_at(k), read_at(v), type_of(dtype), rows, offsets(cu_seqlens, sequences, rows), sequences,
+            heads, head_dim, scale, write_at(out), static_cast<float*>(write_at(log_sums))};
+}
+
+void attention_varlen(Address q, Address k, Address v, const std::string& dtype, int64_t rows, Address cu_seqlens,
+                      int64_t sequences, int heads, int head_dim, float scale, Address log_sums, Address out) {
+    const VarlenCall call =
+        varlen(q, k, v, dtype, rows, cu_seqlens, sequences, heads, head_dim, scale, out, log_sums);
+    py::gil_scoped_release release;
+    active().attention_varlen(call);
+}
+
+void attention_backward(Address q, Address k, Address v, const std::string& dtype, int64_t rows, Address cu_seqlens,
+                        int64_t sequences, int heads, int head_dim, float scale, Address log_sums, Address out,
+                        Address dout, Address dq, Address dk, Address dv) {
+    const VarlenCall forward =
+        varlen(q, k, v, dtype, rows, cu_seqlens, sequences, heads, head_dim, scale, 0, log_sums);
+    py::gil_scoped_release release;
+    active().attention_backward({forward, read_at(out), read_at(dout), write_at(dq), write_at(dk), write_at(dv)});
+}
+
 void contact_map(Address q, Address k, const std::string& dtype, int64_t rows, Address cu_seqlens, int64_t sequences,
                  int heads, int head_dim, Address keep, Address weight, float scale, Address result) {
     const Type type = type_of(dtype);
@@ -282,6 +305,8 @@ void bind(py::module_& module) {
     module.def("gelu_ffn", &gelu_ffn);
     module.def("pre_ln_attention", &pre_ln_attention);
     module.def("transformer_stack", &transformer_stack);
+    module.def("attention_varlen", &attention_varlen);
+    module.def("attention_backward", &attention_backward);
     module.def("contact_map", &contact_map);
     module.def("embedding", &embedding);
     module.def("masked_lm_head", &masked_lm_head);

@@ -2,6 +2,7 @@
 #include "contacts.h"
 #include "edges.h"
 #include "layers.h"
+#include "training.h"
 #include "work.h"
 
 namespace esm {
@@ -44,6 +45,12 @@ void pre_ln_attention(const AttentionCall& call) { ESM_BY_TYPE(call.q.type, pre_
 void transformer_stack(const StackCall& call) {
     ESM_BY_TYPE(call.layers->ffn.fc1.type, transformer_stack_of, (call));
 }
+void attention_varlen(const VarlenCall& call) {
+    call.type == Type::kFloat32 ? attention_varlen_of<float>(call) : attention_varlen_of<bf16>(call);
+}
+void attention_backward(const GradientCall& call) {
+    call.forward.type == Type::kFloat32 ? attention_backward_of<float>(call) : attention_backward_of<bf16>(call);
+}
 void contact_map(const ContactCall& call) {
     call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
 }
@@ -77,8 +84,8 @@ void int8_linear(const float* x, int64_t rows, const Packed& weights, float* res
 #define ESM_TEXT(a) ESM_TEXT_(a)
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
 const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
-    ESM_TEXT(ESM_LEVEL), gelu_ffn,       pre_ln_attention, transformer_stack, contact_map,
-    embedding,           masked_lm_head, masked_softmax,   pool,              int8_linear,
+    ESM_TEXT(ESM_LEVEL), gelu_ffn,  pre_ln_attention, transformer_stack, attention_varlen, attention_backward,
+    contact_map,         embedding, masked_lm_head,   masked_softmax,    pool,             int8_linear,
     peak};
 
 }  // namespace cpu

@@ -136,7 +136,7 @@ class Attention {
         if (part >= parts) return;
         A* q = qkv_ + head.first * ld_ + head.column;
         const int64_t begin = head.length * part / parts, end = head.length * (part + 1) / parts;
-        cpu::attend(q, packed, q, ld_, head.length, begin, end, dim());
+        cpu::attend(q, packed, q, ld_, head.length, begin, end, dim(), 1.0f / __builtin_sqrtf(float(dim())));
     }
 
     Rows<B> mixed(int64_t first, int64_t last, int slot) const {

@@ -57,21 +57,23 @@ struct SoftmaxWeight<bf16> {
 };
 #endif
 
-// weights[i] = e^(scale (scores[i] - max)), with zeros up to a whole vector; returns their sum in fp32. The scores'
-// own padding is overwritten.
+// weights[i] = e^(scale (scores[i] - max)), with zeros up to a whole vector; returns their sum in fp32, and the log of
+// the sum of e^(scale scores[i]) where it is wanted. The scores' own padding is overwritten.
 template <class A>
-float softmax_weights(float* scores, int length, float scale, A* weights) {
+float softmax_weights(float* scores, int length, float scale, A* weights, float* log_sum = nullptr) {
     const int padded = int(round_up(length, N));
     for (int i = length; i < padded; ++i) scores[i] = -__builtin_inff();
     F best = splat(-__builtin_inff());
     for (int i = 0; i < padded; i += N) best = max(best, load(scores + i));
-    const SoftmaxWeight<A> weight(scale, largest(best));
+    const float most = largest(best);
+    const SoftmaxWeight<A> weight(scale, most);
     F total = {};
     for (int i = 0; i < padded; i += N) {
         const F e = weight(load(scores + i));
         total += e;
         store(weights + i, e);
     }
+    if (log_sum) *log_sum = scale * most + __builtin_logf(sum(total));
     return sum(total);
 }
 

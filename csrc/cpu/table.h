@@ -65,6 +65,25 @@ struct StackCall {
     int64_t count;
 };
 
+// q, k, v, out: (rows, heads, head_dim) of `type`; log_sums: (heads, rows), the log of every softmax's sum, or null.
+struct VarlenCall {
+    const void *q, *k, *v;
+    Type type;
+    int64_t rows;
+    const int32_t* cu_seqlens;
+    int64_t sequences;
+    int heads, head_dim;
+    float scale;
+    void* out;
+    float* log_sums;
+};
+// The gradients of q, k and v from that of `out`; `forward` as it was called, but for its `out`.
+struct GradientCall {
+    VarlenCall forward;
+    const void *out, *dout;
+    void *dq, *dk, *dv;
+};
+
 // q, k: (rows, heads, head_dim) of `type`; keep: (rows,) bytes; weight: (heads,); result: see the op.
 struct ContactCall {
     const void *q, *k;
@@ -131,6 +150,8 @@ struct Table {
     void (*gelu_ffn)(const FfnCall&);
     void (*pre_ln_attention)(const AttentionCall&);
     void (*transformer_stack)(const StackCall&);
+    void (*attention_varlen)(const VarlenCall&);
+    void (*attention_backward)(const GradientCall&);
     void (*contact_map)(const ContactCall&);
     void (*embedding)(const EmbeddingCall&);
     void (*masked_lm_head)(const HeadCall&);

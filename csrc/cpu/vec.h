@@ -108,6 +108,16 @@ ESM_INLINE void store_part(T* to, F x, int count) {
     std::memcpy(to, whole, size_t(count) * sizeof(T));
 }
 
+// The first `count` elements or N, whichever is less.
+template <class T>
+ESM_INLINE F load_most(const T* from, int count) {
+    return count >= N ? load(from) : load_part(from, count);
+}
+template <class T>
+ESM_INLINE void store_most(T* to, F x, int count) {
+    count >= N ? store(to, x) : store_part(to, x, count);
+}
+
 ESM_INLINE float sum(F x) {
     float parts[N];
     std::memcpy(parts, &x, sizeof parts);

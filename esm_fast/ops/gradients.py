@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 def run_with_gradients(op, kernel, values: tuple):
     """The kernel's outputs for all of the op's arguments, by position, with autograd's graph behind them."""
     if kernel.differentiable:
-        return kernel.forward(*values)
+        return kernel.differentiable(*values)
     leaves, structure = pytree.tree_flatten(values)
     return _WithBackward.apply(op, kernel, structure, *leaves)
 

@@ -68,8 +68,9 @@ class Kernel:
     it could run: where it was measured slower than the next kernel.
     backward(arguments, kept, grad_outputs) returns one gradient (or None) per argument, in signature order, for a
     sequence of tensors one per element; kept are the outputs, or what train(*arguments) -> (outputs, kept) chose to
-    keep. Without backward, the gradient is the reference's, recomputed from the inputs; unless the kernel is
-    differentiable: made of torch's operations and of ops, which autograd follows by itself.
+    keep. Without backward, the gradient is the reference's, recomputed from the inputs; unless there is
+    differentiable(*arguments), to be called instead of forward where a gradient is due: made of torch's operations and
+    of ops, so that autograd follows it by itself. For some kernels that is forward itself.
     """
 
     op: str
@@ -80,7 +81,7 @@ class Kernel:
     priority: int = 0
     why_not: Callable[[Request], list[str]] = lambda request: []
     yields: Callable[[Request], list[str]] = lambda request: []
-    differentiable: bool = False
+    differentiable: Callable | None = None
 
 
 def _alone(outputs: list[torch.Tensor]):
@@ -162,7 +163,7 @@ def op(*, check, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFEREN
         signature = inspect.signature(reference)
         known = reference if shapes is _OF_THE_REFERENCE else shapes
         OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature, known, unpack)
-        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=True)]
+        _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=reference)]
         return OPS[name]
 
     return decorate

@@ -9,6 +9,6 @@ Plain weights are packed once per tensor, beside the original: as much memory ag
 `esm_fast.load(packed=True)` or a file of `esm-fast convert --pack` there is the packed copy only (esm_fast/packed.py).
 """
 
-from . import contacts, edges, layers
+from . import contacts, edges, layers, training
 
-__all__ = ["contacts", "edges", "layers"]
+__all__ = ["contacts", "edges", "layers", "training"]

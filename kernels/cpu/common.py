@@ -27,14 +27,17 @@ def why_not(request: Request) -> list[str]:
     return reasons
 
 
-def yields(request: Request) -> list[str]:
+def unproven(request: Request) -> list[str]:
     """Where torch alone is faster, or was not measured to be slower."""
-    reasons = []
-    if request.grad:
-        reasons.append("only by name with gradients: the forward pass would run twice, the second time in torch")
     if _C.isa() in _UNPROVEN:
-        reasons.append(f"only by name on {_C.isa()}: not measured faster than torch there")
-    return reasons
+        return [f"only by name on {_C.isa()}: not measured faster than torch there"]
+    return []
+
+
+def yields(request: Request) -> list[str]:
+    """The same for kernels without a backward of their own."""
+    twice = "only by name with gradients: the forward pass would run twice, the second time in torch"
+    return [twice] * request.grad + unproven(request)
 
 
 class _State(NamedTuple):

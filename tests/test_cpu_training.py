@@ -1,0 +1,97 @@
+"""The CPU kernels with gradients: attention's own backward, at every instruction-set level of this machine."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu import HALF_AND_FULL, isa, kernel, relaxed, threads  # noqa: F401  (fixtures)
+
+from esm_fast.ops import OPS, registry, verify
+from esm_fast.ops.attention_varlen import _case
+
+ATTENTION = OPS["attention_varlen"]
+# Longer than a block of queries and than a chunk of keys, and neither's multiple.
+LONG = _case("long", [200, 1, 65], 2, 16)
+
+
+def gradients(arguments, seed=0):
+    """Those of a random projection of the output, by our kernel."""
+    leaves = {name: arguments[name].detach().clone().requires_grad_() for name in "qkv"}
+    out = ATTENTION(**{**arguments, **leaves}, backend="cpu")
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    return torch.autograd.grad(out, list(leaves.values()), incoming)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_every_case_at_every_level(isa, dtype):  # noqa: F811
+    for case in [*ATTENTION.cases(), LONG]:
+        for check in verify.gradients(ATTENTION, kernel("attention_varlen"), case, dtype, "cpu"):
+            assert check.ok, (case.name, check)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_the_block_around_it(dtype):
+    op = OPS["pre_ln_attention"]
+    for case in op.cases():
+        for check in verify.gradients(op, kernel(op.name), case, dtype, "cpu"):
+            assert check.ok, (case.name, check)
+
+
+@settings(relaxed, max_examples=8)
+@given(
+    st.lists(st.integers(8, 150), min_size=1, max_size=3),  # with two or three rows luck may spare the plain one
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.sampled_from(HALF_AND_FULL),
+    st.integers(0, 2**31),
+)
+def test_any_shape(isa, lengths, heads, half_dim, dtype, seed):  # noqa: F811
+    case = _case("random", lengths, heads, 2 * half_dim)
+    for check in verify.gradients(ATTENTION, kernel("attention_varlen"), case, dtype, "cpu", seed):
+        assert check.ok, check
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_a_proteins_gradients_have_the_same_bits_in_any_batch(isa, threads, dtype):  # noqa: F811
+    arguments = LONG.build(dtype, "cpu", 0)
+    ends = arguments["cu_seqlens"].tolist()
+    incoming = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    threads(1)
+    together = gradients(arguments)
+    for n in (2, 3):
+        threads(n)
+        assert all(map(torch.equal, gradients(arguments), together))
+    for start, end in itertools.pairwise(ends):
+        leaves = [arguments[name][start:end].clone().requires_grad_() for name in "qkv"]
+        cu_seqlens = torch.tensor([0, end - start], dtype=torch.int32)
+        out = ATTENTION(*leaves, cu_seqlens, end - start, arguments["scale"], backend="cpu")
+        alone = torch.autograd.grad(out, leaves, incoming[start:end])
+        assert all(torch.equal(a, t[start:end]) for a, t in zip(alone, together, strict=True))
+
+
+def test_nan_stays_in_its_own_sequence_and_head(isa):  # noqa: F811
+    for dtype in HALF_AND_FULL:
+        arguments = LONG.build(dtype, "cpu", 0)
+        clean = gradients(arguments)
+        arguments["k"][200, 1, 3] = float("nan")  # the sequence of one token
+        for got, expected in zip(gradients(arguments), clean, strict=True):
+            assert got[200, 1].isnan().any()
+            got[200, 1] = expected[200, 1]
+            assert torch.equal(got, expected)
+
+
+def test_no_rows_and_no_sequences(isa):  # noqa: F811
+    arguments = _case("empty", [0, 0], 2, 16).build(torch.float32, "cpu", 0)
+    for ends in ([0], [0, 0, 0]):
+        arguments["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
+        assert [g.shape for g in gradients(arguments)] == [(0, 2, 16)] * 3
+
+
+def test_chosen_unasked_with_gradients(isa):  # noqa: F811
+    request = registry.Request("cpu", None, torch.bfloat16, 64, True)
+    ours = "reference" if isa == "base" else "cpu"
+    for name, expected in {"attention_varlen": ours, "pre_ln_attention": ours, "pool": "reference"}.items():
+        able = [backend for backend, reasons in registry.explain(name, request) if not reasons]
+        assert able[0] == expected
