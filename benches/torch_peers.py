@@ -59,11 +59,11 @@ def hf_name(name: str) -> str:
     return prefix + theirs + rest.removeprefix(ours)
 
 
-def hf_parts(size: Size, weights: dict[str, torch.Tensor], dtype: torch.dtype):
-    """(EsmModel with SDPA attention, EsmTokenizer) on the shared weights."""
-    from transformers import EsmConfig, EsmModel, EsmTokenizer
+def hf_config(size: Size):
+    """EsmConfig of ESM-1b in this size, without dropout."""
+    from transformers import EsmConfig
 
-    config = EsmConfig(
+    return EsmConfig(
         vocab_size=len(TOKENS),
         hidden_size=size.embed_dim,
         num_hidden_layers=size.layers,
@@ -80,6 +80,22 @@ def hf_parts(size: Size, weights: dict[str, torch.Tensor], dtype: torch.dtype):
         attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
     )
+
+
+def hf_tokenizer():
+    from transformers import EsmTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder, "vocab.txt")
+        vocabulary.write_text("\n".join(TOKENS))
+        return EsmTokenizer(str(vocabulary))
+
+
+def hf_parts(size: Size, weights: dict[str, torch.Tensor], dtype: torch.dtype):
+    """(EsmModel with SDPA attention, EsmTokenizer) on the shared weights."""
+    from transformers import EsmModel
+
+    config = hf_config(size)
     with torch.device("meta"):
         model = EsmModel(config, add_pooling_layer=False)
     encoder = {k: v for k, v in weights.items() if not k.startswith(("lm_head.", "contact_head."))}
@@ -88,11 +104,7 @@ def hf_parts(size: Size, weights: dict[str, torch.Tensor], dtype: torch.dtype):
     state |= {k: v for k, v in weights.items() if k.startswith("contact_head.")}
     model.load_state_dict(state, assign=True)
     model.embeddings.position_ids = torch.arange(size.max_positions + 2)[None]  # the one buffer no checkpoint holds
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = Path(folder, "vocab.txt")
-        vocabulary.write_text("\n".join(TOKENS))
-        tokenizer = EsmTokenizer(str(vocabulary))
-    return model.eval(), tokenizer
+    return model.eval(), hf_tokenizer()
 
 
 def hugging_face(dtype: torch.dtype) -> Callable[[Setup], Run]:
