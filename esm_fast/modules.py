@@ -3,8 +3,11 @@
 Parameter names are fair-esm's, so a state_dict goes either way.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .ops.common import layer_norm
@@ -47,9 +50,17 @@ class TransformerLayer(nn.Module):
         tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
         return ops.LayerWeights(*tensors, attn_eps=before_attn.eps, ffn_eps=before_ffn.eps)
 
-    def forward(self, x, batch: PackedBatch, *, return_qk=False, backend=None):
-        """x (n, width) -> (x,), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them."""
-        weights = self.weights()
+    def forward(self, x, batch: PackedBatch, *, return_qk=False, recompute=False, backend=None):
+        """x (n, width) -> (x,), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them.
+
+        recompute: keep nothing of the layer but its input for the backward pass, which runs it again
+        (Chen et al. 2016).
+        """
+        run = partial(checkpoint, self._run, use_reentrant=False) if recompute else self._run
+        # Of now: when the backward pass comes, a cast of the parameters may be gone from the module.
+        return run(self.weights(), x, batch, return_qk, backend)
+
+    def _run(self, weights: ops.LayerWeights, x, batch: PackedBatch, return_qk: bool, backend: str | None):
         attended = ops.pre_ln_attention(
             x,
             batch.cu_seqlens,

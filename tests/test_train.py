@@ -257,6 +257,24 @@ def test_half_precision_learns_as_fp32_does(store, tmp_path, precision):
     assert weights.read(tmp_path / "half" / "model.safetensors").dtype == torch.float32
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
+    kept = {}
+    for recompute in (False, True):
+        output = tmp_path / str(recompute)
+        trainer = Trainer(recipe(store, output, recompute=recompute, precision=precision, steps=3), store, ALONE)
+        masked, sizes = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.nbytes), t)[1], lambda t: t
+        ):
+            trainer.model(masked)
+        kept[recompute] = sum(sizes)
+        trainer.train()
+    assert kept[True] < kept[False] / 3
+    assert curve(tmp_path / "True") == curve(tmp_path / "False")
+    assert curve(tmp_path / "True", "gradient_norm") == curve(tmp_path / "False", "gradient_norm")
+
+
 def test_an_overflow_skips_a_step_and_halves_the_scale(store, tmp_path):
     trainer = Trainer(recipe(store, tmp_path, precision="float16"), store, ALONE)
     trainer.scale.scale = 2.0**40

@@ -68,7 +68,10 @@ class ESM1(nn.Module):
     """ESM-1b or ESM-1v on packed batches; parameter names are fair-esm's.
 
     backend: name of the backend for every op it implements, or None for the best one that can run.
+    recompute: whether the backward pass computes each layer again instead of keeping what is inside it.
     """
+
+    recompute = False
 
     def __init__(self, config: Config, *, backend: str | None = None):
         super().__init__()
@@ -130,7 +133,13 @@ class ESM1(nn.Module):
             out.representations |= dict(zip(between, streams, strict=True))
         else:
             for number, layer in enumerate(self.layers[:depth], start=1):
-                x, *qk = layer(x, batch, return_qk=attentions or contacts, backend=self.backend)
+                x, *qk = layer(
+                    x,
+                    batch,
+                    return_qk=attentions or contacts,
+                    recompute=self.recompute and torch.is_grad_enabled(),
+                    backend=self.backend,
+                )
                 if qk:
                     maps.add(number - 1, *qk)
                 if number in between:

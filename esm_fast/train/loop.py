@@ -52,6 +52,7 @@ class Trainer:
         self.steps = Steps(records, self.masker.lengths(records), recipe.seed, recipe.step_tokens)
         self.valid_records = self._valid_records()
         self.esm = new_model(recipe.model, recipe.seed, recipe.init_std).to(processes.device)
+        self.esm.recompute = recipe.recompute
         self.model: torch.nn.Module = InPrecision(MaskedLM(self.esm), getattr(torch, recipe.precision))
         self.parameters = {name: p for name, p in self.esm.named_parameters() if p.requires_grad}
         if processes.world > 1:
