@@ -264,9 +264,12 @@ def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
         output = tmp_path / str(recompute)
         trainer = Trainer(recipe(store, output, recompute=recompute, precision=precision, steps=3), store, ALONE)
         masked, sizes = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0), []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: (sizes.append(t.nbytes), t)[1], lambda t: t
-        ):
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.model(masked)
         kept[recompute] = sum(sizes)
         trainer.train()

@@ -10,18 +10,8 @@ from .masking import Masking
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
 # What may differ between a run and its continuation; anything else would make it another run.
-MAY_CHANGE = {
-    "steps",
-    "cooldown",
-    "batch_tokens",
-    "recompute",
-    "sharding",
-    "log_every",
-    "valid_every",
-    "save_every",
-    "keep",
-}
-MAY_CHANGE |= {"output", "store", "peak_tflops", "tensorboard", "plot"}
+MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
+MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "plot"}
 
 
 class RecipeError(ValueError):
@@ -34,8 +24,8 @@ class Recipe:
 
     model: sizes, or a name of `models.esm1.CONFIGS`. step_tokens: in one update, over all processes, to within a
     sequence; batch_tokens: in one packed batch at most, as memory allows. clip: the largest norm of the gradient, or
-    None. cooldown: the last steps, over which the learning rate goes to zero. recompute: each layer again in the backward
-    pass, a third more work, instead of keeping what is inside it. valid_tokens: how much of the held-out
+    None. cooldown: the last steps, over which the learning rate goes to zero. recompute: each layer again in the
+    backward pass, a third more work, instead of keeping what is inside it. valid_tokens: how much of the held-out
     records is used each time, 0 for all. peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
     """
 
