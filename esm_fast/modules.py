@@ -47,7 +47,7 @@ class TransformerLayer(nn.Module):
     def weights(self) -> ops.LayerWeights:
         attn, before_attn, before_ffn = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
         parts = (before_attn, attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, before_ffn, self.fc1, self.fc2)
-        tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        tensors = [tensor for part in parts for tensor in (_weight(part), part.bias)]
         return ops.LayerWeights(*tensors, attn_eps=before_attn.eps, ffn_eps=before_ffn.eps)
 
     def forward(self, x, batch: PackedBatch, *, return_qk=False, recompute=False, backend=None):
@@ -74,6 +74,13 @@ class TransformerLayer(nn.Module):
         x, *qk = attended if return_qk else (attended,)
         x = ops.gelu_ffn(x, *weights.ffn, eps=weights.ffn_eps, backend=backend)
         return x, *qk
+
+
+def _weight(part: nn.Module) -> torch.Tensor:
+    """A module's weight, with what adapters of peft's add to it; see train/adapters.py."""
+    if not hasattr(part, "get_delta_weight"):
+        return part.weight
+    return part.weight + sum(part.get_delta_weight(name) for name in part.active_adapters)
 
 
 class LMHead(nn.Module):
