@@ -51,6 +51,10 @@ def _mean(model: ESM1, batch: PackedBatch) -> torch.Tensor:
     return ops.pool(x, batch.cu_seqlens, torch.ones_like(x[:, 0]), backend=model.backend).sum()
 
 
+def _logits(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+    return model.forward_packed(batch, logits=True).logits
+
+
 def _loss(model: ESM1, batch: PackedBatch) -> torch.Tensor:
     rows = torch.arange(2, device=model.device)
     return model.lm_head(_representations(model, batch), rows, rows, backend=model.backend)[1]
@@ -77,13 +81,14 @@ def _softmax(model: ESM1, size: int) -> None:
 _INFERENCE = {
     "representations": _representations,
     "mean": _mean,
-    "logits": lambda model, batch: model.forward_packed(batch, logits=True),
+    "logits": _logits,
     "contacts": _contacts,
     "attention maps": _maps,
 }
 _TRAINING = {
     "gradients of the mean": lambda model, batch: _mean(model, batch).backward(),
     "gradients of the loss": lambda model, batch: _loss(model, batch).backward(),
+    "gradients of the logits": lambda model, batch: _logits(model, batch).sum().backward(),
     "gradients of contacts": lambda model, batch: _contacts(model, batch).backward(),
     "gradients of attention maps": lambda model, batch: _maps(model, batch).backward(),
 }

@@ -1,5 +1,7 @@
 """Compiling the Triton kernels beforehand: for a GPU that is elsewhere, exactly what the model will launch there."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from esm_fast.kernels.triton import common, compile_specs  # noqa: E402
 from esm_fast.kernels.triton.elsewhere import compiling_for  # noqa: E402
 from esm_fast.kernels.triton.pool import pool_rows  # noqa: E402
 
-ESM1B = CONFIGS["esm1b_t33_650M_UR50S"]
+ESM1B, ESM1V = CONFIGS["esm1b_t33_650M_UR50S"], CONFIGS["esm1v_t33_650M_UR90S_1"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,31 +50,82 @@ def test_afterwards_a_cpu_is_refused_again():
         pool()
 
 
+class Compilation(NamedTuple):
+    """What makes one compilation of a kernel another than the next."""
+
+    kernel: str
+    types: tuple[str, ...]
+    constants: tuple[tuple[str, str], ...]
+    aligned: frozenset[str]
+    warps: int
+    stages: int
+
+
+def audited(arch: int) -> set[Compilation]:
+    """What the audit compiles. Its table holds these and no other: test_gpu_tables.py."""
+    return {
+        Compilation(
+            spec.kernel_name,
+            tuple(spec.signature.values()),
+            tuple(sorted((name, str(value)) for name, value in spec.constexprs.items())),
+            frozenset(name for name, kind in spec.signature.items() if kind.startswith("*")),
+            spec.num_warps,
+            spec.num_stages,
+        )
+        for spec in compile_specs(arch)
+    }
+
+
 @pytest.fixture
 def launched(monkeypatch):
-    """(kernel, constants) of everything that would be compiled; nothing is."""
+    """Everything that would be compiled; nothing is."""
     seen = set()
 
     def note(*, fn, compile, **_):
         names = fn.jit_function.arg_names
         constants = {names[place[0]]: str(value) for place, value in compile["constants"].items()}
-        seen.add((fn.name.rpartition(".")[2], tuple(sorted(constants.items()))))
+        aligned = {names[place[0]] for place in compile["configs"][0]} - constants.keys()
+        types = tuple(compile["signature"].values())
+        kernel, options = fn.name.rpartition(".")[2], (compile["num_warps"], compile["num_stages"])
+        seen.add(Compilation(kernel, types, tuple(sorted(constants.items())), frozenset(aligned), *options))
         return True
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_kernel_that_ships_is_warmed(dtype, launched):
-    with compiling_for(80):
+def warm(config, arch, dtype):
+    with compiling_for(arch):
         for train in (False, True):
-            for _, step in warmup.steps(ESM1B, dtype=dtype, device="cpu", backend="triton", train=train):
+            for _, step in warmup.steps(config, dtype=dtype, device="cpu", backend="triton", train=train):
                 step()
-    shipped = {spec.kernel_name for spec in compile_specs(80)}
-    assert shipped - {name for name, _ in launched} == {"rotary"}  # which ESM-1b does not have
-    blocks = {dict(fixed)["BLOCK"] for name, fixed in launched if name == "masked_softmax_forward"}
+
+
+@pytest.mark.parametrize(
+    "config, arch, dtype",
+    [(ESM1B, 80, torch.bfloat16), (ESM1V, 90, torch.float32), (ESM1B, 100, torch.float16)],
+    ids=["esm1b-bf16", "esm1v-fp32", "esm1b-fp16"],
+)
+def test_every_kernel_that_ships_is_warmed_and_audited(config, arch, dtype, launched, monkeypatch):
+    """As it is launched: its types, tiles and alignment."""
+    if dtype == torch.float16:
+        monkeypatch.setattr(warmup, "_SEQUENCES", (1,))  # torch's own products in fp16 are slow on a CPU
+    warm(config, arch, dtype)
+    shipped = {spec.kernel_name for spec in compile_specs(arch)}
+    assert shipped - {launch.kernel for launch in launched} == {"rotary"}  # which these models do not have
+    blocks = {dict(launch.constants)["BLOCK"] for launch in launched if launch.kernel == "masked_softmax_forward"}
     assert blocks == {"16", "32", "64", "128", "256", "512", "1024"}
+    assert launched <= audited(arch), sorted(launched - audited(arch))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(warps=2), dict(stages=9), dict(aligned=frozenset()), dict(types=("*fp64",)), dict(constants=())],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_compilation_is_not_audited(change):
+    launch = next(launch for launch in audited(80) if launch.kernel == "layer_norm_forward")
+    assert launch._replace(**change) not in audited(80)
 
 
 def test_the_command_compiles_and_then_finds_it_in_the_cache(monkeypatch, capsys):

@@ -12,5 +12,6 @@ MODULES = [module for module in _ALL if hasattr(module, "compile_specs")]
 
 
 def compile_specs(capability: int) -> list:
-    """Every compilation of every kernel that ships for one architecture; see `common.Spec`."""
-    return [spec for module in MODULES for spec in module.compile_specs(capability)]
+    """Every compilation of every kernel that ships for one architecture, each once; see `common.Spec`."""
+    found = [spec for module in MODULES for spec in module.compile_specs(capability)]
+    return [spec for place, spec in enumerate(found) if spec not in found[:place]]

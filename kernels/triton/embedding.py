@@ -77,7 +77,7 @@ def _factors(tokens, cu_seqlens, token_dropout, scale):
 def _rows(tokens, positions, factors, tables, norm, eps):
     n, width = len(tokens), tables[0].shape[1]
     out = torch.empty(n, width, dtype=torch.float32, device=tokens.device)
-    gain, bias = norm or (out, out)
+    gain, bias = norm or tables
     dropout = factors if factors is not None else out
     tensors = (tokens, positions, dropout, *tables, gain, bias, out)
     flags = (factors is not None, norm is not None)
@@ -131,15 +131,14 @@ def compile_specs(capability: int) -> list:
     count = [
         spec(
             token_factors,
-            f"*i32 *i32 *{name} *fp32",
+            f"*i32 *i32 *{NAMES[dtype]} *fp32",
             dict(GIVEN=given),
             _COUNT,
             gemm=False,
             direction="fwd",
             dtype=dtype,
         )
-        for dtype, name in NAMES.items()
-        for given in (False, True)
+        for dtype, given in [(torch.float32, False), *((dtype, True) for dtype in NAMES)]
     ]
     rows = [
         spec(

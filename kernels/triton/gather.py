@@ -33,13 +33,17 @@ def sum_rows(
     tl.store(OUT + group.to(tl.int64) * WIDTH + columns, total.to(OUT.dtype.element_ty), mask=columns < WIDTH)
 
 
+def _columns(width: int) -> int:
+    return min(_COLUMNS, padded(width))
+
+
 def scatter_sum(x, index, groups: int, dtype, scale=None):
     """(groups, width): for each group the sum of the rows of x (n, width) with that index, times their scale."""
     place, order = torch.sort(index, stable=True)
     ends = torch.searchsorted(place, torch.arange(groups + 1, device=x.device, dtype=place.dtype))
     width = x.shape[1]
     out = x.new_empty(groups, width, dtype=dtype)
-    columns = min(_COLUMNS, padded(width))
+    columns = _columns(width)
     grid = (groups, triton.cdiv(width, columns))
     scaled = scale is not None
     sum_rows[grid](x, order, scale if scaled else x, ends, out, width, columns, scaled, **_CONFIG.launch)
@@ -47,17 +51,22 @@ def scatter_sum(x, index, groups: int, dtype, scale=None):
 
 
 def compile_specs(capability: int) -> list:
-    """ESM-1b's width, into every dtype, with a scale and without."""
+    """ESM-1b's sizes: of the embedding's tables, in their dtype, with a scale and without; of the rows that the
+    language model's head picks; and of the heads' sums of contacts."""
+    sums = [
+        (dtype, *sides)
+        for dtype, name in NAMES.items()
+        for sides in (("fp32", name, 1280, False), ("fp32", name, 1280, True), (name, "fp32", 1280, False))
+    ]
     return [
         spec(
             sum_rows,
-            f"*fp32 *i64 *fp32 *i64 *{name}",
-            dict(WIDTH=1280, COLUMNS=_COLUMNS, SCALED=scaled),
+            f"*{given} *i64 *{given} *i64 *{out}",
+            dict(WIDTH=width, COLUMNS=_columns(width), SCALED=scaled),
             _CONFIG,
             gemm=False,
             direction="bwd",
             dtype=dtype,
         )
-        for dtype, name in NAMES.items()
-        for scaled in (False, True)
+        for dtype, given, out, width, scaled in [*sums, (torch.float32, "fp32", "fp32", 20, False)]
     ]

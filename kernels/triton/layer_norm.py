@@ -97,30 +97,17 @@ def layer_norm_grads(x, weight, dout, grad, eps):
 
 
 def compile_specs(capability: int) -> list:
-    """ESM-1b's width, for weights of every dtype; the table is the same everywhere."""
+    """ESM-1b's width, for weights of every dtype; the table is the same everywhere. The gradient of what was normed has
+    the weights' dtype where it comes from a product, and is fp32 in the embedding."""
     rows, block = _blocks(1280)
     tile = dict(WIDTH=1280, ROWS=rows, BLOCK=block)
+    ways = (
+        (layer_norm_forward, "fwd", "*fp32 *{0} *{0} *{0} i32 fp32", tile),
+        (layer_norm_backward, "bwd", "*fp32 *{0} *{0} *fp32 *fp32 *fp32 *fp32 i32 fp32", {**tile, "CHUNK": _CHUNK}),
+        (layer_norm_backward, "bwd", "*fp32 *{0} *fp32 *fp32 *fp32 *fp32 *fp32 i32 fp32", {**tile, "CHUNK": _CHUNK}),
+    )
     return [
-        found
+        spec(kernel, types.format(name), shape, _CONFIG, gemm=False, direction=direction, dtype=dtype)
         for dtype, name in NAMES.items()
-        for found in (
-            spec(
-                layer_norm_forward,
-                f"*fp32 *{name} *{name} *{name} i32 fp32",
-                tile,
-                _CONFIG,
-                gemm=False,
-                direction="fwd",
-                dtype=dtype,
-            ),
-            spec(
-                layer_norm_backward,
-                f"*fp32 *{name} *{name} *fp32 *fp32 *fp32 *fp32 i32 fp32",
-                {**tile, "CHUNK": _CHUNK},
-                _CONFIG,
-                gemm=False,
-                direction="bwd",
-                dtype=dtype,
-            ),
-        )
+        for kernel, direction, types, shape in ways
     ]

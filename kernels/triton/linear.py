@@ -147,12 +147,14 @@ def weight_grads(grad, inputs, like):
 
 
 def compile_specs(capability: int) -> list:
-    """fc1 and fc2 of ESM-1b, the output projection being like fc2, but shorter; and the gradients of what the language
-    model's head and the projections to q, k and v take in."""
+    """fc1, fc2 and the output projection of ESM-1b; and the gradients of what the language model's head takes in, all
+    rows of the fp32 stream or some, and the projections to q, k and v."""
     products = (
         (linear, "*{0} *{0} *{0} *{0} *{0} i32", dict(N=5120, K=1280, THEN="gelu")),
         (linear, "*{0} *{0} *{0} *fp32 *fp32 i32", dict(N=1280, K=5120, THEN="residual")),
+        (linear, "*{0} *{0} *{0} *fp32 *fp32 i32", dict(N=1280, K=1280, THEN="residual")),
         (input_grad, "*{0} *{0} *{0} *{0} *{0} *{0} *fp32 i32", dict(N=1280, K=1280, TERMS=1)),
+        (input_grad, "*{0} *{0} *{0} *{0} *{0} *{0} *{0} i32", dict(N=1280, K=1280, TERMS=1)),
         (input_grad, "*{0} *{0} *{0} *{0} *{0} *{0} *{0} i32", dict(N=1280, K=1280, TERMS=3)),
     )
     return [

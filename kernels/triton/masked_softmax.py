@@ -100,10 +100,11 @@ def masked_softmax(scores, lengths):
 
 
 def compile_specs(capability: int) -> list:
-    """A row of 1,024, the longest ESM-1b has, and one in several pieces; the table is the same everywhere."""
+    """Rows of every length up to 1,024, the longest of ESM-1b, and in several pieces; the table is the same everywhere.
+    Lengths are 64-bit, as a model makes them."""
     types = {
-        masked_softmax_forward: ("fwd", "*{0} *i32 *fp32 i32 i32 i32"),
-        masked_softmax_backward: ("bwd", "*fp32 *i32 *fp32 *{0} i32 i32 i32"),
+        masked_softmax_forward: ("fwd", "*{0} *i64 *fp32 i32 i32 i32"),
+        masked_softmax_backward: ("bwd", "*fp32 *i64 *fp32 *{0} i32 i32 i32"),
     }
     return [
         spec(
@@ -116,6 +117,6 @@ def compile_specs(capability: int) -> list:
             dtype=dtype,
         )
         for dtype, name in NAMES.items()
-        for block in (1024, _TILE)
+        for block in (16, 32, 64, 128, 256, 512, 1024, _TILE)
         for kernel, (direction, signature) in types.items()
     ]
