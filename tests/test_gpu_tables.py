@@ -62,6 +62,37 @@ def test_a_doctored_compilation_is_found(audit, kernel, arch, change, problem):
     assert problem in found
 
 
+def test_no_compilation_takes_more_registers_than_it_may(audit):
+    from triton_proof import ceilings
+
+    table = audit.read_table().values()
+    assert [problem for facts in table for problem in ceilings.problems(facts)] == []
+    assert {facts.kernel for facts in table} == ceilings.WARPS.keys()
+
+
+@pytest.mark.parametrize(
+    "kernel, arch, dtype, change, problem",
+    [
+        ("attention_forward", 80, "bf16", dict(registers=169), "169 registers, more than 168"),
+        ("attention_forward", 90, "fp16", dict(registers=241), "241 registers, more than 240"),
+        ("attention_backward", 86, "fp16", dict(registers=185), "185 registers, more than 184"),
+        ("attention_backward", 89, "bf16", dict(blocks=1), "4 warps on an SM, fewer than 8"),
+        ("linear", 120, "fp32", dict(registers=169), "169 registers, more than 168"),
+        ("layer_norm_forward", 100, "fp16", dict(blocks=1), "8 warps on an SM, fewer than 16"),
+        ("masked_softmax_forward", 80, "bf16", dict(registers=65), "65 registers, more than 64"),
+        ("pool_rows", 80, "fp32", dict(kernel="pool_all"), "no ceiling"),
+    ],
+)
+def test_doctored_registers_are_found(audit, kernel, arch, dtype, change, problem):
+    from triton_proof import ceilings
+
+    wanted = (kernel, arch, dtype)
+    facts = next(f for f in audit.read_table().values() if (f.kernel, f.arch, f.dtype) == wanted)
+    assert ceilings.problems(facts) == []
+    (found,) = ceilings.problems(facts._replace(**change))
+    assert problem in found
+
+
 def test_every_product_is_known_to_be_one(audit):
     """The audit asks the kernels that multiply for tensor cores by name, whatever their specs say."""
     table = audit.read_table().values()

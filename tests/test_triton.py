@@ -100,6 +100,12 @@ def test_the_key_changes_with_the_code():
     assert audit.key_of(spec, 80) == audit.key_of(spec, 80)
 
 
+@pytest.mark.parametrize("kernel", ["attention_backward", "gelu_ffn_backward", "lm_project", "embed_rows"])
+def test_the_ir_is_one_for_all_architectures(kernel):
+    """So that keys need not make it for each."""
+    assert audit.ir_of(one_of(kernel), 80) == audit.ir_of(one_of(kernel), 100)
+
+
 @pytest.mark.parametrize(
     "registers, shared, warps, arch, blocks",
     [

@@ -1,8 +1,8 @@
 """masked_softmax: padded attention scores to attention maps; all arithmetic in fp32.
 
-A program owns as many whole rows as fit into _TILE elements. A row of up to _TILE columns is read once and kept in
-registers; of a longer one, the rest is read twice, the first time for the largest score and the sum. Padding is never
-read, and 0 is written there.
+A program owns as many whole rows as fit into _TILE elements, or one. A row of up to _LONGEST columns is read once and
+kept in registers; of a longer one, the rest is read twice, the first time for the largest score and the sum. Padding is
+never read, and 0 is written there.
 """
 
 import torch
@@ -12,33 +12,36 @@ import triton.language as tl
 from .common import NAMES, implements, padded, spec
 from .configs import Config
 
-_TILE = 4096
+_TILE, _LONGEST = 1024, 4096  # four elements a thread leave room for many blocks on an SM, and so for many loads
 _CONFIG = Config({}, 8, 1)
 
 
 @triton.jit
 def _rows(LENGTHS, heads, t, rows, ROWS: tl.constexpr):
-    """(offsets, widths, valid widths) of this program's rows in a (batch, heads, t, t) tensor; 0 wide is no row."""
+    """(where this program's rows begin, their offsets from there, their widths, their valid widths), of a
+    (batch, heads, t, t) tensor; 0 wide is no row. Offsets within a program are 32-bit, which saves registers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width = tl.where(row < rows, t, 0)
     length = tl.load(LENGTHS + row // t // heads, mask=row < rows, other=0).to(tl.int32)
     valid = tl.where(row % t < length, length, 0)
-    return row.to(tl.int64)[:, None] * t, width[:, None], valid[:, None]
+    first = (tl.program_id(0) * ROWS).to(tl.int64) * t
+    return first, tl.arange(0, ROWS)[:, None] * t, width[:, None], valid[:, None]
 
 
 @triton.jit
 def _load(P, start, columns, valid, other: tl.constexpr):
-    return tl.load(P + start + columns, mask=columns < valid, other=other).to(tl.float32)
+    return tl.load(P + (start + columns), mask=columns < valid, other=other).to(tl.float32)
 
 
 @triton.jit
 def _store(P, start, columns, width, values):
-    tl.store(P + start + columns, values.to(P.dtype.element_ty), mask=columns < width)
+    tl.store(P + (start + columns), values.to(P.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit(do_not_specialize=["heads", "t", "rows"])
 def masked_softmax_forward(SCORES, LENGTHS, OUT, heads, t, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    start, width, valid = _rows(LENGTHS, heads, t, rows, ROWS)
+    base, start, width, valid = _rows(LENGTHS, heads, t, rows, ROWS)
+    SCORES, OUT = SCORES + base, OUT + base
     longest = tl.max(valid)
     columns = tl.arange(0, BLOCK)[None, :]
     scores = _load(SCORES, start, columns, valid, float("-inf"))
@@ -61,7 +64,8 @@ def masked_softmax_forward(SCORES, LENGTHS, OUT, heads, t, rows, ROWS: tl.conste
 
 @triton.jit(do_not_specialize=["heads", "t", "rows"])
 def masked_softmax_backward(OUT, LENGTHS, GRAD, DSCORES, heads, t, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    start, width, valid = _rows(LENGTHS, heads, t, rows, ROWS)
+    base, start, width, valid = _rows(LENGTHS, heads, t, rows, ROWS)
+    OUT, GRAD, DSCORES = OUT + base, GRAD + base, DSCORES + base
     columns = tl.arange(0, BLOCK)[None, :]
     out, grad = _load(OUT, start, columns, valid, 0.0), _load(GRAD, start, columns, valid, 0.0)
     inner = tl.sum(out * grad, 1)[:, None]
@@ -76,10 +80,14 @@ def masked_softmax_backward(OUT, LENGTHS, GRAD, DSCORES, heads, t, rows, ROWS: t
         _store(DSCORES, start, there, width, out * (grad - inner))
 
 
+def _rows_of(block: int) -> int:
+    return max(1, _TILE // block)
+
+
 def _launch(kernel, *tensors):
     batch, heads, t, _ = tensors[0].shape
-    rows, block = batch * heads * t, min(padded(t), _TILE)
-    tile = _TILE // block
+    rows, block = batch * heads * t, min(padded(t), _LONGEST)
+    tile = _rows_of(block)
     tensors = (tensor.contiguous() for tensor in tensors)
     kernel[(triton.cdiv(rows, tile),)](*tensors, heads, t, rows, tile, block, **_CONFIG.launch)
 
@@ -110,13 +118,13 @@ def compile_specs(capability: int) -> list:
         spec(
             kernel,
             signature.format(name),
-            dict(ROWS=_TILE // block, BLOCK=block),
+            dict(ROWS=_rows_of(block), BLOCK=block),
             _CONFIG,
             gemm=False,
             direction=direction,
             dtype=dtype,
         )
         for dtype, name in NAMES.items()
-        for block in (16, 32, 64, 128, 256, 512, 1024, _TILE)
+        for block in (16, 32, 64, 128, 256, 512, 1024, _LONGEST)
         for kernel, (direction, signature) in types.items()
     ]

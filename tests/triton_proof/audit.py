@@ -105,8 +105,20 @@ class Facts(NamedTuple):
         return f"{self.kernel} {self.dtype} sm_{self.arch} {self.constexprs}"
 
 
+_known_ir: dict[tuple, str] = {}
+
+
 def key_of(spec: Spec, capability: int) -> str:
-    """The identity of a compilation; takes milliseconds, as nothing is lowered."""
+    """The identity of a compilation; takes milliseconds, as nothing is lowered. The IR is one for all architectures."""
+    described = (id(spec.jit_fn), *spec.signature.values(), *spec.constexprs.items(), *_options(spec).values())
+    if described not in _known_ir:
+        _known_ir[described] = ir_of(spec, capability)
+    text = f"{triton.__version__} {capability} {_options(spec)} {_known_ir[described]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def ir_of(spec: Spec, capability: int) -> str:
+    """What Triton makes of a kernel before it is lowered."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     options = backend.parse_options(_options(spec))
@@ -114,9 +126,7 @@ def key_of(spec: Spec, capability: int) -> str:
     ir.load_dialects(context)
     backend.load_dialects(context)
     generated = backend.get_codegen_implementation(options), backend.get_module_map()
-    module = _source(spec).make_ir(target, options, *generated, context)
-    text = f"{triton.__version__} {capability} {_options(spec)} {module.str_nodebug()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _source(spec).make_ir(target, options, *generated, context).str_nodebug()
 
 
 def audit(spec: Spec, capability: int, **extra_options) -> Facts:

@@ -40,7 +40,7 @@ def run(op_name, arguments):
 def test_more_than_one_tile(op_name, case, dtype, monkeypatch):
     from esm_fast.kernels.triton import masked_softmax
 
-    monkeypatch.setattr(masked_softmax, "_TILE", 32)
+    monkeypatch.setattr(masked_softmax, "_LONGEST", 32)
     checks = verify.forward(OPS[op_name], kernel(op_name), case, dtype, "cpu")
     for check in checks + verify.gradients(OPS[op_name], kernel(op_name), case, dtype, "cpu"):
         assert check.ok, check
