@@ -7,8 +7,9 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton_proof import numerics, sanitizer
+    from triton_proof import numerics, sanitizer, speed
 
+    speed.install()
     numerics.install()
     sanitizer.install()
     # torch.empty returns NaN (the largest integer): what no kernel wrote is seen.

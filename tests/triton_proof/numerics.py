@@ -16,6 +16,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _numpy_dtype = interpreter._get_np_dtype
 _dot = InterpreterBuilder.create_dot
+_known: dict[str, np.dtype] = {}
 
 
 def install() -> None:
@@ -31,7 +32,9 @@ def install() -> None:
 def numpy_dtype(triton_dtype) -> np.dtype:
     """The NumPy dtype that holds a Triton dtype."""
     element = triton_dtype.element_ty if isinstance(triton_dtype, tl.block_type) else triton_dtype
-    return BFLOAT16 if element == tl.bfloat16 else _numpy_dtype(element)
+    if element.name not in _known:
+        _known[element.name] = BFLOAT16 if element == tl.bfloat16 else _numpy_dtype(element)
+    return _known[element.name]
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:

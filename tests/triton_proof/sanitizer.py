@@ -82,12 +82,13 @@ class _Launch:
     def touch(self, pointers: TensorHandle, mask: TensorHandle, grid_index, *, store: bool) -> None:
         """Checks and records one load or store of one program."""
         addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].ravel()
-        owners = np.searchsorted(self.bases, addresses, "right") - 1
-        for owner in np.unique(owners):
+        for owner, own in self._by_owner(addresses) if addresses.size else ():
             if owner < 0:
                 self._fail(OutOfBounds, "an address below every tensor argument", grid_index, store)
             memory = self.memories[owner]
-            offsets, astray = np.divmod((addresses[owners == owner] - self.bases[owner]).astype(np.int64), memory.width)
+            offsets = (own - self.bases[owner]).astype(np.int64)
+            astray = offsets & (memory.width - 1)
+            offsets >>= memory.width.bit_length() - 1
             if memory.width != pointers.get_element_ty().primitive_bitwidth // 8 and memory.dtype != torch.bool:
                 self._fail(Fault, "an element width that is not the tensor's", grid_index, store)
             if astray.any():
@@ -97,6 +98,14 @@ class _Launch:
                 self._fail(OutOfBounds, "an address outside every tensor argument", grid_index, store)
             self._order(memory, offsets, grid_index, store)
             self.requested += offsets.size * memory.width
+
+    def _by_owner(self, addresses) -> list[tuple]:
+        """(storage, the addresses in it), nearly always one."""
+        first, last = np.searchsorted(self.bases, [addresses.min(), addresses.max()], "right") - 1
+        if first == last:
+            return [(first, addresses)]
+        owners = np.searchsorted(self.bases, addresses, "right") - 1
+        return [(owner, addresses[owners == owner]) for owner in np.unique(owners)]
 
     def _order(self, memory: _Memory, offsets, grid_index, store: bool) -> None:
         """No address may be written by one program and touched by another: their order is not defined."""

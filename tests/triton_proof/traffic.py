@@ -25,7 +25,7 @@ CASES = {
     "contact_map": contact_case("2_proteins", [40, 20], 2, 32),
     "embedding": embedding_case("2_proteins", [60, 40], 64),
     "gelu_ffn": ffn_case("512_rows", 512, 128, 512),
-    "masked_lm_head": head_case("256_rows", 256, 1280),
+    "masked_lm_head": head_case("256_rows", 256, 512),
     "masked_softmax": softmax_case("2_padded", [64, 40], 2),
     "pool": pool_case("2_proteins", [60, 40], 128),
     "pre_ln_attention": layer_case("4_proteins", [128] * 4, 2, 64),
