@@ -225,7 +225,6 @@ def compile_specs(capability: int) -> list:
             signature.format(f"*{NAMES[dtype]}"),
             size | dict(PRECISION=how),
             attention_config(kernel.__name__, capability, dtype, size["DIM"]),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
             direction=direction,
             dtype=dtype,
         )
@@ -234,7 +233,7 @@ def compile_specs(capability: int) -> list:
         for kernel, (direction, signature) in types.items()
     ]
     deltas = [
-        spec(attention_delta, f"*{name} *{name} *fp32 i32", size, _DELTA, gemm=False, direction="bwd", dtype=dtype)
+        spec(attention_delta, f"*{name} *{name} *fp32 i32", size, _DELTA, direction="bwd", dtype=dtype)
         for dtype, name in NAMES.items()
         for size in sizes
     ]

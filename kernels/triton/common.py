@@ -121,8 +121,9 @@ class Spec:
     dtype: str
 
 
-def spec(kernel, types: str, constexprs: dict, config, *, gemm: bool, direction: str, dtype: torch.dtype) -> Spec:
+def spec(kernel, types: str, constexprs: dict, config, *, direction: str, dtype: torch.dtype) -> Spec:
     """A Spec from the types of the parameters that are no constexprs, in order and separated by spaces."""
+    how = constexprs.get("PRECISION")  # which products of matrices alone have
     constexprs = constexprs | config.tiles
     given = iter(types.split())
     signature = {name: "constexpr" if name in constexprs else next(given) for name in kernel.arg_names}
@@ -133,7 +134,7 @@ def spec(kernel, types: str, constexprs: dict, config, *, gemm: bool, direction:
         constexprs,
         config.num_warps,
         config.num_stages,
-        gemm,
+        how is not None and (dtype, how) != (torch.float32, "ieee"),
         direction,
         NAMES[dtype],
     )

@@ -206,7 +206,6 @@ def compile_specs(capability: int) -> list:
             signature.format(f"*{NAMES[dtype]}"),
             dict(HEADS=20, HEAD_DIM=64, DIM=64, PRECISION=how),
             contact_config(capability, dtype, 64),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
             direction="fwd",
             dtype=dtype,
         )
@@ -214,7 +213,7 @@ def compile_specs(capability: int) -> list:
         for kernel, signature in tiled.items()
     ]
     shares = [
-        spec(contact_shares, f"*fp32 *{name} *fp32 *i32 i32", {}, _SHARES, gemm=False, direction="fwd", dtype=dtype)
+        spec(contact_shares, f"*fp32 *{name} *fp32 *i32 i32", {}, _SHARES, direction="fwd", dtype=dtype)
         for dtype, name in NAMES.items()
     ]
     return products + shares

@@ -181,7 +181,6 @@ def compile_specs(capability: int) -> list:
             signature.format(f"*{NAMES[dtype]}"),
             dict(HEADS=20, HEAD_DIM=64, DIM=64, PRECISION=how),
             backward_config(capability, dtype),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
             direction="bwd",
             dtype=dtype,
         )
@@ -193,7 +192,6 @@ def compile_specs(capability: int) -> list:
         "*fp32 *fp32 *u8 *fp32 *i64 *i32 i32 i32",
         dict(HEADS=20, HEADS_PADDED=32),
         _SUMS,
-        gemm=False,
         direction="bwd",
         dtype=torch.float32,
     )

@@ -134,7 +134,6 @@ def compile_specs(capability: int) -> list:
             f"*i32 *i32 *{NAMES[dtype]} *fp32",
             dict(GIVEN=given),
             _COUNT,
-            gemm=False,
             direction="fwd",
             dtype=dtype,
         )
@@ -146,7 +145,6 @@ def compile_specs(capability: int) -> list:
             f"*i32 *i32 *fp32 *{name} *{name} *{name} *{name} *fp32 fp32",
             dict(WIDTH=1280, BLOCK=padded(1280), DROPOUT=dropout, NORM=norm),
             _EMBED,
-            gemm=False,
             direction="fwd",
             dtype=dtype,
         )

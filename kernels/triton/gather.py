@@ -64,7 +64,6 @@ def compile_specs(capability: int) -> list:
             f"*{given} *i64 *{given} *i64 *{out}",
             dict(WIDTH=width, COLUMNS=_columns(width), SCALED=scaled),
             _CONFIG,
-            gemm=False,
             direction="bwd",
             dtype=dtype,
         )

@@ -5,7 +5,6 @@ it. The backward makes it again, by one kernel that walks over fc1 and fc2 with 
 activation and the gradient before it. The stream is added in fp32.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -85,7 +84,6 @@ def compile_specs(capability: int) -> list:
             "*{0} *{0} *{0} *{0} *{0} *{0} *{0} i32".format(NAMES[dtype]),
             dict(N=5120, K=1280, PRECISION=how),
             linear_config("gelu_ffn_backward", capability, dtype),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
             direction="bwd",
             dtype=dtype,
         )

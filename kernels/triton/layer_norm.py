@@ -107,7 +107,7 @@ def compile_specs(capability: int) -> list:
         (layer_norm_backward, "bwd", "*fp32 *{0} *fp32 *fp32 *fp32 *fp32 *fp32 i32 fp32", {**tile, "CHUNK": _CHUNK}),
     )
     return [
-        spec(kernel, types.format(name), shape, _CONFIG, gemm=False, direction=direction, dtype=dtype)
+        spec(kernel, types.format(name), shape, _CONFIG, direction=direction, dtype=dtype)
         for dtype, name in NAMES.items()
         for kernel, direction, types, shape in ways
     ]

@@ -163,7 +163,6 @@ def compile_specs(capability: int) -> list:
             types.format(NAMES[dtype]),
             shape | dict(PRECISION=how),
             linear_config(kernel.__name__, capability, dtype),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
             direction="fwd" if kernel is linear else "bwd",
             dtype=dtype,
         )

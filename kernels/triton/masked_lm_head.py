@@ -217,31 +217,23 @@ def masked_lm_head(*arguments):
 def compile_specs(capability: int) -> list:
     """ESM-1b's sizes, with the loss and without, on all rows of the fp32 stream and on some."""
     shape = dict(WIDTH=1280, VOCABULARY=33, TOKENS=_padded_vocabulary(33))
-    dense = [
+    given = (
+        (lm_dense, "*fp32 *fp32 *{0} *{0} *{0} i32", dict(WIDTH=1280, CHOOSE=False)),
+        (lm_dense, "*fp32 *i64 *{0} *{0} *{0} i32", dict(WIDTH=1280, CHOOSE=True)),
+        (lm_project, "*{0} *{0} *{0} *{0} *{0} *fp32 *{0} *fp32 i32 fp32", shape | dict(LOSS=False)),
+        (lm_project, "*{0} *{0} *{0} *{0} *{0} *i64 *{0} *fp32 i32 fp32", shape | dict(LOSS=True)),
+    )
+    forward = [
         spec(
-            lm_dense,
-            "*fp32 {1} *{0} *{0} *{0} i32".format(NAMES[dtype], "*i64" if choose else "*fp32"),
-            dict(WIDTH=1280, CHOOSE=choose, PRECISION=how),
-            linear_config("lm_dense", capability, dtype),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
+            kernel,
+            types.format(NAMES[dtype]),
+            fixed | dict(PRECISION=how),
+            linear_config("lm_dense", capability, dtype) if kernel is lm_dense else project_config(dtype),
             direction="fwd",
             dtype=dtype,
         )
         for dtype, how in PRECISIONS
-        for choose in (False, True)
-    ]
-    project = [
-        spec(
-            lm_project,
-            "*{0} *{0} *{0} *{0} *{0} {1} *{0} *fp32 i32 fp32".format(NAMES[dtype], "*i64" if loss else "*fp32"),
-            dict(**shape, LOSS=loss, PRECISION=how),
-            project_config(dtype),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
-            direction="fwd",
-            dtype=dtype,
-        )
-        for dtype, how in PRECISIONS
-        for loss in (False, True)
+        for kernel, types, fixed in given
     ]
     backward = [
         spec(
@@ -249,10 +241,9 @@ def compile_specs(capability: int) -> list:
             f"*{name} *{name} *{name} *{name} *{name} *{name} *fp32 *fp32 i32 fp32",
             dict(WIDTH=1280, BLOCK=padded(1280), CHUNK=_CHUNK),
             _BACKWARD,
-            gemm=False,
             direction="bwd",
             dtype=dtype,
         )
         for dtype, name in NAMES.items()
     ]
-    return dense + project + backward
+    return forward + backward

@@ -120,7 +120,6 @@ def compile_specs(capability: int) -> list:
             signature.format(name),
             dict(ROWS=_rows_of(block), BLOCK=block),
             _CONFIG,
-            gemm=False,
             direction=direction,
             dtype=dtype,
         )

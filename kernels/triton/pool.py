@@ -70,7 +70,6 @@ def compile_specs(capability: int) -> list:
         "*fp32 *fp32 *i32 *fp32",
         dict(WIDTH=1280, COLUMNS=_COLUMNS),
         _POOL,
-        gemm=False,
         direction="fwd",
         dtype=torch.float32,
     )
@@ -79,7 +78,6 @@ def compile_specs(capability: int) -> list:
         "*fp32 *fp32 *i64 *fp32 *fp32 *fp32",
         dict(WIDTH=1280, BLOCK=padded(1280)),
         _BACKWARD,
-        gemm=False,
         direction="bwd",
         dtype=torch.float32,
     )

@@ -141,7 +141,6 @@ def compile_specs(capability: int) -> list:
             "*{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} i32".format(NAMES[dtype]),
             dict(WIDTH=1280, PRECISION=how),
             linear_config("qkv_projection", capability, dtype),
-            gemm=(dtype, how) != (torch.float32, "ieee"),
             direction="fwd",
             dtype=dtype,
         )

@@ -72,7 +72,6 @@ def compile_specs(capability: int) -> list:
             f"*{name} *{name} *{name} i32",
             dict(HEADS=20, HALF=32, BACK=back, TOKENS=_TOKENS, BLOCK=padded(32)),
             _CONFIG,
-            gemm=False,
             direction="bwd" if back else "fwd",
             dtype=dtype,
         )
