@@ -4,7 +4,10 @@
     python benches/accuracy.py --tiny      # seconds: shows that all of it runs, its numbers mean nothing
 
 Per residue and protein: a few proteins against fp64, bf16 also against fp64 on the same rounded weights. Nearest
-neighbours: all proteins of the file, cut short, against our own fp32. docs/benchmarks.md says how to read the result.
+neighbours, against our own fp32: proteins of the file, cut short, which is a hard sample, because most have no relative
+in it and a random model puts them all close together; with --families FASTA also as many proteins of that file that
+have relatives there, at their natural lengths (families.py), which is what a search for neighbours is used for. A file
+with families is DB.fasta.gz of Debian's package mmseqs2-examples. docs/benchmarks.md says how to read the result.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import TINY, Proteins, Size
+from families import with_relatives
 from machine import machine
 from peers import int8_missing, our_model
 from proteins import choose, read
@@ -34,7 +38,7 @@ ERRORS = {
     "arithmetic": "{}", "relative error": "{:.1e}", "largest error": "{:.1e}", "cosine, residues": "{:.6f}",
     "cosine, proteins": "{:.6f}", "relative error, bf16 weights": "{:.1e}", "cosine, residues, bf16 weights": "{:.6f}",
 }  # fmt: skip
-NEIGHBOURS = {"arithmetic": "{}", "recall@1": "{:.1%}", "cosine, proteins": "{:.7f}"}
+NEIGHBOURS = {"sample": "{}", "arithmetic": "{}", "recall@1": "{:.1%}", "cosine, proteins": "{:.7f}"}
 OURS = "esm_fast fp32"  # the truth of the neighbours
 
 State = dict[str, torch.Tensor]
@@ -75,17 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     size = replace(size, layers=args.layers or size.layers)
     whole = read(args.fasta)
     few = choose(whole, 0, args.proteins, 4096)
-    short = [(label, residues[: args.cut]) for label, residues in choose(whole, 0, args.neighbours, 4096)]
+    samples = {"cut": [(label, residues[: args.cut]) for label, residues in choose(whole, 0, args.neighbours, 4096)]}
+    if args.families:
+        samples["families"] = with_relatives(read(args.families), args.neighbours)
     header = machine() | {
         "model": f"{size.layers} layers x {size.embed_dim}, trained-like random weights (seed {args.seed})",
-        "against fp64": f"{len(few)} proteins, {sum(len(residues) for _, residues in few)} residues",
-        "neighbours": f"{len(short)} proteins, the first {args.cut} residues of each",
+        "against fp64": described(few),
     }
+    header |= {f"neighbours, {sample}": described(chosen) for sample, chosen in samples.items()}
     print("\n".join(f"{name}: {value}" for name, value in header.items()), flush=True)
     state = trained_like_state(size, args.seed)
     truth, rounded = exact(size, state, few), exact(size, {k: v.bfloat16().float() for k, v in state.items()}, few)
     errors, means = [{"arithmetic": "exact, on bf16 weights"} | compare(rounded, truth)], {}
     for name, build in ARITHMETICS.items():
+        if name not in (OURS, *args.arithmetics):
+            continue
         if name == "esm_fast int8" and (missing := int8_missing()):
             print(f"{name} is missing: {missing}")
             continue
@@ -95,13 +103,14 @@ def main(argv: list[str] | None = None) -> int:
         if "bf16" in name:
             errors[-1] |= {f"{column}, bf16 weights": value for column, value in compare(got, rounded).items()}
         print(json.dumps(errors[-1]), flush=True)
-        means[name] = np.stack([rows.mean(0) for rows in run(short)])
+        for sample, chosen in samples.items():
+            means[sample, name] = np.stack([rows.mean(0) for rows in run(chosen)])
         del run
         gc.collect()
     neighbours = [
-        {"arithmetic": name, "recall@1": recall(got, means[OURS])}
-        | {"cosine, proteins": float(cosines(got, means[OURS]).min())}
-        for name, got in means.items()
+        {"sample": sample, "arithmetic": name, "recall@1": recall(got, means[sample, OURS])}
+        | {"cosine, proteins": float(cosines(got, means[sample, OURS]).min())}
+        for (sample, name), got in sorted(means.items(), key=lambda item: item[0][0])
     ]
     write(errors, neighbours, header, args.out)
     return 0
@@ -116,6 +125,8 @@ def parse(argv) -> argparse.Namespace:
     add("--fasta", type=Path, default=SAMPLE, help="proteins (default: the sample in examples/)")
     add("--proteins", type=int, default=4, help="so many against fp64, of mixed lengths (default 4)")
     add("--neighbours", type=int, default=200, help="so many for the nearest neighbours (default 200)")
+    add("--families", type=Path, metavar="FASTA", help="as many more with relatives in this file, uncut")
+    add("--arithmetics", nargs="+", choices=ARITHMETICS, default=list(ARITHMETICS), help="only these, and our fp32")
     add("--cut", type=int, default=100, help="their first residues only (default 100)")
     add("--layers", type=int, help="fewer layers than ESM-1b's 33, for a quicker look")
     add("--tiny", action="store_true", help="a toy model: only to see that everything runs")
@@ -146,6 +157,10 @@ def compare(got: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, float]:
         "cosine, residues": float(cosines(rows, exact_rows).min()),
         "cosine, proteins": float(cosines(*means).min()),
     }
+
+
+def described(proteins: Proteins) -> str:
+    return f"{len(proteins)} proteins, {sum(len(residues) for _, residues in proteins)} residues"
 
 
 def recall(got: np.ndarray, truth: np.ndarray) -> float:

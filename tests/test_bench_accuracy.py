@@ -55,3 +55,20 @@ def test_errors_and_recall(accuracy):
     assert accuracy.recall(truth, truth) == 1
     points = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]])
     assert accuracy.recall(points[[0, 2, 1, 3]], points) == 0
+
+
+def test_families_hold_relatives_and_neither_strangers_nor_copies(accuracy):
+    """Three proteins mutated from one, a copy of it, and strangers."""
+    from families import with_relatives
+
+    generator = np.random.default_rng(0)
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    strangers = [(f"stranger {i}", "".join(generator.choice(letters, 200))) for i in range(30)]
+    mother = np.array(list(strangers[0][1]))
+    relatives = []
+    for i in range(3):
+        changed = np.where(generator.random(200) < 0.15, generator.choice(letters, 200), mother)
+        relatives.append((f"relative {i}", "".join(changed)))
+    chosen = with_relatives([*strangers, *relatives, ("short", "MKT")], 4)
+    assert {label for label, _ in chosen} == {"stranger 0", "relative 0", "relative 1", "relative 2"}
+    assert with_relatives([*strangers, ("copy", strangers[0][1])], 4) == []
