@@ -57,6 +57,7 @@ setup(
         "esm_fast",
         "esm_fast.cli",
         "esm_fast.compat",
+        "esm_fast.dataset",
         "esm_fast.kernels",
         "esm_fast.kernels.cpu",
         "esm_fast.kernels.cuda",

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from fakes import fair_esm_model, save_fair_esm
+from forks import Forks
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,14 @@ def fair_model():
 def fair_checkpoint(fair_model, tmp_path_factory):
     """Its file, with the contact regression beside it, as fair-esm publishes them."""
     return save_fair_esm(fair_model, tmp_path_factory.mktemp("fair") / "tiny.pt")
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Runs the command line in processes of their own."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

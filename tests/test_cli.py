@@ -280,7 +280,15 @@ def test_output_is_not_overwritten_without_force(embed, fasta, tmp_path):
     assert embed(fasta, "--force").code == 0 and len(read(tmp_path / "out.h5")) == 3
 
 
-@pytest.mark.parametrize(("out", "message"), [("no/such/o.h5", "does not exist; make it first"), (".", "is a folder")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("no/such/o.h5", "does not exist; make it first"),
+        ("no/such/o", "does not exist; make it first"),
+        (".", "is no data set and holds other files (in.fasta ...)"),
+        ("in.fasta", "is a file; give a folder"),
+    ],
+)
 def test_impossible_outputs(fasta, tmp_path, capsys, out, message):
     assert main(["embed", str(fasta), "-o", str(tmp_path / out)]) == 1
     assert message in capsys.readouterr().err

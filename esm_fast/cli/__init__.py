@@ -8,17 +8,18 @@ import sys
 from contextlib import contextmanager
 
 from .. import __version__
-from . import contacts, convert, embed, extract, fill_mask, finetune, info, kernels, prepare, pretrain, warmup
+from . import contacts, convert, embed, extract, fill_mask, finetune, finish, info, kernels, prepare, pretrain, verify, warmup
 from .common import InputError
 
-_COMMANDS = (embed, extract, fill_mask, contacts, convert, prepare, pretrain, finetune, info, kernels, warmup)
+_COMMANDS = (embed, finish, verify, extract, fill_mask, contacts, convert, prepare, pretrain, finetune, info, kernels, warmup)
 _EXAMPLES = """examples:
   esm-fast embed proteins.fasta.gz -o proteins.h5 --model esm1b_t33_650M_UR50S
   esm-fast fill-mask 'QERLKSIVRILE<mask>SLGYNIVAT' --model esm1b_t33_650M_UR50S
   esm-fast info
 
 Each command has examples of its own: esm-fast embed --help.
-Exit codes: 0 done, 1 an input or a model cannot be used, 2 wrong arguments.
+Exit codes: 0 done, 1 an input or a model cannot be used, 2 wrong arguments, 3 some proteins have no
+embedding (a data set names them), 75 stopped on a signal (the same command goes on).
 """
 
 _Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
@@ -29,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with _termination_as_exit():
-            args.run(args)
+            code = args.run(args)
             sys.stdout.flush()
-        return 0
+        return code or 0
     except (InputError, OSError, ValueError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

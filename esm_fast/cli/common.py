@@ -189,12 +189,13 @@ def result_lines(counts, seconds: float, model: str) -> list[str]:
     ]
 
 
-def progress(total: int, unit: str = "residues"):
-    """A bar on standard error. In a log file, where each of its states is a line, it moves rarely."""
+def progress(total: int | None, unit: str = "residues", done: int = 0):
+    """A bar on standard error, from `done` on. In a log file, where each of its states is a line, it moves rarely."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=total, unit=f" {unit}", unit_scale=True, mininterval=interval, maxinterval=2 * interval)
+    options = {"unit": f" {unit}", "unit_scale": True, "mininterval": interval, "maxinterval": 2 * interval}
+    return tqdm(total=total, initial=done, **options)
 
 
 def as_flags(message: str) -> str:

@@ -1,4 +1,4 @@
-"""esm-fast embed: FASTA in, HDF5 out, keyed as UniProt keys its embeddings."""
+"""esm-fast embed: FASTA in; out one HDF5 file keyed as UniProt keys its embeddings, or a data set of any size."""
 
 import argparse
 import time
@@ -20,16 +20,23 @@ from .common import (
     progress,
     result_lines,
 )
+from .dataset import add_dataset, embed_dataset, is_dataset, refuse_dataset_flags
 
 NAME = "embed"
-HELP = "embeddings of a FASTA file, as HDF5"
+HELP = "embeddings of FASTA files, as one HDF5 file or as a data set of any size"
 DESCRIPTION = """\
-Embeds the proteins of FASTA files (plain, gz, bz2, xz or zst; - is standard input) into one HDF5
-file, one data set a protein, named by its accession, as UniProt publishes embeddings. All input is
-checked before anything is computed, and the file appears only when it is complete."""
+Embeds the proteins of FASTA files (plain, gz, bz2, xz or zst; - is standard input). All input is
+checked before anything is computed.
+
+-o OUT.h5   one HDF5 file, one data set a protein, named by its accession, as UniProt publishes
+            embeddings; it appears only when it is complete
+-o OUT/     a data set: a folder of Parquet shards (docs/embedding.md). An interrupted run goes on
+            where it stopped with the same command, to the same bytes; several processes or machines
+            share the work (--shard, SLURM, torchrun); equal sequences are computed once"""
 EXAMPLES = """\
   esm-fast embed proteins.fasta.gz -o proteins.h5 --model esm1b_t33_650M_UR50S
   esm-fast embed proteins.fasta -o residues.h5 --pool per-residue --store float16 --overlength window
+  esm-fast embed uniref50.fasta.gz -o uniref50/ --model esm1b_t33_650M_UR50S --overlength window
   zcat *.fasta.gz | esm-fast embed - -o layers.h5 --layers 0 16 -1 --unknown x --empty skip
 """
 _POOLS = {"mean": "mean", "cls": "cls", "per-residue": "per_residue"}
@@ -38,7 +45,7 @@ _ITEM_BYTES = {"float32": 4, "float16": 2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fasta", nargs="+", metavar="FASTA", help="FASTA files, or - for standard input")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT.h5", help="the HDF5 file to write")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="OUT.h5, or the folder of a data set")
     parser.add_argument("--force", action="store_true", help="overwrite OUT.h5")
     parser.add_argument(
         "--layers",
@@ -56,11 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--store", choices=tuple(_ITEM_BYTES), default="float32", help="numbers in the file (default: %(default)s)"
     )
     add_batch_tokens(parser)
+    add_dataset(parser)
     add_model(parser)
     add_policies(parser, overlength=("error", "truncate", "window"))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
+    if is_dataset(args.output):
+        return embed_dataset(args)
+    refuse_dataset_flags(args)
     out = output_path(args.output, args.force)
     dtype = dtype_of(args)
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)

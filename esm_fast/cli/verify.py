@@ -1,0 +1,47 @@
+"""esm-fast verify: whether a data set is complete and intact."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .common import human_bytes, progress
+from .dataset import SOME_FAILED, _modules, plan_lines
+
+NAME = "verify"
+HELP = "check every byte of a data set"
+DESCRIPTION = """\
+Reads every file of a data set that esm-fast embed made, and compares: the checksums of pages, of
+files and of sequences; each record requested with the ids and the skipped; each shard with its
+plan. Exits with 1 and names what is wrong or missing; with 3 where all is as it should be but some
+proteins have no embedding, for a reason that is recorded."""
+EXAMPLES = """\
+  esm-fast verify uniref50/
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", type=Path, metavar="OUT", help="the folder of a data set")
+
+
+def run(args: argparse.Namespace) -> int:
+    return check(args.dataset, _modules().verify.verify)
+
+
+def check(folder: Path, how) -> int:
+    with progress(None) as bar:
+        plan, found = how(folder, bar.update)
+    for problem in found.problems:
+        print(f"wrong     {problem}", file=sys.stderr)
+    if found.problems:
+        print(
+            f"{folder} is not complete: {len(found.problems)} problems. Remove the files named and run the same embed "
+            "command again",
+            file=sys.stderr,
+        )
+        return 1
+    print("\n".join(plan_lines(plan)))
+    print(f"status    {', '.join(f'{count:,} {status}' for status, count in sorted(found.status.items()))}")
+    print(f"verified  {len(found.hashes):,} shards ({human_bytes(found.bytes)})")
+    if not (folder / "run.json").exists():
+        print(f"next      esm-fast finish {folder} writes run.json, which has the shards' checksums")
+    return SOME_FAILED if found.failed else 0

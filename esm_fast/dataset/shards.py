@@ -1,0 +1,125 @@
+"""One unit's files: per-residue numbers first, then the pooled table, whose name says that the unit is done."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from . import layout
+from .commit import DatasetError, committed
+from .layout import pa
+from .plan import Plan
+
+
+@dataclass
+class Unit:
+    """The sequences of a unit."""
+
+    number: int
+    digests: list[bytes]
+    lengths: np.ndarray
+    sequences: list[str]
+
+
+@dataclass
+class Results:
+    """Of a unit: a status a sequence, and the numbers; a sequence that has none has NaN in place of them."""
+
+    unit: Unit
+    status: list[str]
+    pooled: dict[int, np.ndarray] = field(default_factory=dict)  # layer -> (sequences, width)
+    residues: dict[int, np.ndarray] = field(default_factory=dict)  # layer -> (all residues, width)
+
+
+class Sequences:
+    """The sequences of a plan, unit by unit."""
+
+    def __init__(self, plan: Plan):
+        self._path = plan.folder / layout.SEQUENCES
+        self._file = layout.open_table(self._path)
+
+    def unit(self, number: int) -> Unit:
+        group = layout.read_group(self._file, self._path, number)
+        lengths = np.array(group["length"].to_pylist(), dtype=np.int64)
+        return Unit(number, group["digest"].to_pylist(), lengths, group["sequence"].to_pylist())
+
+
+def write(plan: Plan, results: Results) -> int:
+    """Commits a unit's files; returns their bytes."""
+    unit, fields = results.unit, plan.fields
+    metadata, size = {"plan": plan.id, "unit": str(unit.number)}, 0
+    if fields["residues"]:
+        path = layout.residues_path(plan.folder, unit.number)
+        arrays = {f"layer_{layer}": rows for layer, rows in results.residues.items()}
+        arrays["offsets"] = np.concatenate([[0], np.cumsum(unit.lengths)]).astype(np.int64)
+        with committed(path, check=lambda written: residue_shape(written, path)) as output:
+            output.write(save(arrays, metadata={"plan": plan.id}))  # one entry: safetensors has no order among several
+        size = output.tell()
+        metadata |= {"residues_sha256": output.sha256, "residues_bytes": str(size)}
+    path = layout.pooled_path(plan.folder, unit.number)
+    columns = [unit.digests, unit.lengths, results.status]
+    columns += [_column(rows, results.status) for rows in results.pooled.values()]
+    with layout.table(path, fields_of(plan), metadata, compression="none") as table:
+        table.add(columns)
+    return size + path.stat().st_size
+
+
+def _column(rows: np.ndarray, status: list[str]) -> pa.Array:
+    """FixedSizeList; null for a sequence without numbers."""
+    missing = pa.array([not has_numbers(word) for word in status])
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1], mask=missing)
+
+
+def has_numbers(status: str) -> bool:
+    return status in (layout.OK, layout.RECOMPUTED)
+
+
+def fields_of(plan: Plan) -> list:
+    fields = plan.fields
+    return layout.pooled_fields(fields["layers"], fields["width"], fields["store"])
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a library says of a file that is not as it was written becomes a DatasetError."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pa.ArrowException) as error:
+        raise layout.damaged(path, error) from None
+
+
+def is_done(plan: Plan, unit: int) -> bool:
+    """Whether a unit's files are there, of this plan, and of the right size; `verify` reads all of them."""
+    path = layout.pooled_path(plan.folder, unit)
+    with suppress(DatasetError), reading(path):
+        with open_pooled(plan, unit) as file:
+            metadata = file.schema_arrow.metadata
+        size = layout.residues_path(plan.folder, unit).stat().st_size if plan.fields["residues"] else 0
+        return size == int(metadata.get(b"residues_bytes", 0))
+    return False
+
+
+def open_pooled(plan: Plan, unit: int):
+    """Raises DatasetError where it is not this plan's table of the unit."""
+    path = layout.pooled_path(plan.folder, unit)
+    file = layout.open_table(path)
+    metadata = file.schema_arrow.metadata or {}
+    if (metadata.get(b"plan"), metadata.get(b"unit")) != (plan.id.encode(), str(unit).encode()):
+        raise DatasetError(f"{path} belongs to another plan or unit")
+    if not file.schema_arrow.equals(pa.schema(fields_of(plan))) or file.num_row_groups != 1:
+        raise DatasetError(f"{path} has other columns than its plan")
+    if file.metadata.num_rows != plan.info["unit_rows"][unit]:
+        raise DatasetError(f"{path} has {file.metadata.num_rows} rows, and not {plan.info['unit_rows'][unit]}")
+    return file
+
+
+def residue_shape(path: Path, name: Path) -> dict[str, list[int]]:
+    """The shape of each array. Raises DatasetError."""
+    with reading(name), safe_open(path, "numpy") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118

@@ -1,0 +1,106 @@
+"""Runs of the command line that may be killed, each in a fork of one process that has imported torch already.
+
+    with Forks() as forks:
+        code = forks.run(["embed", ...], patch="os.fsync", at=3, how="kill before")
+
+The process behind it runs nothing itself, so that no thread is lost in a fork.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+
+class Forks:
+    def __enter__(self):
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def start(self, arguments, **how) -> int:
+        """patch: a function of os; at: which of its calls, from 1; how: "kill before", "kill after". Returns a pid."""
+        how = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in how.items()}
+        return self._ask({"arguments": [str(a) for a in arguments]} | how)
+
+    def wait(self, pid: int) -> int:
+        """The exit code, or minus the number of the signal."""
+        return self._ask({"wait": pid})
+
+    def run(self, arguments, **how) -> int:
+        return self.wait(self.start(arguments, **how))
+
+    def _ask(self, question: dict) -> int:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "wait" in question:
+            _, status = os.waitpid(question["wait"], 0)
+            answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if not answer:
+                os._exit(_child(**question))
+        print(answer, flush=True)
+
+
+def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull) -> int:
+    from esm_fast.cli import main
+
+    os.environ.update(environ or {})
+    if stdin:
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if patch:
+        setattr(os, patch, _killing(getattr(os, patch), at, how))
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return error.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 70
+    finally:
+        sys.stderr.flush()
+
+
+def _killing(real, at, how):
+    calls = 0
+
+    def call(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == at and how == "kill before":
+            os.kill(os.getpid(), 9)
+        result = real(*arguments, **options)
+        if calls == at:
+            os.kill(os.getpid(), 9)
+        return result
+
+    return call
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # tests/
+    import torch
+    import torch.distributed.tensor  # what the first parameter imports
+
+    import esm_fast.dataset.verify
+    import esm_fast.dataset.work  # noqa: F401
+
+    torch.set_num_threads(1)
+    esm_fast._C.set_threads(1)
+    _serve()
