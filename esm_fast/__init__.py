@@ -12,6 +12,7 @@ _FROM = {
     "ProteinBertModel": ".compat.fair_esm",
     "accelerate": ".compat.accelerate",
     "unaccelerate": ".compat.accelerate",
+    "open": ".dataset.reader",
     "embed": ".engine",
     "load": ".engine",
     "read_fasta": ".data",
@@ -39,7 +40,7 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_FROM, *__all__})
 
 
-__all__ = ["pretrained", *_FROM]
+__all__ = ["pretrained", *(name for name in _FROM if name != "open")]  # a star import must not hide open()

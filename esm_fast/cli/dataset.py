@@ -59,41 +59,39 @@ def refuse_dataset_flags(args: argparse.Namespace) -> None:
 
 
 def embed_dataset(args: argparse.Namespace) -> int:
-    modules = _modules()
-    out = _folder(args)
-    share = modules.ranks.share(args.shard)
+    require_pyarrow()
+    from ..dataset import ranks, verify
+    from ..dataset.shards import has_numbers
+
+    out, share = _folder(args), ranks.share(args.shard)
     if share.count > 1:
         print(f"share     {share.rank} of {share.count} ({share.said_by})", file=sys.stderr)
     dtype = dtype_of(args)
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     try:
         with _stop_signals() as check_stopped:
-            plan = _plan(modules, out, args, dtype, model, check_stopped)
-            done = _work(modules, plan, args, share, model, check_stopped)
+            plan = _plan(out, args, dtype, model, check_stopped)
+            done = _work(plan, args, share, model, check_stopped)
             seconds, status = done.seconds, done.status
             if share.count == 1:
-                _, found = modules.verify.finish(out, check_stopped)
-                check_finished(out, found.problems)
+                _, found = verify.finish(out, check_stopped)
+                _require_sound(out, found.problems)
                 status = found.status
     except _StoppedError:
         print(f"stopped   the same command goes on where this one left {out}", file=sys.stderr)
         return STOPPED
     print("\n".join(_summary(plan, done, seconds, share)))
-    failed = {word: count for word, count in status.items() if not modules.shards.has_numbers(word)}
-    for status, count in failed.items():
-        print(f"failed    {count:,} {status}", file=sys.stderr)
+    failed = {word: count for word, count in status.items() if not has_numbers(word)}
+    for word, count in failed.items():
+        print(f"failed    {count:,} {word}", file=sys.stderr)
     return SOME_FAILED if failed else 0
 
 
-def _modules():
-    """What a data set needs, pyarrow among it, which is an extra."""
+def require_pyarrow() -> None:
     try:
-        from ..dataset import compute, fingerprint, plan, ranks, shards, verify, work
+        from ..dataset import layout  # noqa: F401
     except ImportError as error:
         raise InputError(str(error)) from None
-    return argparse.Namespace(
-        compute=compute, fingerprint=fingerprint, plan=plan, ranks=ranks, shards=shards, verify=verify, work=work
-    )
 
 
 def _folder(args: argparse.Namespace) -> Path:
@@ -109,14 +107,17 @@ def _folder(args: argparse.Namespace) -> Path:
     return out
 
 
-def _plan(modules, out: Path, args: argparse.Namespace, dtype: str, model, on_read: Callable):
+def _plan(out: Path, args: argparse.Namespace, dtype: str, model, on_read: Callable):
     from ..data import FastaError, Policy
+    from ..dataset import fingerprint
+    from ..dataset.plan import make_or_resume
+    from ..dataset.work import prepare_folders
     from ..engine import layer_numbers, token_budget
 
     policy = Policy(args.unknown, args.empty, args.overlength, model.config.max_residues)
     size = args.unit_residues or (_UNIT_RESIDUES_KEPT if args.residues else _UNIT_RESIDUES)
     fields = {
-        "model": modules.fingerprint.of_model(args.model),
+        "model": fingerprint.of_model(args.model),
         "layers": layer_numbers(model, args.layers),
         "width": model.config.embed_dim,
         "max_residues": model.config.max_residues,
@@ -128,35 +129,38 @@ def _plan(modules, out: Path, args: argparse.Namespace, dtype: str, model, on_re
         "batch_tokens": token_budget(model, args.batch_tokens),
         "unit_residues": size,
         **{name: getattr(args, name) for name in ("unknown", "empty", "duplicates", "overlength")},
-        **modules.fingerprint.of_versions(model.device),
+        **fingerprint.of_versions(model.device),
     }
     info = {"model": args.model, "sources": [Path(name).name for name in args.fasta]}
     if is_random(args.model):
         info["warning"] = MEANINGLESS
     try:
-        plan = modules.plan.make_or_resume(out, args.fasta, fields, info, policy, on_read)
+        plan = make_or_resume(out, args.fasta, fields, info, policy, on_read)
     except FastaError as error:
         raise InputError(as_flags(str(error))) from None
-    modules.work.prepare_folders(plan)
+    prepare_folders(plan)
     return plan
 
 
-def _work(modules, plan, args, share, model, on_batch: Callable):
+def _work(plan, args, share, model, on_batch: Callable):
     """What this process committed."""
-    units = modules.work.remaining(plan, *share[:2])
-    sizes = plan.info["unit_residues"]
-    total, todo = sum(sizes[share.rank :: share.count]), sum(sizes[unit] for unit in units)
-    check_space(plan.folder, _bytes(plan, units))
-    done = modules.work.Progress(already_done=len(range(share.rank, plan.units, share.count)) - len(units))
+    from ..dataset.compute import Computer
+    from ..dataset.work import Progress, remaining, work
 
-    compute = modules.compute.Computer(model, plan.fields, _exact(args, model), on_batch)
-    with ExitStack() as stack:
-        log = stack.enter_context(_log(args.log_json))
-        bar = stack.enter_context(progress(total, done=total - todo))
-        for committed in modules.work.work(plan, units, compute):
+    units, sizes = remaining(plan, share.rank, share.count), plan.info["unit_residues"]
+    mine = sizes[share.rank :: share.count]
+    total, todo = sum(mine), sum(sizes[unit] for unit in units)
+    check_space(plan.folder, _bytes(plan, units))
+    compute = Computer(model, plan.fields, _exact(plan, args), on_batch)
+    done = Progress(already_done=len(mine) - len(units))
+    with _log(args.log_json) as log, progress(total, done=total - todo) as bar:
+
+        def note(committed) -> None:
             done.add(committed)
             bar.update(committed.residues)
             log({"event": "unit"} | asdict(committed))
+
+        work(plan, units, compute, note)
         bar.update(total - bar.n)  # units that another process did meanwhile
     return done
 
@@ -191,21 +195,18 @@ def _stop_signals() -> Iterator[Callable]:
             signal.signal(number, before[number])
 
 
-def _exact(args: argparse.Namespace, model) -> Callable:
-    """Loads the model in float32 when it is first needed; gives None where there is no such model."""
+def _exact(plan, args: argparse.Namespace) -> Callable:
+    """Loads the model in float32 when it is first needed; gives None where there is nothing more exact."""
     loaded: list = []
 
     def exact():
-        import torch
-
         if not loaded:
-            if next(model.parameters()).dtype == torch.float32 and args.dtype == "float32":
+            try:
+                more = plan.fields["dtype"] != "float32"
+                again = {"device": args.device, "dtype": "float32", "backend": args.backend}
+                loaded.append(load_model(args.model, **again) if more else None)
+            except ValueError:  # the file holds nothing but packed half-precision weights
                 loaded.append(None)
-            else:
-                try:
-                    loaded.append(load_model(args.model, device=args.device, dtype="float32", backend=args.backend))
-                except ValueError:  # the file holds nothing but packed half-precision weights
-                    loaded.append(None)
         return loaded[0]
 
     return exact
@@ -229,7 +230,7 @@ def _log(path: str | None) -> Iterator[Callable[[dict], None]]:
         yield lambda event: print(json.dumps({"time": round(time.time(), 3)} | event), file=file, flush=True)
 
 
-def check_finished(folder: Path, problems: list[str]) -> None:
+def _require_sound(folder: Path, problems: list[str]) -> None:
     """Raises InputError naming what is wrong or missing."""
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

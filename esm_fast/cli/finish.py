@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .dataset import _modules
+from .dataset import require_pyarrow
 from .verify import check
 
 NAME = "finish"
@@ -21,4 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return check(args.dataset, _modules().verify.finish)
+    require_pyarrow()
+    from ..dataset.verify import finish
+
+    return check(args.dataset, finish)

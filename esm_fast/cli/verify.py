@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from .common import human_bytes, progress
-from .dataset import SOME_FAILED, _modules, plan_lines
+from .dataset import SOME_FAILED, plan_lines, require_pyarrow
 
 NAME = "verify"
 HELP = "check every byte of a data set"
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return check(args.dataset, _modules().verify.verify)
+    require_pyarrow()
+    from ..dataset.verify import verify
+
+    return check(args.dataset, verify)
 
 
 def check(folder: Path, how) -> int:

@@ -82,7 +82,9 @@ def committed(path: Path, check: Callable[[Path], None] = lambda path: None) -> 
         check(temporary)
         os.replace(temporary, path)
         sync(path.parent)  # the rename itself
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

@@ -74,6 +74,17 @@ def _column(rows: np.ndarray, status: list[str]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1], mask=missing)
 
 
+def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """(rows, width); NaN where there are no numbers."""
+    rows = column.combine_chunks()
+    there, numbers = rows.is_valid().to_numpy(zero_copy_only=False), rows.flatten().to_numpy().reshape(-1, width)
+    if there.all():
+        return numbers
+    full = np.full((len(rows), width), np.nan, numbers.dtype)
+    full[there] = numbers
+    return full
+
+
 def has_numbers(status: str) -> bool:
     return status in (layout.OK, layout.RECOMPUTED)
 

@@ -149,10 +149,7 @@ def _pooled(plan: Plan, unit: shards.Unit, path: Path) -> tuple[list[str], np.nd
         raise DatasetError(f"{path} has other sequences than its plan")
     finite = np.ones(len(group), dtype=bool)
     for layer in plan.fields["layers"]:
-        rows = group[f"layer_{layer}"].combine_chunks()
-        there = rows.is_valid().to_numpy(zero_copy_only=False)
-        finite &= there
-        finite[there] &= np.isfinite(rows.flatten().to_numpy().reshape(-1, plan.fields["width"])).all(axis=1)
+        finite &= np.isfinite(shards.matrix(group[f"layer_{layer}"], plan.fields["width"])).all(axis=1)
     residues = metadata[b"residues_sha256"].decode() if plan.fields["residues"] else ""
     return group["status"].to_pylist(), finite, residues
 

@@ -2,13 +2,15 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
-from . import layout, shards
+from . import layout
 from .commit import remove_partial
 from .plan import Plan
+from .shards import Results, Sequences, Unit, is_done, write
 
 _AHEAD, _BEHIND = 2, 1  # units read, and computed but not yet written: what memory has to hold beside the one at work
 
@@ -57,42 +59,38 @@ def prepare_folders(plan: Plan) -> None:
 
 def remaining(plan: Plan, rank: int, count: int) -> list[int]:
     """This share's units that are not done yet."""
-    return [unit for unit in range(rank, plan.units, count) if not shards.is_done(plan, unit)]
+    return [unit for unit in range(rank, plan.units, count) if not is_done(plan, unit)]
 
 
-def work(plan: Plan, units: list[int], compute: Callable[[shards.Unit], shards.Results]) -> Iterator[Committed]:
-    """Computes and commits units, in order; yields each when it is on the disk.
+def work(
+    plan: Plan, units: list[int], compute: Callable[[Unit], Results], on_commit: Callable[[Committed], None]
+) -> None:
+    """Computes and commits units, in order; on_commit is called, in the thread that writes, for each on the disk.
 
-    Leaving it early drops the unit at work and finishes those being written.
+    An error, in whatever thread, ends it: what is being written is finished, the rest is left.
     """
-    sequences = shards.Sequences(plan)
+    sequences, waiting = Sequences(plan), iter(units)
+    ahead, behind = deque[Future](), deque[Future]()
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-        waiting, ahead = iter(units), deque[Future]()
-        behind = deque[Future]()
-        try:
-            while True:
-                while len(ahead) < _AHEAD and (number := next(waiting, None)) is not None:
-                    ahead.append(reader.submit(sequences.unit, number))
-                if not ahead:
-                    break
-                unit = ahead.popleft().result()
-                if shards.is_done(plan, unit.number):  # by somebody else, meanwhile
-                    continue
-                start = time.perf_counter()
-                results = compute(unit)
-                behind.append(writer.submit(_write, plan, results, time.perf_counter() - start))
-                while behind and (len(behind) > _BEHIND or behind[0].done()):
-                    yield behind.popleft().result()
-            while behind:
-                yield behind.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
 
+        def read_on() -> None:
+            ahead.extend(reader.submit(sequences.unit, unit) for unit in islice(waiting, _AHEAD - len(ahead)))
 
-def _write(plan: Plan, results: shards.Results, seconds: float) -> Committed:
-    size = shards.write(plan, results)
-    unit = results.unit
-    return Committed(
-        unit.number, len(unit.lengths), int(unit.lengths.sum()), size, seconds, dict(Counter(results.status))
-    )
+        def commit(results: Results, seconds: float) -> None:
+            size, unit = write(plan, results), results.unit
+            status = dict(Counter(results.status))
+            on_commit(Committed(unit.number, len(unit.lengths), int(unit.lengths.sum()), size, seconds, status))
+
+        read_on()
+        while ahead:
+            unit = ahead.popleft().result()
+            read_on()
+            if is_done(plan, unit.number):  # by another process, meanwhile
+                continue
+            start = time.perf_counter()
+            results = compute(unit)
+            behind.append(writer.submit(commit, results, time.perf_counter() - start))
+            while len(behind) > _BEHIND:
+                behind.popleft().result()
+        for future in behind:
+            future.result()

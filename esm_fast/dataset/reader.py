@@ -1,0 +1,183 @@
+"""Reading a data set: nothing is in memory before it is asked for."""
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+from . import layout, shards
+from .commit import DatasetError
+from .plan import Plan, load
+
+_OPEN_UNITS = 4  # pooled tables held; neighbours in the input are neighbours there
+
+
+class Item(NamedTuple):
+    """A protein of the input."""
+
+    id: str
+    sequence: str
+    embedding: np.ndarray | None  # (width,), of the last layer asked for; None where its status says why
+
+
+class _Pooled(NamedTuple):
+    """A shard in memory."""
+
+    status: list[str]
+    layers: dict[int, np.ndarray]  # (sequences, width)
+
+
+class Dataset:
+    """Embeddings by number or id, in the order of the input: records that were skipped are not among them.
+
+    `dataset["P12345"]` and `dataset[7]` give (width,), of the last layer stored; `embedding`, `residues` and `matrix`
+    take a layer. A protein without numbers raises DatasetError, which says why; `status` says it without raising.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.plan: Plan = load(Path(folder))
+        self.folder, self.layers = self.plan.folder, list(self.plan.fields["layers"])
+        self._ends = np.cumsum([0, *self.plan.info["unit_rows"]])
+        self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)
+        self._sequences = shards.Sequences(self.plan)
+        self._unit = lru_cache(_OPEN_UNITS)(self._sequences.unit)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        fields, info = self.plan.fields, self.plan.info
+        what = f"{len(self)} proteins, layers {self.layers}, {fields['pool']}, {fields['store']}"
+        return f"<esm_fast data set {self.folder}: {what}, model {info['model']}>"
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return self._column("id").to_pylist()
+
+    @cached_property
+    def headers(self) -> list[str]:
+        return self._column("header").to_pylist()
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """The row of each protein's sequence, over all shards."""
+        return self._column("row").to_numpy()
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.ids)}
+
+    def _column(self, name: str):
+        return layout.pa.chunked_array([group[name].combine_chunks() for group in self._id_groups([name])])
+
+    def _id_groups(self, columns: list[str]):
+        path = self.folder / layout.IDS
+        with layout.open_table(path) as file:
+            yield from layout.row_groups(file, path, columns)
+
+    # ---- one protein
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._numbers
+
+    def __getitem__(self, key: int | str) -> np.ndarray:
+        return self.embedding(key)
+
+    def __iter__(self) -> Iterator[Item]:
+        """In the order of the input, which is that of the shards but for sequences that were met before."""
+        for group in self._id_groups(["id", "row"]):
+            for name, row in zip(group["id"].to_pylist(), group["row"].to_pylist(), strict=True):
+                unit, at = self._place(row)
+                there = shards.has_numbers(self._pooled(unit).status[at])
+                embedding = self._pooled(unit).layers[self.layers[-1]][at] if there else None
+                yield Item(name, self._unit(unit).sequences[at], embedding)
+
+    def number(self, key: int | str) -> int:
+        """The number of an id, or of a number that may count from the end. Raises KeyError, IndexError."""
+        if isinstance(key, str):
+            return self._numbers[key]
+        if not -len(self) <= key < len(self):
+            raise IndexError(f"{key}: the data set has {len(self)} proteins")
+        return int(key) % len(self)
+
+    def embedding(self, key: int | str, layer: int = -1) -> np.ndarray:
+        unit, at = self._with_numbers(key)
+        return self._pooled(unit).layers[self._layer(layer)][at]
+
+    def residues(self, key: int | str, layer: int = -1) -> np.ndarray:
+        """(residues, width), read from the disk at each call; data sets made with --residues have them."""
+        if not self.plan.fields["residues"]:
+            raise DatasetError(f"{self.folder} has no residues: it was made without --residues")
+        unit, at = self._with_numbers(key)
+        path = layout.residues_path(self.folder, unit)
+        with shards.reading(path), safe_open(path, "numpy") as file:
+            start, end = file.get_slice("offsets")[at : at + 2].tolist()
+            return file.get_slice(f"layer_{self._layer(layer)}")[start:end]
+
+    def sequence(self, key: int | str) -> str:
+        """As it was computed: upper-case, cut where --overlength truncate cut it."""
+        unit, at = self._place(self._rows[self.number(key)])
+        return self._unit(unit).sequences[at]
+
+    def status(self, key: int | str) -> str:
+        """ "ok", "float32" (computed again in it), or why there are no numbers."""
+        unit, at = self._place(self._rows[self.number(key)])
+        return self._pooled(unit).status[at]
+
+    # ---- many
+
+    def matrix(self, layer: int = -1) -> np.ndarray:
+        """(proteins, width) in the order of the input; NaN for proteins without numbers."""
+        return np.concatenate([rows for _, rows in self.blocks(layer)])[self._rows]
+
+    def torch(self, layer: int = -1):
+        """`matrix` as a tensor."""
+        import torch
+
+        return torch.from_numpy(self.matrix(layer))
+
+    def arrow(self):
+        """The distinct sequences' tables as one pyarrow.dataset.Dataset, unread: for scans, filters, pandas, DuckDB."""
+        import pyarrow.dataset
+
+        return pyarrow.dataset.dataset([str(layout.pooled_path(self.folder, unit)) for unit in range(self.plan.units)])
+
+    def blocks(self, layer: int = -1) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, (rows, width)) of the distinct sequences, a shard at a time; NaN where there are no numbers."""
+        number = self._layer(layer)
+        for unit in range(self.plan.units):
+            yield int(self._ends[unit]), self._read_pooled(unit).layers[number]
+
+    # ---- where things are
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Unit, and place in it, of a sequence."""
+        unit = int(np.searchsorted(self._ends, row, side="right")) - 1
+        return unit, int(row - self._ends[unit])
+
+    def _with_numbers(self, key: int | str) -> tuple[int, int]:
+        if not shards.has_numbers(status := self.status(key)):
+            raise DatasetError(f"{key!r} has no embedding: {status}")
+        return self._place(self._rows[self.number(key)])
+
+    def _layer(self, layer: int) -> int:
+        """-1 is the last one stored. Raises KeyError."""
+        number = self.layers[layer] if -len(self.layers) <= layer < 0 else layer
+        if number not in self.layers:
+            raise KeyError(f"layer {layer} is not stored; there are {self.layers}")
+        return number
+
+    def _read_pooled(self, unit: int) -> _Pooled:
+        path, width = layout.pooled_path(self.folder, unit), self.plan.fields["width"]
+        with shards.open_pooled(self.plan, unit) as file:
+            group = layout.read_group(file, path, 0)
+        layers = {layer: shards.matrix(group[f"layer_{layer}"], width) for layer in self.layers}
+        return _Pooled(group["status"].to_pylist(), layers)
+
+
+def open(folder: str | Path) -> Dataset:
+    """Opens a data set of `esm-fast embed -o FOLDER/`; if it is not finished, what is there. Raises DatasetError."""
+    return Dataset(folder)
