@@ -18,7 +18,7 @@ import torch
 from fakes import save_fair_esm
 
 import esm_fast
-from esm_fast import _C
+from esm_fast import _C, cli
 from esm_fast.cli import common, main
 
 FASTA = """\
@@ -521,7 +521,7 @@ def test_info_of_a_fair_esm_file(fair_checkpoint, capsys):
 # ---- the frame
 
 
-@pytest.mark.parametrize("command", ["embed", "extract", "fill-mask", "contacts", "convert", "info", "warmup"])
+@pytest.mark.parametrize("command", [module.NAME for module in cli._COMMANDS])
 def test_every_command_has_help_with_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

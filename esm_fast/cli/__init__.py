@@ -8,10 +8,40 @@ import sys
 from contextlib import contextmanager
 
 from .. import __version__
-from . import contacts, convert, embed, extract, fill_mask, finetune, finish, info, kernels, prepare, pretrain, verify, warmup
+from . import (
+    contacts,
+    convert,
+    embed,
+    export,
+    extract,
+    fill_mask,
+    finish,
+    info,
+    kernels,
+    prepare,
+    pretrain,
+    search,
+    verify,
+    warmup,
+)
 from .common import InputError
 
-_COMMANDS = (embed, finish, verify, extract, fill_mask, contacts, convert, prepare, pretrain, finetune, info, kernels, warmup)
+_COMMANDS = (
+    embed,
+    finish,
+    verify,
+    export,
+    search,
+    extract,
+    fill_mask,
+    contacts,
+    convert,
+    prepare,
+    pretrain,
+    info,
+    kernels,
+    warmup,
+)
 _EXAMPLES = """examples:
   esm-fast embed proteins.fasta.gz -o proteins.h5 --model esm1b_t33_650M_UR50S
   esm-fast fill-mask 'QERLKSIVRILE<mask>SLGYNIVAT' --model esm1b_t33_650M_UR50S

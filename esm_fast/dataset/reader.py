@@ -46,7 +46,7 @@ class Dataset:
         self._unit = lru_cache(_OPEN_UNITS)(self._sequences.unit)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __repr__(self) -> str:
         fields, info = self.plan.fields, self.plan.info
@@ -62,7 +62,7 @@ class Dataset:
         return self._column("header").to_pylist()
 
     @cached_property
-    def _rows(self) -> np.ndarray:
+    def rows(self) -> np.ndarray:
         """The row of each protein's sequence, over all shards."""
         return self._column("row").to_numpy()
 
@@ -119,19 +119,19 @@ class Dataset:
 
     def sequence(self, key: int | str) -> str:
         """As it was computed: upper-case, cut where --overlength truncate cut it."""
-        unit, at = self._place(self._rows[self.number(key)])
+        unit, at = self._place(self.rows[self.number(key)])
         return self._unit(unit).sequences[at]
 
     def status(self, key: int | str) -> str:
         """ "ok", "float32" (computed again in it), or why there are no numbers."""
-        unit, at = self._place(self._rows[self.number(key)])
+        unit, at = self._place(self.rows[self.number(key)])
         return self._pooled(unit).status[at]
 
     # ---- many
 
     def matrix(self, layer: int = -1) -> np.ndarray:
         """(proteins, width) in the order of the input; NaN for proteins without numbers."""
-        return np.concatenate([rows for _, rows in self.blocks(layer)])[self._rows]
+        return np.concatenate([rows for _, rows in self.blocks(layer)])[self.rows]
 
     def torch(self, layer: int = -1):
         """`matrix` as a tensor."""
@@ -161,7 +161,7 @@ class Dataset:
     def _with_numbers(self, key: int | str) -> tuple[int, int]:
         if not shards.has_numbers(status := self.status(key)):
             raise DatasetError(f"{key!r} has no embedding: {status}")
-        return self._place(self._rows[self.number(key)])
+        return self._place(self.rows[self.number(key)])
 
     def _layer(self, layer: int) -> int:
         """-1 is the last one stored. Raises KeyError."""

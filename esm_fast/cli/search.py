@@ -1,0 +1,94 @@
+"""esm-fast search: the nearest proteins of a data set."""
+
+import argparse
+from pathlib import Path
+
+from .common import InputError, as_flags, load_model, positive
+from .export import finished, layer_of
+
+NAME = "search"
+HELP = "the nearest proteins of a data set, by cosine"
+DESCRIPTION = """\
+Compares each query with every protein of a data set, exactly, and prints a table: query, rank, id,
+cosine. A query is an id of the data set; or every protein of a FASTA file (- is standard input),
+embedded with the data set's model; or every protein of another data set of the same model. Proteins
+with the same sequence share a rank, and each has a line."""
+EXAMPLES = """\
+  esm-fast search uniref50/ P69905
+  esm-fast search uniref50/ new.fasta -k 50 > hits.tsv
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="the folder of a data set")
+    parser.add_argument("query", metavar="QUERY", help="an id of it, a FASTA file, or the folder of a data set")
+    parser.add_argument("-k", type=positive, default=10, metavar="K", help="sequences to find (default: %(default)s)")
+    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="default: the last one stored")
+    parser.add_argument("--model", metavar="NAME|PATH", help="where the data set's model is (default: where it was)")
+
+
+def run(args: argparse.Namespace) -> None:
+    data = finished(args.dataset)
+    from ..dataset.search import search
+
+    layer = layer_of(data, args.layer)
+    names, queries = _queries(data, args, layer)
+    hits = search(data, queries, args.k, layer)
+    ids_of = _ids_by_row(data, hits.rows)
+    print("query\trank\tid\tcosine")
+    for name, rows, cosines in zip(names, hits.rows.tolist(), hits.cosines.tolist(), strict=True):
+        for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), 1):
+            for found in ids_of.get(row, ()):
+                print(f"{name}\t{rank}\t{found}\t{cosine:.6f}")
+
+
+def _queries(data, args: argparse.Namespace, layer: int):
+    """Ids and embeddings of the queries."""
+    import numpy as np
+
+    path = Path(args.query)
+    if args.query != "-" and path.is_dir():
+        other = finished(args.query)
+        _require_same_numbers(data, other)
+        return other.ids, other.matrix(layer)
+    if args.query == "-" or path.is_file():
+        names, rows = _embedded(data, args, layer)
+        return names, np.array(rows)
+    if args.query not in data:
+        raise InputError(f"{args.query!r} is neither an id of {data.folder} nor a file or folder")
+    return [args.query], data.embedding(args.query, layer)[None]
+
+
+def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:
+    """The proteins of a FASTA file, with the data set's model and policies."""
+    from ..data import FastaError, accession
+    from ..dataset.fingerprint import of_model
+    from ..engine import embed
+
+    fields = data.plan.fields
+    name = args.model or data.plan.info["model"]
+    if of_model(name) != fields["model"]:
+        raise InputError(f"{name} is not the model that {data.folder} was made with; give --model")
+    model = load_model(name, dtype=fields["dtype"])
+    policies = {policy: fields[policy] for policy in ("unknown", "empty", "overlength")}
+    found = embed(model, args.query, layers=(layer,), pool=fields["pool"], **policies)
+    try:
+        pairs = [(accession(header), arrays[layer]) for header, arrays in found]
+    except FastaError as error:
+        raise InputError(as_flags(str(error)).split("; use ")[0]) from None
+    return [name for name, _ in pairs], [row for _, row in pairs]
+
+
+def _require_same_numbers(data, other) -> None:
+    for name in ("model", "pool", "dtype"):
+        if data.plan.fields[name] != other.plan.fields[name]:
+            raise InputError(f"{other.folder} has another {name} than {data.folder}: their numbers do not compare")
+
+
+def _ids_by_row(data, rows) -> dict[int, list[str]]:
+    """The ids of each sequence that was found."""
+    ids: dict[int, list[str]] = {row: [] for row in set(rows.ravel().tolist()) - {-1}}
+    for name, row in zip(data.ids, data.rows.tolist(), strict=True):
+        if row in ids:
+            ids[row].append(name)
+    return ids

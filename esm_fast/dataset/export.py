@@ -1,0 +1,92 @@
+"""A data set in the formats that other tools open: each written whole, or not at all."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..writers.files import atomic
+from ..writers.hdf5 import HDF5Writer
+from ..writers.names import Names, file_name, hdf5_key
+from ..writers.torch_pt import TorchFolder
+from .reader import Dataset
+from .shards import has_numbers
+
+
+class Ask(NamedTuple):
+    layer: int
+    residues: bool  # (residues, width) of each protein, in place of (width,)
+    on_protein: Callable[[], None] = lambda: None
+
+
+def _proteins(data: Dataset, ask: Ask) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of each protein that has an embedding, and the embedding."""
+    for number in range(len(data)):
+        if has_numbers(data.status(number)):
+            yield number, (data.residues if ask.residues else data.embedding)(number, ask.layer)
+        ask.on_protein()
+
+
+def uniprot_h5(data: Dataset, out: Path, ask: Ask) -> None:
+    """As UniProt publishes embeddings, and as `esm-fast embed -o OUT.h5` writes them: a data set an id."""
+    names = Names(hdf5_key)
+    with _h5(data, out, ask) as write:
+        for number, array in _proteins(data, ask):
+            write(names.give(data.ids[number]), data.headers[number], array)
+
+
+def bio_embeddings_h5(data: Dataset, out: Path, ask: Ask) -> None:
+    """As bio_embeddings wrote them: the key is the MD5 of the sequence, the attribute original_id its first id."""
+    with _h5(data, out, ask) as write:
+        written = set()
+        for number, array in _proteins(data, ask):
+            key = hashlib.md5(data.sequence(number).encode()).hexdigest()
+            if key not in written:
+                write(key, data.ids[number], array)
+            written.add(key)
+
+
+@contextmanager
+def _h5(data: Dataset, out: Path, ask: Ask) -> Iterator[Callable]:
+    """Yields a function that writes one protein."""
+    fields, info = data.plan.fields, data.plan.info
+    attributes = {name: fields[name] for name in ("dtype", "overlength", "max_residues", "esm_fast")}
+    attributes |= {"model": info["model"], "plan": data.plan.id, "layers": [ask.layer]}
+    attributes["pool"] = "per-residue" if ask.residues else fields["pool"]
+    if "warning" in info:
+        attributes["warning"] = info["warning"]
+    with (
+        atomic(out) as temporary,
+        HDF5Writer(temporary, [ask.layer], store=fields["store"], attributes=attributes) as h5,
+    ):
+        yield lambda key, header, array: h5.add(key, header, [array])
+
+
+def npy(data: Dataset, out: Path, ask: Ask) -> None:
+    """One matrix, which numpy.load(mmap_mode="r") opens without reading it, and beside it an id a line."""
+    if ask.residues:
+        raise ValueError("npy is one matrix, which proteins of different lengths do not fit in; choose another format")
+    numbers = [number for number in range(len(data)) if has_numbers(data.status(number))]
+    shape, dtype = (len(numbers), data.plan.fields["width"]), np.dtype(data.plan.fields["store"])
+    with atomic(out.with_suffix(".ids.txt")) as ids, atomic(out) as temporary:
+        ids.write_text("".join(f"{data.ids[number]}\n" for number in numbers))
+        rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        for row, (_, array) in enumerate(_proteins(data, ask)):
+            rows[row] = array
+        rows.flush()
+
+
+def pt(data: Dataset, out: Path, ask: Ask) -> None:
+    """A folder as fair-esm's extract.py fills it, a file a protein."""
+    pooled = {"mean": "mean_representations", "cls": "bos_representations"}[data.plan.fields["pool"]]
+    key, names = "representations" if ask.residues else pooled, Names(file_name)
+    with TorchFolder(out) as folder:
+        for number, array in _proteins(data, ask):
+            header = data.headers[number]
+            folder.add(names.give(header), header, {key: {ask.layer: array}})
+
+
+FORMATS = {"uniprot-h5": uniprot_h5, "bio-embeddings-h5": bio_embeddings_h5, "npy": npy, "pt": pt}
