@@ -226,9 +226,29 @@ def test_verify_and_finish_name_what_is_wrong(command, clean, tmp_path, capsys, 
             continue
         assert main([tool, str(out)]) == 1
         assert name.split("/")[-1] in capsys.readouterr().err
-    if name.startswith("pooled"):  # a unit that cannot be read is computed again
-        assert main(command(out)) == 0
-        assert contents(out) == contents(clean)
+    (out / name).unlink(missing_ok=True)  # as the message advises
+    assert main(command(out)) == 0
+    assert contents(out) == contents(clean)
+
+
+def test_a_unit_that_cannot_be_read_is_computed_again(command, clean, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(clean, out)
+    for path in [*(out / "pooled").iterdir(), *(out / "residues").iterdir()]:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    assert main(command(out)) == 0
+    assert contents(out) == contents(clean)
+
+
+def test_shards_of_another_plan_are_left_alone(command, clean, tmp_path, capsys):
+    out = tmp_path / "o"
+    shutil.copytree(clean, out)
+    (out / "plan.json").unlink()
+    before = contents(out)
+    assert main(command(out, "--store", "float16")) == 1
+    assert "holds the shards of another plan" in capsys.readouterr().err
+    assert contents(out) == before
 
 
 def test_files_that_do_not_belong_are_named(clean, tmp_path, capsys):

@@ -6,6 +6,7 @@ so that workers need the input no more than to see that it is still the same.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -57,15 +58,19 @@ def make_or_resume(
     allow.
     """
     folder.mkdir(exist_ok=True)
+    maker = _Maker(folder, fields, info, policy)
     with alone(folder / layout.LOCK):
-        if (folder / layout.PLAN).exists():
-            plan = load(folder)
-            _require_same(plan, fields)
-            _require_same(plan, {"input": [_hash_of(source, on_read) for source in inputs]})
-            return plan
-        _require_empty(folder)
-        remove_partial(folder)
-        return _Maker(folder, fields, info, policy).make(inputs, on_read)
+        if not (folder / layout.PLAN).exists():
+            _require_own(folder)
+            remove_partial(folder)
+            return maker.make(inputs, on_read)
+    plan = load(folder)
+    _require_same(plan, fields)
+    _require_same(plan, {"input": [_hash_of(source, on_read) for source in inputs]})
+    with alone(folder / layout.LOCK):
+        if not all((folder / name).exists() for name in layout.TABLES):  # a damaged one was removed
+            maker.make(inputs, on_read)
+    return plan
 
 
 def _require_same(plan: Plan, wanted: dict) -> None:
@@ -75,12 +80,21 @@ def _require_same(plan: Plan, wanted: dict) -> None:
         raise DatasetError(f"{plan.folder} holds another data set: {said}. Give the same again, or another -o")
 
 
-def _require_empty(folder: Path) -> None:
-    """Tables without a plan.json are what a run left that was stopped just before."""
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in (*layout.TABLES, layout.LOCK))
-    strange = [name for name in strange if not name.endswith(".partial")]
-    if strange:
+def _require_own(folder: Path) -> None:
+    """Without a plan.json there may be what a run left that was stopped before, or what is left of a damaged one."""
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(".partial")}
+    if strange := sorted(names - {*layout.TABLES, layout.LOCK, layout.POOLED, layout.RESIDUES, layout.RUN}):
         raise DatasetError(f"{folder} is no data set and holds other files ({strange[0]} ...); give a new folder")
+
+
+def _require_own_shards(folder: Path, plan_id: str) -> None:
+    """Shards without a plan.json have to be this plan's; those that cannot be read are going to be made again."""
+    for path in sorted((folder / layout.POOLED).glob("part-*.parquet")):
+        found = plan_id
+        with suppress(DatasetError), layout.open_table(path) as file:
+            found = (file.schema_arrow.metadata or {}).get(b"plan", b"").decode()
+        if found != plan_id:
+            raise DatasetError(f"{folder} has no {layout.PLAN} and holds the shards of another plan; give a new folder")
 
 
 def _hash_of(source, on_read: Callable[[], None]) -> str:
@@ -151,7 +165,8 @@ class _Maker:
             if not self.rows:
                 raise DatasetError(f"nothing is left to compute: all {self.first} records were skipped")
             self._close_unit()
-        fields = {"input": hashes} | self.fields
+            fields = {"input": hashes} | self.fields
+            _require_own_shards(folder, digest_of(fields))
         files = {name: sha256(folder / name) for name in layout.TABLES}
         content = {"fields": fields, "info": self.info | self._counts(), "files": files}
         write_json(folder / layout.PLAN, content)
