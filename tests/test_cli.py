@@ -285,7 +285,6 @@ def test_output_is_not_overwritten_without_force(embed, fasta, tmp_path):
     [
         ("no/such/o.h5", "does not exist; make it first"),
         ("no/such/o", "does not exist; make it first"),
-        (".", "is no data set and holds other files (in.fasta ...)"),
         ("in.fasta", "is a file; give a folder"),
     ],
 )

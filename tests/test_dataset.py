@@ -6,6 +6,10 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
+import tracemalloc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +24,14 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 import torch
 from embedded import MIXED, contents, fasta_of, pooled, proteins, read
 
+from esm_fast.data import Policy
 from esm_fast.dataset import shards
 from esm_fast.dataset.commit import DatasetError, read_json, write_json
-from esm_fast.dataset.plan import load
+from esm_fast.dataset.layout import FORMAT
+from esm_fast.dataset.plan import load, make_or_resume
 from esm_fast.dataset.ranks import share
 from esm_fast.dataset.seen import Ids, Seen, keys_of_texts
+from esm_fast.dataset.work import prepare_folders, work
 from esm_fast.writers.names import Names, hdf5_key
 
 
@@ -158,6 +165,12 @@ def test_refusals_leave_nothing(embed, options, message):
     assert not result.path.exists() or [path.name for path in result.path.iterdir()] == [".plan.lock"]
 
 
+def test_a_folder_of_other_files_is_left_alone(embed, tmp_path):
+    result = embed(fasta_of(proteins(3)), out=".")
+    assert result.code == 1 and "is no data set and holds other files (in.fasta ...)" in result.err
+    assert contents(tmp_path).keys() == {"in.fasta"}
+
+
 @pytest.mark.parametrize("flag", [["--residues"], ["--shard", "0/2"], ["--unit-residues", "9"], ["--log-json", "-"]])
 def test_flags_of_data_sets_are_not_for_files(tmp_path, capsys, flag):
     assert main(["embed", "x", "-o", str(tmp_path / "o.h5"), *flag]) == 1
@@ -234,7 +247,7 @@ def made(fair_checkpoint, tmp_path_factory):
     fasta.write_text(fasta_of(proteins(6)))
     arguments = ["embed", fasta, "-o", folder / "out", "--model", fair_checkpoint, "--unit-residues", 100]
     assert main([str(argument) for argument in arguments]) == 0
-    return SimpleNamespace(path=folder / "out", fasta=fasta)
+    return SimpleNamespace(path=folder / "out", fasta=fasta, fields=load(folder / "out").fields)
 
 
 def test_other_input_models_and_versions_are_refused_by_name(embed, made, tmp_path, fair_model, monkeypatch):
@@ -328,6 +341,96 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path):
     command = [sys.executable, "-c", code, "embed", "x", "-o", str(tmp_path / "o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "pip install 'esm_fast[dataset]'" in done.stderr
+
+
+# ---- in little memory, all at once
+
+
+def test_planning_holds_a_unit_and_little_of_each_record(tmp_path):
+    data = proteins(200, longest=1200)
+
+    def peak(times):
+        path, out = tmp_path / f"{times}.fasta", tmp_path / f"{times}"
+        path.write_text(fasta_of((f"{i}{label}", text) for i in range(times) for label, text in data))
+        fields = {"unit_residues": 20000, "duplicates": "keep", "format": FORMAT}
+        tracemalloc.start()
+        plan = make_or_resume(out, [path], fields, {}, Policy(overlength="window"))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert plan.info["requested"] == 200 * times and plan.info["sequences"] == 200
+        return found, path.stat().st_size
+
+    (small, small_size), (large, large_size) = peak(20), peak(60)
+    assert large - small < 0.25 * (large_size - small_size)
+
+
+@pytest.fixture
+def planned(made, tmp_path, monkeypatch):
+    """A plan of many units of which none is done."""
+    fields = {**made.fields, "unit_residues": 40}
+    (tmp_path / "in.fasta").write_text(fasta_of(proteins(30)))
+    plan = make_or_resume(tmp_path / "o", [tmp_path / "in.fasta"], fields, {}, Policy())
+    prepare_folders(plan)
+    return plan
+
+
+def test_reading_computing_and_writing_go_on_at_once(planned, monkeypatch):
+    """Each waits for what the others do to its neighbours: in turns, this would never end."""
+    last = planned.units - 1
+    read, begun = ([threading.Event() for _ in range(planned.units)] for _ in range(2))
+
+    def unit(self, number, real=shards.Sequences.unit):
+        read[number].set()
+        return real(self, number)
+
+    def compute(unit):
+        begun[unit.number].set()
+        assert read[min(unit.number + 1, last)].wait(20), "the next unit is not read"
+        return shards.Results(unit, [])
+
+    def write(plan, results):
+        assert begun[min(results.unit.number + 1, last)].wait(20), "the next unit is not computed"
+        return 0
+
+    monkeypatch.setattr(shards.Sequences, "unit", unit)
+    monkeypatch.setattr("esm_fast.dataset.work.write", write)
+    done = []
+    work(planned, list(range(planned.units)), compute, done.append)
+    assert [committed.unit for committed in done] == list(range(planned.units)) and last > 5
+
+
+def test_no_more_than_three_units_results_are_in_memory(planned, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    def compute(unit):
+        results = shards.Results(unit, [])
+        alive.add(results)
+        most.append(len(alive))
+        return results
+
+    def write(plan, results):
+        time.sleep(0.02)
+        return 0
+
+    monkeypatch.setattr("esm_fast.dataset.work.write", write)
+    work(planned, list(range(planned.units)), compute, lambda committed: None)
+    assert len(most) == planned.units and max(most) <= 3
+
+
+@pytest.mark.parametrize("where", ["read", "compute", "write", "note"])
+def test_an_error_in_any_thread_ends_the_run(planned, monkeypatch, where):
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    def nothing(*_):
+        return 0
+
+    monkeypatch.setattr("esm_fast.dataset.work.write", failing if where == "write" else nothing)
+    if where == "read":
+        monkeypatch.setattr(shards.Sequences, "unit", failing)
+    compute = failing if where == "compute" else lambda unit: shards.Results(unit, [])
+    with pytest.raises(OSError, match="Input/output error"):
+        work(planned, list(range(planned.units)), compute, failing if where == "note" else nothing)
 
 
 # ---- parts

@@ -59,17 +59,18 @@ def refuse_dataset_flags(args: argparse.Namespace) -> None:
 
 
 def embed_dataset(args: argparse.Namespace) -> int:
+    out = _folder(args)
     require_pyarrow()
     from ..dataset import ranks, verify
     from ..dataset.shards import has_numbers
 
-    out, share = _folder(args), ranks.share(args.shard)
+    share = ranks.share(args.shard)
     if share.count > 1:
         print(f"share     {share.rank} of {share.count} ({share.said_by})", file=sys.stderr)
-    dtype = dtype_of(args)
-    model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     try:
         with _stop_signals() as check_stopped:
+            dtype = dtype_of(args)
+            model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
             plan = _plan(out, args, dtype, model, check_stopped)
             done = _work(plan, args, share, model, check_stopped)
             seconds, status = done.seconds, done.status

@@ -25,7 +25,7 @@ class Unit:
     sequences: list[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class Results:
     """Of a unit: a status a sequence, and the numbers; a sequence that has none has NaN in place of them."""
 
