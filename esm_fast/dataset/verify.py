@@ -68,19 +68,17 @@ def _summary(plan: Plan, found: Findings) -> dict:
     return {"format": layout.FORMAT, "plan": plan.id, "counts": counts, "files": found.hashes}
 
 
-def _plan_problems(plan: Plan) -> Iterator[str]:
+def _plan_problems(plan: Plan) -> list[str]:
+    """Tables that do not match their checksum are not looked into."""
+    problems = []
     for name, wanted in plan.files.items():
         path = plan.folder / name
         try:
             if sha256(path) != wanted:
-                yield f"{path} is damaged: its SHA-256 is not the one in {layout.PLAN}"
+                problems.append(f"{path} is damaged: its SHA-256 is not the one in {layout.PLAN}")
         except OSError as error:
-            yield f"{path}: {error.strerror}"
-            return
-    try:
-        yield from _record_problems(plan)
-    except DatasetError as error:
-        yield str(error)
+            problems.append(f"{path}: {error.strerror}")
+    return problems or list(_record_problems(plan))
 
 
 def _record_problems(plan: Plan) -> Iterator[str]:
