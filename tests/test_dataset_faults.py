@@ -79,7 +79,7 @@ def test_killed_at_every_step_it_goes_on_to_the_same_bytes(forks, command, clean
     """kill -9 before or after the rename of every file, and at a spread of the others."""
     count = calls_of(monkeypatch, command, tmp_path / "count", function)
     wanted = contents(clean)
-    step = 1 if FAULTS or function == "replace" else max(1, count // 3)
+    step = 1 if FAULTS or function == "replace" else max(1, count // 2)
     for at in range(1, count + 1, step):
         out = tmp_path / f"{function}-{at}"
         how = "kill before" if at % 2 else "kill after"
@@ -92,7 +92,7 @@ def test_killed_at_every_step_it_goes_on_to_the_same_bytes(forks, command, clean
 
 def test_killed_at_random_times_it_goes_on_to_the_same_bytes(forks, command, clean, tmp_path):
     rng, wanted, kills = random.Random(11), contents(clean), 0
-    for run in range(FAULTS or 5):
+    for run in range(FAULTS or 4):
         out = tmp_path / f"run-{run}"
         pid = forks.start(command(out))
         time.sleep(rng.uniform(0.02, 0.4))
@@ -201,14 +201,15 @@ def test_every_flipped_bit_is_found(command, tmp_path):
     is_sound(out)
 
 
-def test_numbers_are_safe_before_run_json_is_there(command, tmp_path):
-    """Pages have checksums of their own, and a pooled table knows its residues' checksum."""
-    out = tmp_path / "o"
+def test_every_flipped_bit_of_a_shard_is_found_before_run_json_is_there(command, tmp_path):
+    """Pages have checksums, a pooled table its canonical bytes, and residues a checksum in the pooled table."""
+    out, rng = tmp_path / "o", random.Random(5)
     assert main(command(out)) == 0
     (out / "run.json").unlink()
-    for path in [*(out / "residues").iterdir(), *(out / "pooled").iterdir()]:
-        size = path.stat().st_size
-        assert flipped_is_found(out, path, 8 * (size // 2 if path.suffix == ".safetensors" else size // 5))
+    for _ in range(5 * FAULTS or 60):
+        path = rng.choice([*(out / "residues").iterdir(), *(out / "pooled").iterdir()])
+        bit = rng.randrange(8 * path.stat().st_size)
+        assert flipped_is_found(out, path, bit), (path, bit)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "ids.parquet", "pooled/part-000001.parquet", "run.json"])

@@ -1,5 +1,6 @@
 """The files of a data set: their names, their tables, and how they are written. docs/embedding.md describes them."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ def pooled_fields(layers: list[int], width: int, store: str) -> list:
 class Table:
     """A Parquet file being written, one row group a call; the same rows give the same bytes."""
 
-    def __init__(self, output: Output, fields: list, metadata: dict[str, str], compression: str):
+    def __init__(self, output: Output | io.BytesIO, fields: list, metadata: dict[str, str], compression: str):
         self.schema = pa.schema(fields, metadata=metadata)
         self._writer = pq.ParquetWriter(
             pa.PythonFile(output, mode="w"),
@@ -72,7 +73,7 @@ class Table:
 
     def add(self, columns: list) -> None:
         arrays = [
-            column if isinstance(column, pa.Array) else pa.array(column, field.type)
+            column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, field.type)
             for column, field in zip(columns, self.schema, strict=True)
         ]
         table = pa.Table.from_arrays(arrays, schema=self.schema)
@@ -80,6 +81,15 @@ class Table:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def encoded(rows: pa.Table, fields: list) -> bytes:
+    """The file of one row group that these rows make, uncompressed; fields as they were written."""
+    output = io.BytesIO()
+    writer = Table(output, fields, rows.schema.metadata, "none")
+    writer.add(rows.cast(pa.schema(fields)).columns)
+    writer.close()
+    return output.getvalue()
 
 
 @contextmanager

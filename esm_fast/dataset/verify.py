@@ -121,7 +121,7 @@ def _check_unit(plan: Plan, unit: shards.Unit, known: dict[str, str] | None, fou
     path = layout.pooled_path(plan.folder, unit.number)
     _note(path, known, found, plan)
     with shards.reading(path):
-        status, finite, residues_sha256 = _pooled(plan, unit, path)
+        status, finite, residues_sha256 = _pooled(plan, unit, path, unknown=known is None)
     wanted = np.array([shards.has_numbers(word) for word in status])
     if (finite != wanted).any():
         raise DatasetError(f"{path}: a row's numbers are missing or not finite, and its status does not say so")
@@ -139,10 +139,15 @@ def _check_unit(plan: Plan, unit: shards.Unit, known: dict[str, str] | None, fou
             raise DatasetError(f"{path}: a row's numbers are not finite, and its status does not say so")
 
 
-def _pooled(plan: Plan, unit: shards.Unit, path: Path) -> tuple[list[str], np.ndarray, str]:
-    """The status of each row, whether its numbers are there and finite, and the residues' checksum."""
+def _pooled(plan: Plan, unit: shards.Unit, path: Path, unknown: bool) -> tuple[list[str], np.ndarray, str]:
+    """The status of each row, whether its numbers are there and finite, and the residues' checksum.
+
+    unknown: nothing has recorded this file's checksum yet.
+    """
     with shards.open_pooled(plan, unit.number) as file:
         group, metadata = layout.read_group(file, path, 0), file.schema_arrow.metadata
+    if unknown and not _canonical(plan, group, path):
+        raise DatasetError(f"{path} is damaged: it is not the file that its own contents make")
     if group["digest"].to_pylist() != unit.digests or group["length"].to_pylist() != unit.lengths.tolist():
         raise DatasetError(f"{path} has other sequences than its plan")
     finite = np.ones(len(group), dtype=bool)
@@ -150,6 +155,12 @@ def _pooled(plan: Plan, unit: shards.Unit, path: Path) -> tuple[list[str], np.nd
         finite &= np.isfinite(shards.matrix(group[f"layer_{layer}"], plan.fields["width"])).all(axis=1)
     residues = metadata[b"residues_sha256"].decode() if plan.fields["residues"] else ""
     return group["status"].to_pylist(), finite, residues
+
+
+def _canonical(plan: Plan, group, path: Path) -> bool:
+    """Pages have checksums, the rest of a Parquet file has none: but one version has one way only to write it."""
+    same_version = plan.fields["pyarrow"] == layout.pa.__version__
+    return not same_version or layout.encoded(group, shards.fields_of(plan)) == path.read_bytes()
 
 
 def _note(path: Path, known: dict[str, str] | None, found: Findings, plan: Plan) -> None:
