@@ -98,9 +98,9 @@ if __name__ == "__main__":
     import torch
     import torch.distributed.tensor  # what the first parameter imports
 
-    import esm_fast.dataset.verify
-    import esm_fast.dataset.work  # noqa: F401
+    from esm_fast import _C
+    from esm_fast.dataset import compute, planning, verify, work  # noqa: F401
 
     torch.set_num_threads(1)
-    esm_fast._C.set_threads(1)
+    _C.set_threads(1)
     _serve()

@@ -28,7 +28,8 @@ from esm_fast.data import Policy
 from esm_fast.dataset import shards
 from esm_fast.dataset.commit import DatasetError, read_json, write_json
 from esm_fast.dataset.layout import FORMAT
-from esm_fast.dataset.plan import load, make_or_resume
+from esm_fast.dataset.plan import load
+from esm_fast.dataset.planning import make_or_resume
 from esm_fast.dataset.ranks import share
 from esm_fast.dataset.seen import Ids, Seen, keys_of_texts
 from esm_fast.dataset.work import prepare_folders, work

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 
 import numpy as np
@@ -297,12 +298,18 @@ def test_two_processes_on_the_same_units_do_no_harm(forks, command, clean, tmp_p
 def test_a_partial_file_goes_only_when_its_writer_is_dead(command, clean, tmp_path):
     out = tmp_path / "o"
     shutil.copytree(clean, out)
-    dead, living = (out / "pooled" / f".part-000000.parquet.{name}.partial" for name in ("dead", "living"))
-    dead.write_bytes(b"x")
+    here = socket.gethostname()
+    names = [
+        f".part-000000.parquet.{name}-0.partial" for name in (f"{here}-1", f"{here}-2", "elsewhere-1", "elsewhere-2")
+    ]
+    dead, living, elsewhere, old = (out / "pooled" / name for name in names)
+    for path in (dead, elsewhere, old):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
     with living.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(command(out)) == 0
-        assert living.exists() and not dead.exists()
+    assert living.exists() and elsewhere.exists() and not dead.exists() and not old.exists()
 
 
 # ---- signals
@@ -330,9 +337,11 @@ def test_a_signal_stops_it_between_batches_and_it_goes_on(command, clean, tmp_pa
 
 
 def test_a_signal_while_the_input_is_read(command, tmp_path, monkeypatch):
-    from esm_fast.dataset import plan
+    from esm_fast.dataset import planning
 
-    monkeypatch.setattr(plan, "_texts", lambda t, real=plan._texts: (os.kill(os.getpid(), signal.SIGTERM), real(t))[1])
+    monkeypatch.setattr(
+        planning, "_texts", lambda t, real=planning._texts: (os.kill(os.getpid(), signal.SIGTERM), real(t))[1]
+    )
     assert main(command(tmp_path / "o")) == 75
     assert contents(tmp_path / "o") == {}
 

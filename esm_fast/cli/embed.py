@@ -20,7 +20,7 @@ from .common import (
     progress,
     result_lines,
 )
-from .dataset import add_dataset, embed_dataset, is_dataset, refuse_dataset_flags
+from .dataset import add_dataset, is_dataset, refuse_dataset_flags
 
 NAME = "embed"
 HELP = "embeddings of FASTA files, as one HDF5 file or as a data set of any size"
@@ -70,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     if is_dataset(args.output):
+        from .embed_dataset import embed_dataset
+
         return embed_dataset(args)
     refuse_dataset_flags(args)
     out = output_path(args.output, args.force)

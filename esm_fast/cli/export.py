@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     data = finished(args.dataset)
     from ..dataset.export import FORMATS, Ask
+    from ..dataset.shards import has_numbers
 
     if args.to == "pt":
         out = Path(args.output)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     check_space(out.parent, _size(data, args.residues))
     with progress(len(data), "proteins") as bar:
         FORMATS[args.to](data, out, Ask(layer, args.residues, bar.update))
-    missing = sum(data.status(number) not in ("ok", "float32") for number in range(len(data)))
+    missing = sum(not has_numbers(data.status(number)) for number in range(len(data)))
     print(f"proteins  {len(data) - missing:,} of {len(data):,}")
     print(f"output    {out} ({human_bytes(size_of(out) if out.is_dir() else out.stat().st_size)})")
     return SOME_FAILED if missing else 0

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -19,6 +20,7 @@ from ..writers.files import sync
 
 _numbers = count()
 _READ_BYTES = 1 << 20
+_DAY = 24 * 3600
 
 
 class DatasetError(ValueError):
@@ -69,12 +71,9 @@ def committed(path: Path, check: Callable[[Path], None] = lambda path: None) -> 
 
     What was read back must be what was written, and `check` may raise for what it finds in the file.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.partial")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary, handle = _partial(path)
     output = Output(handle)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield output
         os.fsync(handle)
         if sha256(temporary) != output.sha256:
@@ -93,10 +92,27 @@ def committed(path: Path, check: Callable[[Path], None] = lambda path: None) -> 
         os.close(handle)
 
 
+def _partial(path: Path) -> tuple[Path, int]:
+    """A new partial file, open and locked."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.partial")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if temporary.exists():  # nobody removed it before it was locked
+            return temporary, handle
+        os.close(handle)
+
+
 def remove_partial(folder: Path) -> None:
-    """Removes what dead writers left; the files of living ones are locked."""
+    """Removes what dead writers left; the files of living ones are locked.
+
+    A lock may not be seen from another machine: what a writer there left goes when it is a day old.
+    """
     for path in folder.glob(".*.partial"):
         with suppress(OSError):  # another run may be removing it too
+            if f".{socket.gethostname()}-" not in path.name and time.time() - path.stat().st_mtime < _DAY:
+                continue
             handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

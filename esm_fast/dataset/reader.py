@@ -20,7 +20,7 @@ class Item(NamedTuple):
 
     id: str
     sequence: str
-    embedding: np.ndarray | None  # (width,), of the last layer asked for; None where its status says why
+    embedding: np.ndarray | None  # (width,), of the last layer stored; None where the status says why
 
 
 class _Pooled(NamedTuple):
