@@ -8,7 +8,8 @@
 
 namespace esm {
 
-constexpr int kWarps = sizeof(scalar) == 4 ? 2 : 4;
+constexpr int kMostThreads = 4 * kWarp;
+constexpr int kWarps = sizeof(scalar) == 4 ? 2 : 4;  // fp32 would need more shared memory than a block can have
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kOwn = kWarps * kTile;  // rows of a block
 constexpr int kOther = 32;            // rows of a step
@@ -325,35 +326,35 @@ __device__ __forceinline__ void backward_kv(Global<const scalar> q, Global<const
     store_rows<kDim>(dv_sums, 1.0f, dv, part, shared.scratch);
 }
 
-KERNEL(kThreads, 2, attention_forward_64,
+KERNEL(kMostThreads, 1, attention_forward_64,
        (Global<const scalar> q, Global<const scalar> k, Global<const scalar> v, Global<scalar> out, Global<float> lse,
         Global<const int> cu_seqlens, int n, int tiles, int heads, int dim, float scale)) {
     forward<64>(q, k, v, out, lse, cu_seqlens, n, tiles, heads, dim, scale);
 }
-KERNEL(kThreads, 2, attention_forward_128,
+KERNEL(kMostThreads, 1, attention_forward_128,
        (Global<const scalar> q, Global<const scalar> k, Global<const scalar> v, Global<scalar> out, Global<float> lse,
         Global<const int> cu_seqlens, int n, int tiles, int heads, int dim, float scale)) {
     forward<128>(q, k, v, out, lse, cu_seqlens, n, tiles, heads, dim, scale);
 }
-KERNEL(kThreads, 2, attention_backward_q_64,
+KERNEL(kMostThreads, 1, attention_backward_q_64,
        (Global<const scalar> q, Global<const scalar> k, Global<const scalar> v, Global<const scalar> out,
         Global<const float> lse, Global<const scalar> grad, Global<float> delta, Global<scalar> dq,
         Global<const int> cu_seqlens, int n, int tiles, int heads, int dim, float scale)) {
     backward_q<64>(q, k, v, out, lse, grad, delta, dq, cu_seqlens, n, tiles, heads, dim, scale);
 }
-KERNEL(kThreads, 2, attention_backward_q_128,
+KERNEL(kMostThreads, 1, attention_backward_q_128,
        (Global<const scalar> q, Global<const scalar> k, Global<const scalar> v, Global<const scalar> out,
         Global<const float> lse, Global<const scalar> grad, Global<float> delta, Global<scalar> dq,
         Global<const int> cu_seqlens, int n, int tiles, int heads, int dim, float scale)) {
     backward_q<128>(q, k, v, out, lse, grad, delta, dq, cu_seqlens, n, tiles, heads, dim, scale);
 }
-KERNEL(kThreads, 2, attention_backward_kv_64,
+KERNEL(kMostThreads, 1, attention_backward_kv_64,
        (Global<const scalar> q, Global<const scalar> k, Global<const scalar> v, Global<const float> lse,
         Global<const scalar> grad, Global<const float> delta, Global<scalar> dk, Global<scalar> dv,
         Global<const int> cu_seqlens, int n, int tiles, int heads, int dim, float scale)) {
     backward_kv<64>(q, k, v, lse, grad, delta, dk, dv, cu_seqlens, n, tiles, heads, dim, scale);
 }
-KERNEL(kThreads, 2, attention_backward_kv_128,
+KERNEL(kMostThreads, 1, attention_backward_kv_128,
        (Global<const scalar> q, Global<const scalar> k, Global<const scalar> v, Global<const float> lse,
         Global<const scalar> grad, Global<const float> delta, Global<scalar> dk, Global<scalar> dv,
         Global<const int> cu_seqlens, int n, int tiles, int heads, int dim, float scale)) {
