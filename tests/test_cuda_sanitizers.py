@@ -65,8 +65,10 @@ class Mutant(NamedTuple):
     exercise: str
     build: tuple[str, ...] = QUICK
     message: str = ""  # of the sanitizer
+    header: str = ""  # where the fault is, if not in the file itself
 
 
+ATTENTION = "attention_varlen-primes"
 RACE, OVERFLOW = "data race", "buffer-overflow"
 BARRIER = "    __syncthreads();\n"
 MUTANTS = {
@@ -109,11 +111,41 @@ MUTANTS = {
     "gradient_of_gelu": Mutant("bias_gelu", "expf(-0.5f * x * x)", "expf(-0.4f * x * x)", "gelu_ffn-rows_33"),
     "two_blocks_one_share": Mutant("bias_gelu", "shares + size_t(blockIdx.y) * width", "shares", "gelu_ffn-rows_33"),
     "no_deviation": Mutant("layer_norm", "slope) * s.at[1];", "slope);", "gelu_ffn-prime_rows"),
+    "barrier_attention": Mutant(
+        "attention",
+        BARRIER.replace("    ", "        ") + "        load_rows<kDim>(q",
+        "        load_rows<kDim>(q",
+        ATTENTION,
+        RACES,
+        RACE,
+    ),
+    "warp_barrier": Mutant("attention", "    __syncwarp();\n    scalar*", "    scalar*", ATTENTION, RACES, RACE),
+    "wide_stride": Mutant("attention", "kDim + kWide;", "kDim + 4 * kWide;", ATTENTION, BOUNDS, OVERFLOW),
+    "rows_of_the_next": Mutant("attention", "        if (row >= part.length) continue;\n", "", ATTENTION),
+    "mask_of_keys": Mutant("attention", "column_of(j) < part.length ?", "column_of(j) <= part.length ?", ATTENTION),
+    "stride_of_heads": Mutant("attention", "size_t(row) * step", "size_t(row) * dim", ATTENTION),
+    "last_row": Mutant(
+        "attention", "cu_seqlens[sequence + 1] - start,", "cu_seqlens[sequence + 1] - start - 1,", ATTENTION
+    ),
+    "no_rescaling": Mutant(
+        "attention", "sums[c].scale(shared.scratch + kFactors, kScratch);", "(void)sums;", ATTENTION
+    ),
+    "no_delta": Mutant("attention", "dp.at[j] - own_delta", "dp.at[j]", ATTENTION),
+    "not_transposed": Mutant("attention", "sums.add_transposed(own", "sums.add(own", ATTENTION),
+    "lanes_have_rows": Mutant(
+        "attention",
+        "sums_.x[e] *= by.x[e]",
+        "sums_.x[e] *= factors[int(threadIdx.x) % kWarp / 2 * stride]",
+        ATTENTION,
+        header="tiles.cuh",
+    ),
 }
 
 
 def found(mutant: Mutant, library, recording, folder) -> bool:
     text = (SOURCES / f"{mutant.source}.cu").read_text()
+    if mutant.header:
+        text = text.replace(f'#include "{mutant.header}"', (SOURCES / mutant.header).read_text())
     assert mutant.right in text, mutant
     (folder / f"{mutant.source}.cu").write_text(text.replace(mutant.right, mutant.wrong))
     units = [
