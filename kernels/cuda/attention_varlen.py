@@ -6,7 +6,7 @@ from . import common
 from .common import ceil_div, implements, launch
 
 _TILE, _OTHER, _LARGEST = 16, 32, 128  # attention.cu
-_TURING, _TURINGS_SHARED = (7, 5), 64 << 10  # the only one that gives a block less than fp32 may need
+_TURING, _TURINGS_SHARED = (7, 5), 64 << 10  # the only one that gives a block less than fp32 gradients may need
 
 
 def _warps(dtype) -> int:
@@ -25,12 +25,17 @@ def shared_bytes(dtype: torch.dtype, head_dim: int, own_tiles: int) -> int:
     return (own_tiles * own + 2 * _OTHER) * stride * size + own * scratch * 4 + 2 * _OTHER * 4
 
 
+def fits(arch, dtype: torch.dtype, head_dim: int, own_tiles: int) -> bool:
+    """Whether a GPU's blocks have the shared memory for it."""
+    return arch != _TURING or shared_bytes(dtype, head_dim, own_tiles) <= _TURINGS_SHARED
+
+
 def why_not(request) -> list[str]:
     reasons = common.why_not(request)
     head_dim = request.head_dim
     if head_dim is not None and head_dim > _LARGEST:
         reasons.append(f"takes heads of up to {_LARGEST} columns, these have {head_dim}")
-    elif request.arch == _TURING and shared_bytes(request.dtype, head_dim, 1 + request.grad) > _TURINGS_SHARED:
+    elif not fits(request.arch, request.dtype, head_dim, 1 + request.grad):
         reasons.append(f"needs more shared memory than this GPU has for float32 gradients of heads of {head_dim}")
     return reasons
 

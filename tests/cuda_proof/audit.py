@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from esm_fast.kernels.cuda.attention_varlen import shared_bytes
+from esm_fast.kernels.cuda.attention_varlen import fits, shared_bytes
 from esm_fast.kernels.cuda.launch import SCALARS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ SM_REGISTERS = 65536
 class Facts(NamedTuple):
     """What one kernel of a compilation became. spilled: bytes of local memory and accesses to it; hmma: tensor-core
     instructions; wide: loads and stores of global memory of 16 bytes a lane; blocks: how many fit on one SM, and
-    promised: how many the source says."""
+    promised: how many the source says; 0 where Python declines to launch it."""
 
     key: str
     kernel: str
@@ -169,7 +169,7 @@ def audit(unit, compiler) -> list[Facts]:
                 hmma=sum("HMMA" in name for name in names),
                 wide=sum(bool(re.match(r"(LDG|STG)\b.*\.128", name)) for name in names),
                 blocks=blocks_per_sm(numbers["REG"], shared, threads, limits),
-                promised=promised,
+                promised=promised if _launched(kernel, unit) else 0,
             )
         )
     return rows
@@ -178,9 +178,19 @@ def audit(unit, compiler) -> list[Facts]:
 def _dynamic_shared(kernel: str, scalar: str) -> int:
     """What Python asks for: at ESM-1b's vocabulary; at the most columns that a kernel of attention takes."""
     if kernel.startswith("attention_"):
-        dtype = {name: dtype for dtype, name in SCALARS.items()}[scalar]
-        return shared_bytes(dtype, int(kernel.rpartition("_")[2]), 1 + ("backward" in kernel))
+        return shared_bytes(*_attention(kernel, scalar))
     return 64 * 33 * 4 if kernel.startswith("cross_entropy") else 0
+
+
+def _attention(kernel: str, scalar: str):
+    """(dtype, columns, tiles of its own) of a kernel of attention."""
+    dtype = {name: dtype for dtype, name in SCALARS.items()}[scalar]
+    return dtype, int(kernel.rpartition("_")[2]), 1 + ("backward" in kernel)
+
+
+def _launched(kernel: str, unit) -> bool:
+    arch = divmod(unit.arch, 10)
+    return not kernel.startswith("attention_") or fits(arch, *_attention(kernel, unit.scalar))
 
 
 def blocks_per_sm(registers: int, shared: int, threads: int, limits: Architecture) -> int:
