@@ -25,7 +25,7 @@ def results(model, tokens, targets) -> dict[str, torch.Tensor]:
     return {"logits": rows.detach()} | grads
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=SCALARS.get)
+@pytest.mark.parametrize("dtype", list(SCALARS), ids=SCALARS.get)
 def test_logits_and_gradients(dtype, emulated):
     model = trained_like(esm_fast.ProteinBertModel(Config(2, 32, 64, 2)), 0).to(dtype)
     launched = watched(emulated)
