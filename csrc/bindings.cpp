@@ -157,25 +157,6 @@ py::tuple pack(const Array<uint8_t>& ids, const Array<int64_t>& starts, const Ar
     return py::make_tuple(tokens, positions, cu_seqlens, longest);
 }
 
-// (tokens as shown, targets)
-py::tuple mask_tokens(const Array<int32_t>& tokens, const Array<int32_t>& cu_seqlens, const Array<int64_t>& records,
-                      uint32_t epoch, uint64_t seed) {
-    const size_t b = size_t(records.size());
-    const int32_t* ends = cu_seqlens.data();
-    const bool fits = size_t(cu_seqlens.size()) == b + 1 && ends[0] == 0 && ends[b] == tokens.size();
-    if (!fits || !std::is_sorted(ends, ends + b + 1))
-        throw py::value_error("cu_seqlens must rise from 0 to the number of tokens, one more than there are records");
-    py::array_t<int32_t> shown(tokens.size()), targets(tokens.size());
-    {
-        const int32_t* from = tokens.data();
-        const int64_t* numbers = records.data();
-        int32_t *token = shown.mutable_data(), *target = targets.mutable_data();
-        py::gil_scoped_release release;
-        esm::mask_tokens(from, ends, numbers, b, epoch, seed, token, target);
-    }
-    return py::make_tuple(shown, targets);
-}
-
 void set_threads(int n) {
     if (n < 1 || n > 4096) throw py::value_error("the number of threads is from 1 to 4096");
     py::gil_scoped_release release;
@@ -198,6 +179,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("encode_records", &encode_records, "residues"_a, "offsets"_a);
     module.def("plan", &plan, "lengths"_a, "budget"_a);
     module.def("pack", &pack, "ids"_a, "starts"_a, "lengths"_a, "order"_a);
-    module.def("mask_tokens", &mask_tokens, "tokens"_a, "cu_seqlens"_a, "records"_a, "epoch"_a, "seed"_a);
     esm::cpu::bind(module);
 }

@@ -163,10 +163,4 @@ int64_t pack_offsets(const PackSource& source, int32_t* cu_seqlens);
 // Writes the tokens and positions (2, 3, ... in each sequence) of cu_seqlens[b] places.
 void pack(const PackSource& source, const int32_t* cu_seqlens, int32_t* tokens, int32_t* positions);
 
-// ---- masking.cpp
-
-// Masks the tokens of b packed sequences, as masking.h defines it; records[s] is sequence s's number in its data set.
-void mask_tokens(const int32_t* tokens, const int32_t* cu_seqlens, const int64_t* records, size_t b, uint32_t epoch,
-                 uint64_t seed, int32_t* shown, int32_t* targets);
-
 }  // namespace esm

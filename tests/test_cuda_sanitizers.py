@@ -5,6 +5,7 @@ ThreadSanitizer, for which barriers are the only order between a block's threads
 and widths of packs, both of which the tests of the plain build go through in every dtype.
 """
 
+import re
 from typing import NamedTuple
 
 import pytest
@@ -45,7 +46,8 @@ class UnitsRecorder(Recorder):
 
 
 def test_every_kernel_is_clean(recorded):
-    recording = recorded(*EXERCISES)
+    """By the launches of all exercises but pre_ln_attention's, which are those of others once more."""
+    recording = recorded(*(name for name in EXERCISES if not name.startswith("pre_ln_attention")))
     kernels = {unit.source.name for unit in recording.units}
     assert kernels == {source.name for source in SOURCES.glob("*.cu")}
 
@@ -65,7 +67,6 @@ class Mutant(NamedTuple):
     exercise: str
     build: tuple[str, ...] = QUICK
     message: str = ""  # of the sanitizer
-    header: str = ""  # where the fault is, if not in the file itself
 
 
 ATTENTION = "attention_varlen-primes"
@@ -102,7 +103,12 @@ MUTANTS = {
     "sequence_too_early": Mutant("pack", "while (i >= end)", "while (i > end)", "pack"),
     "last_residue": Mutant("pack", "i < end - 1", "i < end", "pack"),
     "poison_in_padding": Mutant("pack", "store_pack(to, p, Pack<scalar, V>{})", "(void)to", "pad"),
-    "same_residue_again": Mutant("mask", "unsigned(i - begin)", "unsigned(i)", "mask"),
+    "one_too_many_masked": Mutant("mask", "rank < wanted", "rank <= wanted", "mask"),
+    "cls_masked": Mutant("mask", "p >= rules.ends && p", "p >= 0 && p", "mask"),
+    "same_letter_again": Mutant("mask", "among && chosen >= target", "among && chosen > target", "mask"),
+    "barrier_mask": Mutant(
+        "mask", BARRIER.replace("    ", 12 * " ") + "            chances", "            chances", "mask", RACES, RACE
+    ),
     "longest_special": Mutant("tokenize", "kLongest = 8", "kLongest = 7", "tokenize"),
     "lane_left_out": Mutant(
         "layer_norm", "a = warp_reduce(a);", "if (threadIdx.x % 32) a = warp_reduce(a);", "layer_norm"
@@ -137,17 +143,21 @@ MUTANTS = {
         "sums_.x[e] *= by.x[e]",
         "sums_.x[e] *= factors[int(threadIdx.x) % kWarp / 2 * stride]",
         ATTENTION,
-        header="tiles.cuh",
     ),
 }
 
 
-def found(mutant: Mutant, library, recording, folder) -> bool:
+def with_fault(mutant: Mutant) -> str:
+    """The source with the fault in it; of its headers those, too, that lead to where the fault belongs."""
     text = (SOURCES / f"{mutant.source}.cu").read_text()
-    if mutant.header:
-        text = text.replace(f'#include "{mutant.header}"', (SOURCES / mutant.header).read_text())
-    assert mutant.right in text, mutant
-    (folder / f"{mutant.source}.cu").write_text(text.replace(mutant.right, mutant.wrong))
+    while mutant.right not in text:
+        text, headers = re.subn(r'#include "(\w+\.cuh)"', lambda found: (SOURCES / found[1]).read_text(), text)
+        assert headers, mutant
+    return text.replace(mutant.right, mutant.wrong)
+
+
+def found(mutant: Mutant, library, recording, folder) -> bool:
+    (folder / f"{mutant.source}.cu").write_text(with_fault(mutant))
     units = [
         unit._replace(source=folder / unit.source.name) if unit.source.stem == mutant.source else unit
         for unit in recording.units

@@ -1,18 +1,22 @@
 """The data path on the GPU: residues to tokens, tokens to packed batches, masking, and padded layouts.
 
-Bytes go up and embeddings come down; what is computed equals the CPU's (esm_fast/data.py, packing.py, csrc/masking.h).
+Bytes go up and embeddings come down; what is computed equals the CPU's: data.py, packing.py, train/masking.py.
 """
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esm_fast.train.masking import REPLACEMENTS, Masking
+
 from .common import ceil_div, launch, row_grid
 
 _BYTES, _TOKENIZE_THREADS = 16, 256  # tokenize.cu
-_TOKENS, _THREADS = 4, 128  # pack.cu, mask.cu
+_TOKENS, _THREADS = 4, 128  # pack.cu
+_MASK_THREADS = 256  # mask.cu
 _NOWHERE = 2**63 - 1
 _UNUSED = torch.float32  # of kernels that have no dtype: they are compiled for this one
 
@@ -58,14 +62,28 @@ def pack_tokens(ids: Tensor, starts: Tensor, order: Tensor, cu_seqlens: Tensor, 
     return tokens, positions
 
 
-def mask_tokens(tokens: Tensor, cu_seqlens: Tensor, records: Tensor, epoch: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(tokens as shown, targets: -100 where none) int32, by csrc/masking.h; records int64: the sequences' numbers."""
+def mask_tokens(
+    tokens: Tensor, cu_seqlens: Tensor, records: Tensor, epoch: int, seed: int, masking: Masking
+) -> tuple[Tensor, Tensor]:
+    """(tokens as shown, targets: -100 where none) int32, as `esm_fast.train.masking.Masker` selects and replaces them.
+
+    records int64 are the sequences' numbers in their store; a sequence's ends are <cls> and <eos>.
+    """
     shown, targets = torch.empty_like(tokens), torch.empty_like(tokens)
-    grid = ceil_div(len(tokens), _TOKENS * _THREADS)
-    tensors = tokens, cu_seqlens, records, shown, targets
-    numbers = len(tokens), len(records), epoch, ctypes.c_uint64(seed)
-    launch("mask", "tokens", _UNUSED, grid, _THREADS, *tensors, *numbers)
+    letters = REPLACEMENTS[masking.replacements]
+    bounds = (_in_53_bits(share) for share in (masking.masked, masking.masked + masking.replaced))
+    ends = int(masking.specials == "never")
+    launch(
+        "mask", "tokens", _UNUSED, len(records), _MASK_THREADS,
+        tokens, cu_seqlens, records, shown, targets,
+        epoch, ctypes.c_uint64(seed), ctypes.c_double(masking.share), *bounds, ends, int(letters[0]), int(letters[-1]),
+    )  # fmt: skip
     return shown, targets
+
+
+def _in_53_bits(share: float) -> ctypes.c_uint64:
+    """The smallest number of 53 random bits that is no less than a share: exact, so that integers are compared."""
+    return ctypes.c_uint64(math.ceil(share * 2**53))
 
 
 def pad(packed: Tensor, cu_seqlens: Tensor, size: int) -> Tensor:

@@ -25,7 +25,7 @@ _WIDEST = 2**31
 class Launch(NamedTuple):
     """One launch of `kernel` in csrc/cuda/<source>.cu, as compiled for `dtype`.
 
-    arguments: tensors and None are passed as addresses, ints as 32 bits, floats as fp32, c_uint64 as it is.
+    arguments: tensors and None are passed as addresses, ints as 32 bits, floats as fp32, ctypes as they are.
     """
 
     source: str
@@ -52,7 +52,8 @@ class Executor(Protocol):
 def parameters(launch: Launch) -> tuple[str, list]:
     """(a letter a parameter, the parameters in ctypes); a kernel is handed the addresses of the latter.
 
-    Letters: of a tensor its dtype's (_LETTERS) as a capital, P for None; i for 32 bits, u for 64, f for fp32.
+    Letters: of a tensor its dtype's (_LETTERS) as a capital, P for None; i for 32 bits, u for 64, f for fp32, d for
+    fp64.
     """
     pairs = [_parameter(launch, argument) for argument in launch.arguments]
     return "".join(letter for letter, _ in pairs), [value for _, value in pairs]
@@ -71,6 +72,6 @@ def _parameter(launch: Launch, argument) -> tuple[str, object]:
         if not -_WIDEST <= argument < _WIDEST:
             raise ValueError(f"{launch.kernel}: {argument} does not fit the kernel's 32 bits")
         return "i", ctypes.c_int32(argument)
-    if isinstance(argument, ctypes.c_uint64):
-        return "u", argument
+    if isinstance(argument, ctypes.c_uint64 | ctypes.c_double):
+        return "u" if isinstance(argument, ctypes.c_uint64) else "d", argument
     raise TypeError(f"{launch.kernel}: a kernel takes no {type(argument).__name__}")

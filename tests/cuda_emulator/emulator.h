@@ -41,7 +41,7 @@ float tile_product(int place);
 const char* run(const char* kernel, Index grid, Index block, size_t dynamic_bytes, unsigned seed,
                 void (*body)(void*), void* context);
 
-// ---- Shared memory (threads.cpp), from the heap, whose limits a sanitizer knows. A block finds all bytes 255, which
+// ---- Shared memory (shared.cpp), from the heap, whose limits a sanitizer knows. A block finds all bytes 255, which
 // is NaN in every float type.
 
 void* shared(const void* key, size_t bytes);  // the block's array that goes by this key

@@ -15,10 +15,10 @@ from esm_fast.kernels.cuda.launch import SCALARS, Launch, parameters
 
 HERE = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
-CORE = ["threads", "memory", "interface"]
+CORE = ["threads", "fibers", "shared", "memory", "interface"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"]
 QUICK = ("-O1",)
-BOUNDS = ("-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")
+BOUNDS = ("-Og", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")  # -O1 would compile for twice as long
 RACES = ("-O1", "-g1", "-fsanitize=thread")
 
 

@@ -1,6 +1,7 @@
 """Calls that between them launch every kernel that ships, with what they should return: for sanitizers and mutants."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from esm_fast.kernels.cuda.layer_norm import layer_norm, layer_norm_grads
 from esm_fast import _C, packing
 from esm_fast.ops import OPS, verify
 from esm_fast.ops.registry import kernels
+from esm_fast.train.masking import Masker, Masking
+from esm_fast.train.store import Store
 
 
 class Exercise(NamedTuple):
@@ -66,12 +69,27 @@ def _pack(dtype) -> bool:
     return torch.equal(tokens, batch.tokens) and torch.equal(positions, batch.positions)
 
 
+def masked_both(lengths, masking: Masking, epoch: int, seed: int, order):
+    """((shown, targets) of the trainer, (shown, targets) of the kernel), of random records of these lengths."""
+    tokens = np.random.default_rng(0).integers(4, 31, sum(lengths), dtype=np.uint8)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    store = Store(Path("in_memory"), {}, tokens, offsets, np.zeros(len(lengths), np.uint8))
+    masker = Masker(store, masking, seed, max_residues=max(lengths))
+    order = np.asarray(order)
+    truth = masker.batch(order, epoch)
+    starts, lengths = torch.from_numpy(offsets[order]), np.asarray(lengths)[order]
+    ends = truth.batch.cu_seqlens
+    plain = packing.pack(tokens, starts.numpy(), lengths, np.arange(len(order))).tokens
+    targets = torch.full_like(plain, -100)
+    targets[truth.rows] = truth.targets.int()
+    got = data.mask_tokens(plain, ends, truth.batch.order, epoch, seed, masking)
+    return (truth.batch.tokens, targets), got
+
+
 def _mask(dtype) -> bool:
-    tokens = np.arange(4000, dtype=np.int32) % 33
-    cu_seqlens, records = np.array([0, 7, 7, 4000], np.int32), np.array([1, 2, 3])
-    expected = _C.mask_tokens(tokens, cu_seqlens, records, 0, 5)
-    got = data.mask_tokens(*map(torch.from_numpy, (tokens, cu_seqlens, records)), 0, 5)
-    return all(mine.tolist() == theirs.tolist() for mine, theirs in zip(got, expected, strict=True))
+    """Records of one chunk of a block's threads, and of two."""
+    truth, got = masked_both([1, 7, 300, 2, 5, 9, 4, 12], Masking(share=0.5), 1, 5, [2, 0, 1, 7, 6, 3, 4, 5])
+    return all(torch.equal(a, b) for a, b in zip(truth, got, strict=True))
 
 
 def _pad(dtype) -> bool:

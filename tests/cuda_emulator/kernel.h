@@ -36,6 +36,7 @@ EMULATOR_LETTER(unsigned char, 'c');
 EMULATOR_LETTER(int, 'i');
 EMULATOR_LETTER(long long, 'l');
 EMULATOR_LETTER(unsigned long long, 'u');
+EMULATOR_LETTER(double, 'd');
 
 template <typename T>
 struct Parameter {

@@ -1,199 +1,31 @@
-// The threads of a block as fibers, and the scheduler. Built without ThreadSanitizer's instrumentation even where the
-// kernels have it: what the emulator itself does is not theirs to answer for.
-#include <sys/mman.h>
-
+// The scheduler: which thread runs next, and when those that wait may go on.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <numeric>
 #include <random>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
-#include "emulator.h"
-
-#ifdef ESM_TSAN
-#include <sanitizer/tsan_interface.h>
-#endif
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-// Saves the registers that a function must keep on this stack, and goes on where the other stack was left.
-extern "C" void emulator_switch(void** left, void* entered);
-#if !defined(__x86_64__)
-#error "the emulator switches stacks on x86-64 only"
-#endif
-asm(R"(
-.text
-emulator_switch:
-    push %rbp
-    push %rbx
-    push %r12
-    push %r13
-    push %r14
-    push %r15
-    mov %rsp, (%rdi)
-    mov %rsi, %rsp
-    pop %r15
-    pop %r14
-    pop %r13
-    pop %r12
-    pop %rbx
-    pop %rbp
-    ret
-)");
+#include "threads.h"
 
 namespace emulator {
 
 Index thread_index, block_index, block_size, grid_size;
+Fiber fibers[kMostThreads], scheduler;
+unsigned current;
+char start_order, end_order;
+void (*body)(void*);
+void* context;
 
 namespace {
 
-constexpr unsigned kMostThreads = 1024, kWarp = 32;
-constexpr size_t kStack = 256 * 1024, kGuard = 4096;
-
-enum class State { ready, waits_for_block, waits_for_warp, done };
-
-struct Fiber {
-    void* stack_pointer = nullptr;
-    char* stack = nullptr;
-    void* sanitizer = nullptr;  // what a sanitizer knows it by
-    State state = State::done;
-    Index index{};
-    unsigned lanes = 0;  // that it waits for
-    int line = 0;        // where it waits
-    bool exchanges = false;
-    uint64_t given = 0, received[kWarp] = {};
-};
-
-constexpr int kSide = 16;  // of a wmma tile
-
-struct Warp {
-    unsigned epoch = 0;  // how often lanes of it were released
-    char order[2];       // ThreadSanitizer's handle on __syncwarp, of even and odd epochs
-    float operands[2][kSide * kSide];
-};
-
-Fiber fibers[kMostThreads], scheduler;
 Warp warps[kMostThreads / kWarp];
-unsigned count, current, block_epoch;
-char block_order[2], start_order, end_order;
-void (*body)(void*);
-void* context;
+unsigned count, block_epoch;
+char block_order[2];
 std::string error;
 const char* kernel_name;
-size_t dynamic_size;
-const char dynamic_key = 0;
-
-// One of the block's shared arrays.
-struct Array {
-    void* memory;
-    size_t bytes;
-    bool used;  // by this block
-};
-std::unordered_map<const void*, Array> arrays;
-
-// From the heap, whose limits AddressSanitizer knows; to ThreadSanitizer a thread that allocates writes, so that there
-// it is memory of the emulator's own.
-#ifdef ESM_TSAN
-alignas(128) char arena[256 * 1024];
-size_t arena_used;
-
-void* allocate(size_t bytes) {
-    void* memory = arena + arena_used;
-    arena_used += (bytes + 127) / 128 * 128;
-    if (arena_used > sizeof arena) fail("no GPU has that much shared memory");
-    return memory;
-}
-void free_arrays() {
-    arena_used = 0;
-    arrays.clear();
-}
-#else
-void* allocate(size_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 128, bytes)) std::abort();
-    return memory;
-}
-void free_arrays() {
-    for (auto& [key, array] : arrays) std::free(array.memory);
-    arrays.clear();
-}
-#endif
-
-void order_release(char* token) {
-#ifdef ESM_TSAN
-    __tsan_release(token);
-#else
-    (void)token;
-#endif
-}
-void order_acquire(char* token) {
-#ifdef ESM_TSAN
-    __tsan_acquire(token);
-#else
-    (void)token;
-#endif
-}
-
-void switch_stacks(Fiber& from, Fiber& to) {
-#ifdef ESM_TSAN
-    __tsan_switch_to_fiber(to.sanitizer, __tsan_switch_to_fiber_no_sync);
-#endif
-#ifdef __SANITIZE_ADDRESS__
-    void* fake = nullptr;
-    __sanitizer_start_switch_fiber(&fake, to.stack, kStack);
-#endif
-    emulator_switch(&from.stack_pointer, to.stack_pointer);
-#ifdef __SANITIZE_ADDRESS__
-    const void* bottom;
-    size_t size;
-    __sanitizer_finish_switch_fiber(fake, &bottom, &size);
-    if (&from != &scheduler) scheduler.stack = static_cast<char*>(const_cast<void*>(bottom));
-#endif
-}
-
-void pause(State state) {
-    fibers[current].state = state;
-    switch_stacks(fibers[current], scheduler);
-}
-
-// What a fiber does: the kernel, once a block.
-[[noreturn]] void thread_main() {
-#ifdef __SANITIZE_ADDRESS__
-    const void* bottom;
-    size_t size;
-    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-    scheduler.stack = static_cast<char*>(const_cast<void*>(bottom));
-#endif
-    for (;;) {
-        order_acquire(&start_order);
-        body(context);
-        order_release(&end_order);
-        pause(State::done);
-    }
-}
-
-void create(Fiber& fiber) {
-    if (!fiber.stack) {
-        void* memory = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE)) std::abort();
-        fiber.stack = static_cast<char*>(memory) + kGuard;
-    }
-#ifdef ESM_TSAN
-    if (fiber.sanitizer) __tsan_destroy_fiber(fiber.sanitizer);
-    fiber.sanitizer = __tsan_create_fiber(0);
-#endif
-    // As if thread_main had been called by nobody: six saved registers, its address, and an empty return address.
-    void** top = reinterpret_cast<void**>(fiber.stack + kStack) - 10;
-    std::fill(top, top + 10, nullptr);
-    top[6] = reinterpret_cast<void*>(thread_main);
-    fiber.stack_pointer = top;
-}
 
 unsigned first_of_warp(unsigned thread) { return thread / kWarp * kWarp; }
 
@@ -249,7 +81,7 @@ struct Failed {};
 bool in_fiber;
 
 void run_block(std::vector<unsigned>& order, std::minstd_rand* random) {
-    for (auto& [key, array] : arrays) array.used = false;
+    begin_arrays();
     for (unsigned t = 0; t < count; ++t) {
         fibers[t].state = State::ready;
         fibers[t].index = {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y};
@@ -340,25 +172,6 @@ float tile_product(int place) {
     return sum;
 }
 
-void* shared(const void* key, size_t bytes) {
-    Array& array = arrays.try_emplace(key, Array{nullptr, bytes, false}).first->second;
-    if (!array.memory) array.memory = allocate(bytes);
-    if (!array.used) {
-        volatile unsigned char* byte = static_cast<unsigned char*>(array.memory);  // not memset, which TSan would watch
-        for (size_t i = 0; i < bytes; ++i) byte[i] = 0xff;
-        array.used = true;
-    }
-    return array.memory;
-}
-
-void* dynamic_shared() { return shared(&dynamic_key, dynamic_size); }
-
-size_t shared_bytes() {
-    size_t sum = 0;
-    for (const auto& [key, array] : arrays) sum += array.bytes * array.used;
-    return sum;
-}
-
 const char* run(const char* kernel, Index grid, Index block, size_t dynamic_bytes, unsigned seed,
                 void (*thread)(void*), void* argument) {
     kernel_name = kernel;
@@ -373,8 +186,7 @@ const char* run(const char* kernel, Index grid, Index block, size_t dynamic_byte
 #ifdef ESM_TSAN
     scheduler.sanitizer = __tsan_get_current_fiber();
 #endif
-    free_arrays();
-    dynamic_size = dynamic_bytes;
+    free_arrays(dynamic_bytes);
     std::vector<unsigned> order(block.x * block.y * block.z), blocks(grid.x * grid.y * grid.z);
     std::iota(order.begin(), order.end(), 0u);
     std::iota(blocks.begin(), blocks.end(), 0u);
