@@ -229,6 +229,16 @@ def test_the_choice_by_architecture(arch, dtype, expected, grad):
         assert select(name, request).backend == REFERENCE
 
 
+@pytest.mark.parametrize("arch", [(7, 0), (7, 5)])
+def test_before_sm_80_cuda_and_cutlass_come_first(arch):
+    """Triton declines there, and what has never run on a GPU leaves it to what has."""
+    explained = dict(registry.explain("attention_varlen", Request("cuda", arch, torch.float16, 64, True)))
+    willing = [name for name in explained if name not in ("triton", "xformers")]
+    assert willing[:2] == ["cuda", "cutlass"] and explained["cuda"] and not explained["cutlass"]
+    if "triton" in explained:
+        assert explained["triton"] == [f"needs compute capability 8.0, this GPU has {arch[0]}.{arch[1]}"]
+
+
 def test_a_cpu_prefers_its_own_kernels():
     request = Request("cpu", None, torch.float32, 64, False)
     names = [name for name, reasons in registry.explain("pre_ln_attention", request) if not reasons]
