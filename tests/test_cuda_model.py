@@ -1,4 +1,4 @@
-"""A whole model on the CUDA backend, executed by the emulator: logits, loss and gradients under the tolerance rule."""
+"""A whole model on the CUDA backend, on the emulator: logits, contacts and gradients under the tolerance rule."""
 
 import copy
 
@@ -17,12 +17,14 @@ LENGTHS = (5, 17, 34)
 
 
 def results(model, tokens, targets) -> dict[str, torch.Tensor]:
-    """Logits of the residues, and the gradient of every parameter that the loss depends on."""
+    """Logits of the residues, contacts, and the gradient of every parameter that the loss depends on."""
+    with torch.no_grad():
+        contacts = model.predict_contacts(tokens)
     logits = model(tokens)["logits"]
     rows = logits[targets >= 0]
     F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), targets[targets >= 0]).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": rows.detach()} | grads
+    return {"logits": rows.detach(), "contacts": contacts} | grads
 
 
 @pytest.mark.parametrize("dtype", list(SCALARS), ids=SCALARS.get)
@@ -44,6 +46,7 @@ def test_logits_and_gradients(dtype, emulated):
     names = list(found["truth"])
     assert list(found["cuda"]) == names
     assert {"attention_forward_64", "attention_backward_q_64", "attention_backward_kv_64"} <= launched
+    assert {"contact_map_lse_64", "contact_map_sums_64", "contact_map_tiles_64"} <= launched
     assert {"embedding_forward", "bias_gelu_backward", "layer_norm_backward"} <= launched
     lists = [[found[name][key] for key in names] for name in ("cuda", "reference", "truth")]
     largest = max(float(t.abs().max()) for t in lists[2])

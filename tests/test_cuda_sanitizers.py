@@ -69,7 +69,7 @@ class Mutant(NamedTuple):
     message: str = ""  # of the sanitizer
 
 
-ATTENTION = "attention_varlen-primes"
+ATTENTION, CONTACTS = "attention_varlen-primes", "contact_map-primes"
 RACE, OVERFLOW = "data race", "buffer-overflow"
 BARRIER = "    __syncthreads();\n"
 MUTANTS = {
@@ -128,10 +128,21 @@ MUTANTS = {
     "warp_barrier": Mutant("attention", "    __syncwarp();\n    scalar*", "    scalar*", ATTENTION, RACES, RACE),
     "wide_stride": Mutant("attention", "kDim + kWide;", "kDim + 4 * kWide;", ATTENTION, BOUNDS, OVERFLOW),
     "rows_of_the_next": Mutant("attention", "        if (row >= part.length) continue;\n", "", ATTENTION),
-    "mask_of_keys": Mutant("attention", "column_of(j) < part.length ?", "column_of(j) <= part.length ?", ATTENTION),
+    "mask_of_keys": Mutant("attention", "column_of(j) < length ?", "column_of(j) <= length ?", ATTENTION),
     "stride_of_heads": Mutant("attention", "size_t(row) * step", "size_t(row) * dim", ATTENTION),
     "last_row": Mutant(
         "attention", "cu_seqlens[sequence + 1] - start,", "cu_seqlens[sequence + 1] - start - 1,", ATTENTION
+    ),
+    "contacts_mirror": Mutant("contact_map", "map.put(column + c, row + r,", "map.put(row + r, column + c,", CONTACTS),
+    "contacts_kept": Mutant("contact_map", "keep[row] && keep[column]", "keep[row]", CONTACTS),
+    "contacts_diagonal": Mutant("contact_map", "first >= left + kOther;", "first >= left;", CONTACTS),
+    "contacts_barrier": Mutant(
+        "contact_map",
+        "        __syncthreads();\n        load_rows<kDim>(q, part, part.first",
+        "        load_rows<kDim>(q, part, part.first",
+        CONTACTS,
+        RACES,
+        RACE,
     ),
     "no_rescaling": Mutant(
         "attention", "sums[c].scale(shared.scratch + kFactors, kScratch);", "(void)sums;", ATTENTION

@@ -3,6 +3,24 @@
 See docs/cuda.md.
 """
 
-from . import attention_varlen, embedding, gelu_ffn, masked_lm_head, masked_softmax, pool, pre_ln_attention
+from . import (
+    attention_varlen,
+    contact_map,
+    embedding,
+    gelu_ffn,
+    masked_lm_head,
+    masked_softmax,
+    pool,
+    pre_ln_attention,
+)
 
-MODULES = (attention_varlen, embedding, gelu_ffn, masked_lm_head, masked_softmax, pool, pre_ln_attention)
+MODULES = (
+    attention_varlen,
+    contact_map,
+    embedding,
+    gelu_ffn,
+    masked_lm_head,
+    masked_softmax,
+    pool,
+    pre_ln_attention,
+)

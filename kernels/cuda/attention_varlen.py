@@ -5,8 +5,8 @@ import torch
 from . import common
 from .common import ceil_div, implements, launch
 
-_TILE, _OTHER, _LARGEST = 16, 32, 128  # attention.cu
-_TURING, _TURINGS_SHARED = (7, 5), 64 << 10  # the only one that gives a block less than fp32 gradients may need
+_TILE, _OTHER, _LARGEST = 16, 32, 128  # attention.cuh
+_TURING, _TURINGS_SHARED = (7, 5), 64 << 10  # the only one that gives a block less than fp32 may need
 
 
 def _warps(dtype) -> int:
@@ -18,7 +18,7 @@ def _padded(head_dim: int) -> int:
 
 
 def shared_bytes(dtype: torch.dtype, head_dim: int, own_tiles: int) -> int:
-    """Of a block that holds so many tiles of its own rows: see Shared in attention.cu."""
+    """Of a block that holds so many tiles of its own rows: see Shared in attention.cuh."""
     size, own = dtype.itemsize, _warps(dtype) * _TILE
     stride = _padded(head_dim) + 16 // size
     scratch = max(_OTHER * size // 4 + _TILE, _OTHER) + 8
@@ -30,26 +30,32 @@ def fits(arch, dtype: torch.dtype, head_dim: int, own_tiles: int) -> bool:
     return arch != _TURING or shared_bytes(dtype, head_dim, own_tiles) <= _TURINGS_SHARED
 
 
-def why_not(request) -> list[str]:
+def why_not(request, own_tiles: int | None = None) -> list[str]:
+    """What keeps kernels from running a request, whose blocks hold so many tiles of their own rows."""
     reasons = common.why_not(request)
-    head_dim = request.head_dim
+    head_dim, own_tiles = request.head_dim, own_tiles or 1 + request.grad
     if head_dim is not None and head_dim > _LARGEST:
         reasons.append(f"takes heads of up to {_LARGEST} columns, these have {head_dim}")
-    elif not fits(request.arch, request.dtype, head_dim, 1 + request.grad):
-        reasons.append(f"needs more shared memory than this GPU has for float32 gradients of heads of {head_dim}")
+    elif not fits(request.arch, request.dtype, head_dim, own_tiles):
+        what = "float32 gradients" if request.grad else "float32"
+        reasons.append(f"needs more shared memory than this GPU has for {what} of heads of {head_dim}")
     return reasons
 
 
-def _launch(name, own_tiles, tensors, cu_seqlens, max_seqlen, scale):
-    n, heads, head_dim = tensors[0].shape
-    dtype = tensors[0].dtype
-    tiles = ceil_div(max_seqlen, _warps(dtype) * _TILE)
-    grid = tiles * (len(cu_seqlens) - 1), heads
+def launch_tiles(source, name, own_tiles, q, tensors, cu_seqlens, max_seqlen, scale, columns=None):
+    """A kernel over tiles of q's rows: a block each in every head, or in every 32 `columns`, where they are given."""
+    n, heads, head_dim = q.shape
+    tiles = ceil_div(max_seqlen, _warps(q.dtype) * _TILE)
+    grid = tiles * (len(cu_seqlens) - 1), heads if columns is None else ceil_div(columns, _OTHER)
     launch(
-        "attention", f"{name}_{_padded(head_dim)}", dtype, grid, _warps(dtype) * 32,
+        source, f"{name}_{_padded(head_dim)}", q.dtype, grid, _warps(q.dtype) * 32,
         *tensors, cu_seqlens, n, tiles, heads, head_dim, float(scale),
-        shared=shared_bytes(dtype, head_dim, own_tiles),
+        shared=shared_bytes(q.dtype, head_dim, own_tiles),
     )  # fmt: skip
+
+
+def _launch(name, own_tiles, tensors, cu_seqlens, max_seqlen, scale):
+    launch_tiles("attention", name, own_tiles, tensors[0], tensors, cu_seqlens, max_seqlen, scale)
 
 
 def attend(q, k, v, cu_seqlens, max_seqlen, scale):

@@ -56,6 +56,7 @@ LIMITS = {
     120: Architecture(100 << 10, 1536, 24, 1024),
 }
 SM_REGISTERS = 65536
+_BY_TILES = ("attention_", "contact_map_")  # which attention.cuh lays out
 
 
 class Facts(NamedTuple):
@@ -177,20 +178,21 @@ def audit(unit, compiler) -> list[Facts]:
 
 def _dynamic_shared(kernel: str, scalar: str) -> int:
     """What Python asks for: at ESM-1b's vocabulary; at the most columns that a kernel of attention takes."""
-    if kernel.startswith("attention_"):
+    if kernel.startswith(_BY_TILES):
         return shared_bytes(*_attention(kernel, scalar))
     return 64 * 33 * 4 if kernel.startswith("cross_entropy") else 0
 
 
 def _attention(kernel: str, scalar: str):
-    """(dtype, columns, tiles of its own) of a kernel of attention."""
+    """(dtype, columns, tiles of its own) of a kernel of attention or contacts."""
     dtype = {name: dtype for dtype, name in SCALARS.items()}[scalar]
-    return dtype, int(kernel.rpartition("_")[2]), 1 + ("backward" in kernel)
+    name, _, columns = kernel.rpartition("_")
+    return dtype, int(columns), 1 if name in ("attention_forward", "contact_map_lse") else 2
 
 
 def _launched(kernel: str, unit) -> bool:
     arch = divmod(unit.arch, 10)
-    return not kernel.startswith("attention_") or fits(arch, *_attention(kernel, unit.scalar))
+    return not kernel.startswith(_BY_TILES) or fits(arch, *_attention(kernel, unit.scalar))
 
 
 def blocks_per_sm(registers: int, shared: int, threads: int, limits: Architecture) -> int:
