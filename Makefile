@@ -21,6 +21,7 @@ bench: .venv/bench
 	mkdir -p out
 	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
 	$(BIN)/python benches/bench_peers.py --profile --out out/peers
+	$(BIN)/python benches/bench_train.py --out out/train
 
 # Compiles every Triton and CUDA kernel for every architecture and runs Triton's in its interpreter, without a GPU; after
 # a change to a kernel, this renews the tables that tests compare with. Tens of minutes if all has changed.
