@@ -23,7 +23,7 @@ CPU = ROOT / "csrc" / "cpu"
 NATIVE = Path(__file__).resolve().parent / "native"
 COMPILE = ["g++", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
 AMX = FLAGS["amx"].split()
-KERNEL_TESTS = ["test_cpu.py", "test_cpu_edges.py", "test_stack.py", "test_int8.py"]
+KERNEL_TESTS = ["test_cpu.py", "test_cpu_edges.py", "test_cpu_training.py", "test_stack.py", "test_int8.py"]
 EMULATED = [*AMX, "-DESM_EMULATE_AMX"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

@@ -307,8 +307,17 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["fair", "own", "transformers", "bin"])
+@pytest.mark.parametrize(
+    "layout, dtype",
+    [
+        ("fair", "float32"),
+        ("fair", "bfloat16"),
+        ("own", "float32"),
+        ("own", "bfloat16"),
+        ("transformers", "bfloat16"),
+        ("bin", "float32"),
+    ],
+)
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, layout, dtype):
     model = fair_esm_model(layers=8, heads=8, head_dim=64, ffn=2048)  # 100 MB
     source = save_fair_esm(model, tmp_path / "big.pt")
