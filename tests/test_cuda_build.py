@@ -75,13 +75,16 @@ def nvrtc():
 
 
 def test_a_sample_compiles_as_the_table_says(nvrtc):
-    """One file, another dtype and architecture in turn; sm_70 is left to who has tools that read it."""
+    """Every file but attention's, which is slow to compile; another dtype and architecture in turn. sm_70 is left to
+    who has tools that read it."""
     if audit.tools() is None:
         pytest.skip("needs Triton, for NVIDIA's disassembler")
     units = [unit for unit in build.units() if unit.arch > 70]
     sources = sorted({unit.source for unit in units})
     table = {(facts.key, facts.kernel): facts for facts in audit.read_table()}
     for i, source in enumerate(sources):
+        if source.stem == "attention":
+            continue
         of_source = [unit for unit in units if unit.source == source]
         for facts in audit.audit(of_source[7 * i % len(of_source)], nvrtc):
             assert facts == table[facts.key, facts.kernel]
