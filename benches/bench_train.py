@@ -106,7 +106,7 @@ def tasks_of(args, folder: Path, header: dict[str, str]) -> list[Task]:
         "rounds": str(args.rounds),
     }
     return [
-        Task(peer, replace(recipe, precision=precision, output=str(folder / f"{peer}-{precision}")), args.threads)
+        Task(peer, replace(recipe, precision=precision), args.threads)
         for precision in args.precision
         for peer in args.peers
     ]

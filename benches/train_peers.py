@@ -1,9 +1,10 @@
 """Training's peers, each in a process of its own: one step verified, an epoch to warm up, an epoch timed."""
 
 import resource
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,10 @@ class Outcome:
 def run(task: Task) -> Outcome:
     """One peer in this process, which has to be fresh: its peak of memory is the process's."""
     torch.set_num_threads(task.threads)
-    trainer = Trainer(task.recipe, open_store(task.recipe.store), Processes(0, 1, torch.device("cpu")))
+    output = tempfile.mkdtemp(dir=Path(task.recipe.store).parent)  # a new one: a run goes on where it finds another
+    trainer = Trainer(
+        replace(task.recipe, output=output), open_store(task.recipe.store), Processes(0, 1, torch.device("cpu"))
+    )
     # Everyone's first batch: the records, the masks and the weights are ours.
     first = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0)
     loss, norm, epoch = PEERS[task.peer](trainer, first)
