@@ -138,6 +138,11 @@ def test_gradients_do_not_reach_a_frozen_model(esm):
     assert predictor.head.weight.grad is not None and all(p.grad is None for p in esm.parameters())
 
 
+def test_metrics_of_one_label_are_undefined():
+    found = Targets("regression", "sequence").metrics(torch.tensor([[1.0]]), torch.tensor([2.0]))
+    assert np.isnan(found["r2"]) and np.isnan(found["spearman"])
+
+
 # ---- tables
 
 

@@ -142,7 +142,8 @@ class Targets:
         if self.task == "classification":
             return {"accuracy": float((predicted.argmax(1) == wanted).double().mean())}
         x, y = predicted[:, 0], wanted.double()
-        r2 = 1 - float((x - y).square().sum() / (y - y.mean()).square().sum())
+        spread = float((y - y.mean()).square().sum())
+        r2 = 1 - float((x - y).square().sum()) / spread if spread else float("nan")
         return {"r2": r2, "spearman": float(torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1])}
 
 
