@@ -28,7 +28,7 @@ OPTIONS = {
 
 def run(*command, **options):
     environment = {**os.environ, **OPTIONS, **options.pop("env", {})}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, env=environment, **options)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800, env=environment, **options)
 
 
 @pytest.fixture(scope="module")
