@@ -27,8 +27,8 @@ OPTIONS = {
 
 
 def run(*command, **options):
-    environment = {**os.environ, **OPTIONS, **options.pop("env", {})}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800, env=environment, **options)
+    options["env"] = {**os.environ, **OPTIONS, **options.pop("env", {})}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800, **options)
 
 
 @pytest.fixture(scope="module")
