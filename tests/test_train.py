@@ -19,12 +19,13 @@ from esm_fast import weights
 from esm_fast.cli import main
 from esm_fast.data import Policy
 from esm_fast.models.esm1 import Config
+from esm_fast.packing import pack_padded
 from esm_fast.train import checkpoint
 from esm_fast.train.loop import Trainer
 from esm_fast.train.model import new_model
 from esm_fast.train.prepare import prepare
 from esm_fast.train.processes import Processes
-from esm_fast.train.recipe import POSITIONS, RecipeError, read_recipe, recipe_from
+from esm_fast.train.recipe import ATTENTION, RecipeError, read_recipe, recipe_from
 from esm_fast.train.report import Log, read_log
 from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate
 from esm_fast.train.store import open_store
@@ -369,7 +370,7 @@ def test_recipes_that_ship():
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nsteptokens: 3", "unknown entries: steptokens"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1.5", "steps is 1.5; expected int"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nprecision: fp8", "precision is 'fp8'"),
-        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\npositions: waves", "positions is 'waves'"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nattention: near", "attention is 'near'"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nmasking: {specials: all}", "specials is 'all'"),
         ("[", "is not YAML"),
         ("3", "expected names and values"),
@@ -381,14 +382,21 @@ def test_recipe_mistakes(tmp_path, text, problem):
         read_recipe(tmp_path / "r.yaml")
 
 
-def test_sinusoidal_positions_know_their_distance():
-    """In waves, the likeness of two rows follows from their distance alone; in random rows from nothing."""
-    config = Config(1, 64, 64, 1)
-    waves, normal = (new_model(config, 0, 0.02, positions=how).embed_positions.weight for how in POSITIONS[::-1])
-    likeness = (waves[2:] @ waves[2:].T).detach()
-    assert likeness.diagonal(1).std() < 1e-5 and likeness[0, 1] > 0.9 * likeness[0, 0] > likeness[0, 30]
-    assert not waves[1].any()  # the padding token's
-    assert normal[2:].std() < 0.03
+def test_local_attention_looks_at_neighbours():
+    """From random numbers every residue weighs the same; begun locally, the nearest weigh most, at any place."""
+    config, size = Config(1, 64, 64, 1), 200
+    tokens = torch.cat([torch.tensor([0]), torch.randint(4, 24, (size,)), torch.tensor([2])])[None]
+    batch, _ = pack_padded(tokens)
+    near = {}
+    for how in ATTENTION:
+        model = new_model(config, 0, 0.02, attention=how)
+        with torch.no_grad():
+            weights = model.forward_packed(batch, attentions=True).attentions[0][0, 0, 1:-1, 1:-1]
+        distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
+        near[how] = [float(weights[(distance == d)].mean() * size) for d in (1, 8, 64)]
+        assert not model.embed_positions.weight[1].any()  # of padding
+    assert near["normal"] == pytest.approx([1, 1, 1], rel=0.1)
+    assert near["local"][0] > 1.5 * near["local"][1] > 2 * near["local"][2]
 
 
 def test_recipe_numbers_without_a_dot(tmp_path):

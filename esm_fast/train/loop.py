@@ -51,7 +51,7 @@ class Trainer:
             raise ValueError(f"{store.path} holds no records for training")
         self.steps = Steps(records, self.masker.lengths(records), recipe.seed, recipe.step_tokens)
         self.valid_records = self._valid_records()
-        new = new_model(recipe.model, recipe.seed, recipe.init_std, positions=recipe.positions)
+        new = new_model(recipe.model, recipe.seed, recipe.init_std, attention=recipe.attention)
         self.esm = new.to(processes.device)
         self.esm.recompute = recipe.recompute
         self.model: torch.nn.Module = InPrecision(MaskedLM(self.esm), getattr(torch, recipe.precision))

@@ -46,12 +46,13 @@ class InPrecision(nn.Module):
 _SINUSOIDAL_RMS = 0.1
 
 
-def new_model(config: Config, seed: int, std: float, *, positions: str = "normal") -> ESM1:
+def new_model(config: Config, seed: int, std: float, *, attention: str = "normal") -> ESM1:
     """A model to be trained, initialised as RoBERTa is (Liu et al. 2019): matrices N(0, std), biases 0, gains 1.
 
-    positions: "normal", or "sinusoidal": the table of positions, learned all the same, begins as the waves of Vaswani
-    et al. (2017), in which "the residue before this one" is a linear map. A short run does not find that in random
-    rows, and then learns each protein's composition and nothing about order.
+    attention: "normal", or "local": every head begins by looking at a residue's neighbours. The table of positions,
+    learned all the same, begins as the waves of Vaswani et al. (2017), whose likeness falls with distance, and queries
+    equal keys (Trockman and Kolter 2023). A short run does not find that from random numbers, and then learns each
+    protein's composition and nothing about order.
     """
     model = ESM1(config)
     generator = torch.Generator().manual_seed(seed)
@@ -61,8 +62,13 @@ def new_model(config: Config, seed: int, std: float, *, positions: str = "normal
                 parameter.normal_(std=std, generator=generator)
             else:
                 parameter.fill_(1.0 if "layer_norm" in name and name.endswith("weight") else 0.0)
-        if positions == "sinusoidal":
+        if attention == "local":
             model.embed_positions.weight.copy_(_waves(*model.embed_positions.weight.shape))
+            for layer in model.layers:
+                heads = layer.self_attn.q_proj.weight.unflatten(0, (config.attention_heads, -1))
+                for head in heads:
+                    nn.init.orthogonal_(head, generator=generator)
+                layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
         for table in (model.embed_tokens, model.embed_positions):
             table.weight[table.padding_idx] = 0
         model.contact_head.regression.weight.zero_()  # "not fitted", as `weights.save` understands it

@@ -9,7 +9,7 @@ from .masking import Masking
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
-POSITIONS = ("normal", "sinusoidal")
+ATTENTION = ("normal", "local")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
 MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "plot"}
@@ -25,10 +25,10 @@ class Recipe:
 
     model: sizes, or a name of `models.esm1.CONFIGS`. step_tokens: in one update, over all processes, to within a
     sequence; batch_tokens: in one packed batch at most, as memory allows. clip: the largest norm of the gradient, or
-    None. positions: what the learned table of positions begins as (`model.new_model`). cooldown: the last steps, over
-    which the learning rate goes to zero. recompute: each layer again in the backward pass, a third more work, instead
-    of keeping what is inside it. valid_tokens: how much of the held-out records is used each time, 0 for all.
-    peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
+    None. attention: what the heads begin as (`model.new_model`). cooldown: the last steps, over which the learning rate
+    goes to zero. recompute: each layer again in the backward pass, a third more work, instead of keeping what is inside
+    it. valid_tokens: how much of the held-out records is used each time, 0 for all. peak_tflops: of one device, for the
+    MFU. keep: how many checkpoints stay.
     """
 
     model: Config
@@ -38,7 +38,7 @@ class Recipe:
     seed: int = 0
     masking: Masking = field(default_factory=Masking)
     init_std: float = 0.02
-    positions: str = "normal"
+    attention: str = "normal"
     step_tokens: int = 131_072
     batch_tokens: int = 16_384
     learning_rate: float = 1e-4
@@ -61,7 +61,7 @@ class Recipe:
     plot: bool = True
 
     def __post_init__(self):
-        for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING, "positions": POSITIONS}.items():
+        for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING, "attention": ATTENTION}.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
         for name in ("steps", "step_tokens", "batch_tokens", "log_every", "valid_every", "save_every", "keep"):
