@@ -224,7 +224,7 @@ def launch(count, tmp_path, recipe_path, output):
     script.write_text(COMMAND)
     arguments = [str(script), "pretrain", str(recipe_path), "-o", str(tmp_path / output)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
 
 
@@ -382,21 +382,20 @@ def test_recipe_mistakes(tmp_path, text, problem):
         read_recipe(tmp_path / "r.yaml")
 
 
-def test_local_attention_looks_at_neighbours():
-    """From random numbers every residue weighs the same; begun locally, the nearest weigh most, at any place."""
-    config, size = Config(1, 64, 64, 1), 200
+def test_attention_begins_at_neighbours():
+    """Two heads of layer l weigh the residues l before and l behind most, at any place; random ones none."""
+    config, size = Config(2, 96, 64, 3), 200
     tokens = torch.cat([torch.tensor([0]), torch.randint(4, 24, (size,)), torch.tensor([2])])[None]
     batch, _ = pack_padded(tokens)
-    near = {}
     for how in ATTENTION:
         model = new_model(config, 0, 0.02, attention=how)
-        with torch.no_grad():
-            weights = model.forward_packed(batch, attentions=True).attentions[0][0, 0, 1:-1, 1:-1]
-        distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
-        near[how] = [float(weights[(distance == d)].mean() * size) for d in (1, 8, 64)]
         assert not model.embed_positions.weight[1].any()  # of padding
-    assert near["normal"] == pytest.approx([1, 1, 1], rel=0.1)
-    assert near["local"][0] > 1.5 * near["local"][1] > 2 * near["local"][2]
+        with torch.no_grad():
+            maps = model.forward_packed(batch, attentions=True).attentions[0][:, :2, 10:-10]
+        for layer, heads in enumerate(maps, start=1):
+            for head, offset in zip(heads, (-layer, layer), strict=True):
+                found = head.argmax(1) == torch.arange(10, 10 + len(head)) + offset
+                assert (found.float().mean() > 0.9) == (how == "neighbours")
 
 
 def test_recipe_numbers_without_a_dot(tmp_path):

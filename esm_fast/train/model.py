@@ -1,5 +1,7 @@
 """The model as it is trained: the loss on the selected rows, in half precision from fp32 parameters."""
 
+import math
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -41,18 +43,18 @@ class InPrecision(nn.Module):
         return functional_call(self.module, weights, args, tie_weights=True)
 
 
-# Of each entry of a sinusoidal table. Adam moves the rows of a table by its learning rate whatever their gradient, and
-# most of theirs is noise: 0.05 within a few thousand steps of 1e-3. What is to survive begins well above that.
-_SINUSOIDAL_RMS = 0.1
+# Of a table of waves, each entry's size: Adam moves the rows of a table by its learning rate whatever their gradient,
+# and most of theirs is noise: 0.05 within a few thousand steps of 1e-3. What is to survive begins well above that.
+_WAVES_RMS = 0.1
+_SHARPNESS = 1.5  # of queries and keys that find a neighbour: its weight is about half of all at first
 
 
 def new_model(config: Config, seed: int, std: float, *, attention: str = "normal") -> ESM1:
     """A model to be trained, initialised as RoBERTa is (Liu et al. 2019): matrices N(0, std), biases 0, gains 1.
 
-    attention: "normal", or "local": every head begins by looking at a residue's neighbours. The table of positions,
-    learned all the same, begins as the waves of Vaswani et al. (2017), whose likeness falls with distance, and queries
-    equal keys (Trockman and Kolter 2023). A short run does not find that from random numbers, and then learns each
-    protein's composition and nothing about order.
+    attention: "normal", or "neighbours": two heads of layer l begin by looking at the residues l before and l behind.
+    For that the table of positions, learned all the same, begins as waves, whose phase a head can shift. A short run
+    does not find neighbours from random numbers, and then learns each protein's composition and nothing about order.
     """
     model = ESM1(config)
     generator = torch.Generator().manual_seed(seed)
@@ -62,24 +64,41 @@ def new_model(config: Config, seed: int, std: float, *, attention: str = "normal
                 parameter.normal_(std=std, generator=generator)
             else:
                 parameter.fill_(1.0 if "layer_norm" in name and name.endswith("weight") else 0.0)
-        if attention == "local":
-            model.embed_positions.weight.copy_(_waves(*model.embed_positions.weight.shape))
-            for layer in model.layers:
-                heads = layer.self_attn.q_proj.weight.unflatten(0, (config.attention_heads, -1))
-                for head in heads:
-                    nn.init.orthogonal_(head, generator=generator)
-                layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        if attention == "neighbours":
+            _look_at_neighbours(model, generator)
         for table in (model.embed_tokens, model.embed_positions):
             table.weight[table.padding_idx] = 0
         model.contact_head.regression.weight.zero_()  # "not fitted", as `weights.save` understands it
     return model
 
 
-def _waves(rows: int, width: int) -> torch.Tensor:
-    """(rows, width): sines, then cosines, of wavelengths from 2 pi to 20,000 pi rows."""
-    frequency = 10_000 ** -torch.linspace(0, 1, (width + 1) // 2)
+def _look_at_neighbours(model: ESM1, generator: torch.Generator) -> None:
+    """Position i becomes (sin w i, cos w i) for random frequencies w, so that rows are alike only where they are equal
+    (Rahimi and Recht 2007). A query holds some of these waves as they are, and the key of j those of j - offset."""
+    rows, width = model.embed_positions.weight.shape
+    frequency = torch.rand(width // 2, generator=generator) * math.pi
     angle = torch.arange(rows)[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], 1)[:, :width] * (_SINUSOIDAL_RMS * 2**0.5)
+    model.embed_positions.weight[:, : 2 * len(frequency)] = (
+        _WAVES_RMS * 2**0.5 * torch.cat([angle.sin(), angle.cos()], 1)
+    )
+    for distance, layer in enumerate(model.layers, start=1):
+        attention = layer.self_attn
+        queries, keys = (
+            projection.weight.unflatten(0, (model.config.attention_heads, -1))
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        for head, offset in zip(range(len(queries)), (-distance, distance), strict=False):
+            chosen = torch.randperm(len(frequency), generator=generator)[: queries.shape[1] // 2]
+            queries[head], keys[head] = (_shifted(chosen, frequency, shift, queries.shape[1:]) for shift in (0, offset))
+
+
+def _shifted(chosen: torch.Tensor, frequency: torch.Tensor, shift: int, shape: torch.Size) -> torch.Tensor:
+    """(head_dim, width): takes the chosen waves of position i - shift from the row of position i."""
+    matrix, count, sines = torch.zeros(shape), len(chosen), torch.arange(len(chosen))
+    turn = frequency[chosen] * -shift
+    matrix[sines, chosen], matrix[sines, chosen + len(frequency)] = turn.cos(), turn.sin()
+    matrix[count + sines, chosen], matrix[count + sines, chosen + len(frequency)] = -turn.sin(), turn.cos()
+    return matrix * _SHARPNESS
 
 
 def training_flops(config: Config, lengths, selected: int) -> float:

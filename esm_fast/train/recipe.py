@@ -9,7 +9,7 @@ from .masking import Masking
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
-ATTENTION = ("normal", "local")
+ATTENTION = ("normal", "neighbours")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
 MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "plot"}
