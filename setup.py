@@ -69,7 +69,11 @@ setup(
     ],
     # The kernels stand at the top level, beside csrc, and are imported as `esm_fast.kernels`.
     package_dir={"esm_fast": "esm_fast", "esm_fast.kernels": "kernels"},
-    package_data={"esm_fast.kernels.cuda": ["*.csv"], "esm_fast.kernels.triton": ["*.csv"]},
+    package_data={
+        "esm_fast.models": ["*.safetensors"],
+        "esm_fast.kernels.cuda": ["*.csv"],
+        "esm_fast.kernels.triton": ["*.csv"],
+    },
     # An isolated build brings its own compiler along.
     setup_requires=[f"{name}=={version}" for name, version in cuda_build().NVRTC.items()] if CUDA == "nvrtc" else [],
     ext_modules=[Extension("esm_fast._C", sources=[])],

@@ -1,4 +1,4 @@
-"""Names of published models -> files: in torch-hub's and Hugging Face's caches, or by a resumable download."""
+"""Names of models -> files: in this package, in torch-hub's and Hugging Face's caches, or by a resumable download."""
 
 import os
 import urllib.error
@@ -21,7 +21,8 @@ def canonical_name(name: str) -> str:
 
 
 def published_names() -> list[str]:
-    return [name for name in CONFIGS if not name.endswith("_demo")]
+    """fair-esm's, and the small one in this package."""
+    return list(CONFIGS)
 
 
 def is_published(name: str | Path) -> bool:
@@ -48,7 +49,9 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """A published model in torch-hub's cache (fair-esm's files), else in Hugging Face's, else None."""
+    """Where a published model lies: in this package, in torch-hub's cache (fair-esm's files), or in Hugging Face's."""
+    if (own := Path(__file__).parent / "models" / f"{name}.safetensors").exists():
+        return own
     file = torch_hub_folder() / f"{name}.pt"
     if file.exists():
         return file

@@ -95,7 +95,7 @@ def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch
     """A model holding a checkpoint's tensors: the very same memory where dtype needs no conversion.
 
     A missing, extra, mis-shaped or non-finite tensor is a CheckpointError naming it. Without contact regression or
-    language-model head the model loads with a warning and says so when these are asked for.
+    language-model head the model loads, with a warning unless we wrote the file, and says so when these are asked for.
     """
     with without_values():
         model = model_class(checkpoint.config, backend=backend).requires_grad_(not checkpoint.packed)
@@ -107,7 +107,8 @@ def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch
     else:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
     if not CONTACT_KEYS & set(tensors):
-        warnings.warn(f"{checkpoint.source} has no contact regression: contacts are not available", stacklevel=2)
+        if checkpoint.kind != "esm_fast":  # one that we wrote lacks it because its original did
+            warnings.warn(f"{checkpoint.source} has no contact regression: contacts are not available", stacklevel=2)
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-DEMO = "random:esm1b_t6_demo"
+DEMO = "esm1b_t6_demo"
 _LISTED = 10
 _NATIVE_BF16 = ("avx512bf16", "amx")  # levels of esm_fast._C
 MEANINGLESS = "random weights: these numbers mean nothing"
@@ -24,8 +24,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=DEMO,
         metavar="NAME|PATH",
         help="esm1b_t33_650M_UR50S, facebook/esm-1b, esm1v_t33_650M_UR90S_1 ... 5; a fair-esm .pt file, a Hugging Face "
-        "folder or a file of esm-fast convert; or random:NAME[:seed] (default: %(default)s, WHOSE NUMBERS MEAN "
-        "NOTHING: it only shows that everything works)",
+        "folder or a file of esm-fast convert; or random:NAME[:seed] (default: %(default)s, which comes with the "
+        "package: small, for trying out; docs/esm1b_t6_demo.md says what it has learned)",
     )
     group.add_argument(
         "--dtype",
