@@ -1,8 +1,10 @@
-"""The C++ under sanitizers: the extension with AddressSanitizer and UndefinedBehaviorSanitizer, the thread pool also
-with ThreadSanitizer. Each build is given a planted mistake, which it must find, or its silence would prove nothing."""
+"""The C++ under sanitizers: the extension with AddressSanitizer and UndefinedBehaviorSanitizer, the FASTA parser also
+under a fuzzer, the thread pool also with ThreadSanitizer. Each build is given a planted mistake, which it must find, or
+its silence would prove nothing."""
 
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -115,6 +117,22 @@ def test_a_read_beyond_the_rows_is_found(python, level):
 def test_a_misaligned_read_is_found(python):
     done = python("-c", PLANTED, "base", "1")
     assert done.returncode and "misaligned address" in done.stderr, done.stderr
+
+
+# --- the FASTA parser ------------------------------------------------------------------------------------------------
+
+
+def test_the_fasta_parser_under_fuzzing(needs, tmp_path):
+    needs(BOUNDS)
+    sources = (TESTS / "native" / "fasta_fuzz.cpp", ROOT / "csrc" / "fasta.cpp")
+    program = compiled(tmp_path / "fuzz", *BOUNDS, *sources)
+    seed = secrets.randbelow(1 << 32)  # other inputs each time; the bytes that go wrong are printed
+    done = run(program, 3, seed)
+    assert done.returncode == 0 and done.stdout.startswith("right"), done.stdout + done.stderr
+    planted = run(program, "swallow")
+    assert planted.returncode and "wrong for the bytes" in planted.stdout
+    planted = run(program, "overrun")
+    assert planted.returncode and "heap-buffer-overflow" in planted.stderr
 
 
 # --- the thread pool -------------------------------------------------------------------------------------------------
