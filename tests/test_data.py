@@ -92,6 +92,19 @@ def test_pieces_give_the_records_of_the_definition(data, sizes, chunk_bytes):
     assert lines == [number for number, line in enumerate(text, 1) if line.startswith(b">")]
 
 
+@given(st.lists(fastas, min_size=1, max_size=3), st.sampled_from([*COMPRESS]), st.integers(1, 40))
+@example([b">a\r", b"\n>", b"b\0\nMK"], "gz", 1)
+def test_members_cut_anywhere_give_the_records_of_the_definition(members, kind, chunk_bytes):
+    stream = b"".join(map(COMPRESS[kind], members))
+    try:
+        expected = parse_definition(b"".join(members))
+    except FastaError:
+        with pytest.raises(FastaError):
+            read(stream, chunk_bytes=chunk_bytes)
+    else:
+        assert read(stream, chunk_bytes=chunk_bytes) == expected
+
+
 @pytest.mark.parametrize("byte", range(256))
 def test_every_byte(byte):
     one = bytes([byte])
@@ -229,6 +242,23 @@ def test_cut_anywhere(kind):
     for end in range(len(stream) + 1, len(two)):
         with pytest.raises(FastaError, match=f"{kind} stream is cut short"):
             read(two[:end])
+
+
+def test_a_gz_cut_anywhere_names_the_file_and_the_place(tmp_path):
+    data, path = proteins(12), tmp_path / "cut.fasta.gz"
+    stream, records = COMPRESS["gz"](data), parse_definition(data)
+    for end in range(len(stream)):
+        path.write_bytes(stream[:end])
+        seen = []
+        with pytest.raises(FastaError) as caught:
+            for batch in read_fasta(path, chunk_bytes=64):
+                seen += batch
+        assert seen == records[: len(seen)]
+        place = f"the last complete record is {len(seen)} (line {2 * len(seen) - 1}, 'p{len(seen) - 1}')"
+        message = f"the gz stream is cut short; {place if seen else 'no record is complete'}"
+        before_it_is_known = {0: "no FASTA record in it", 1: "line 1: "}  # two bytes say that it is a gz
+        assert str(caught.value).startswith(f"{path}: {before_it_is_known.get(end, message)}")
+    assert len(seen) == len(records) - 1  # those of the last cuts
 
 
 @kinds
