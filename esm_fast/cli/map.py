@@ -1,0 +1,93 @@
+"""esm-fast map: the proteins of a data set as points in two dimensions."""
+
+import argparse
+import csv
+from importlib.util import find_spec
+from pathlib import Path
+
+from .common import InputError, human_bytes, output_path
+from .dataset import SOME_FAILED
+from .export import finished, layer_of
+
+NAME = "map"
+HELP = "a data set as a map: a picture, or a page with ids"
+DESCRIPTION = """\
+Draws each protein of a finished data set as a point, by the two principal components of the
+embeddings, or by UMAP.
+
+OUT.png    a picture (needs matplotlib)
+OUT.html   a page of its own, without network: the id is shown under the pointer
+
+Colours come from a column of a table with tabs, whose first line has the columns' names and whose
+first column has the ids, such as UniProt downloads."""
+EXAMPLES = """\
+  esm-fast map proteome/ -o map.png
+  esm-fast map proteome/ -o map.html --table uniprot.tsv --column 'Protein families' --method umap
+"""
+_SUFFIXES = (".png", ".html")
+_NEEDS = {
+    "umap": ("umap", "--method umap needs umap-learn: pip install 'esm_fast[umap]'"),
+    ".png": ("matplotlib", "a picture needs matplotlib: pip install 'esm_fast[plot]'; -o OUT.html does not"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="the folder of a data set")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="OUT.png or OUT.html")
+    parser.add_argument("--method", default="pca", choices=("pca", "umap"), help="default: %(default)s")
+    parser.add_argument("--table", metavar="TSV", help="what to colour by, with the ids in the first column")
+    parser.add_argument("--column", metavar="NAME", help="of the table (default: its second)")
+    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="default: the last one stored")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = output_path(args.output, args.force)
+    suffix = out.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise InputError(f"{out} is neither a .png nor a .html")
+    if args.column and not args.table:
+        raise InputError("--column names a column of a table; give --table FILE.tsv")
+    for need in (args.method, suffix):
+        if need in _NEEDS and find_spec(_NEEDS[need][0]) is None:
+            raise InputError(_NEEDS[need][1])
+    data = finished(args.dataset)
+
+    import numpy as np
+
+    from ..dataset.project import METHODS
+    from ..writers.colors import colors_of
+    from ..writers.files import atomic
+    from ..writers.scatter import WRITERS, Scatter
+
+    layer = layer_of(data, args.layer)
+    values = _values(Path(args.table), args.column, data.ids) if args.table else None
+    points, axes = METHODS[args.method](data, layer)
+    shown = np.flatnonzero(np.isfinite(points).all(axis=1)).tolist()
+    colors = colors_of([values[i] for i in shown] if values else None, len(shown))
+    title = f"{len(shown):,} proteins of {data.folder.absolute().name}, layer {layer}"
+    if "warning" in data.plan.info:
+        title += f" ({data.plan.info['warning']})"
+    with atomic(out) as temporary:
+        WRITERS[suffix](Scatter(points[shown], [data.ids[i] for i in shown], colors, axes, title), temporary)
+    print(f"proteins  {len(shown):,} of {len(data):,}")
+    if values:
+        print(f"coloured  {sum(values[i] != '' for i in shown):,} with a value in {args.table}")
+    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+    return SOME_FAILED if len(shown) < len(data) else 0
+
+
+def _values(path: Path, column: str | None, ids: list[str]) -> list[str]:
+    """A value for each id; empty where the table has none."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        names = next(rows, [])
+        if len(names) < 2:
+            raise InputError(f"{path}: line 1 names {len(names)} columns with tabs between; give an id and a value")
+        if column is not None and column not in names:
+            raise InputError(f"{path} has no column {column!r}; there are {', '.join(map(repr, names))}")
+        at = names.index(column) if column is not None else 1
+        found = {row[0]: row[at].strip() for row in rows if len(row) > at}
+    if ids and not any(name in found for name in ids):
+        raise InputError(f"{path}: its column {names[0]!r} holds none of the data set's ids, such as {ids[0]!r}")
+    return [found.get(name, "") for name in ids]
