@@ -58,6 +58,7 @@ setup(
         "esm_fast.cli",
         "esm_fast.compat",
         "esm_fast.dataset",
+        "esm_fast.distributed",
         "esm_fast.kernels",
         "esm_fast.kernels.cpu",
         "esm_fast.kernels.cuda",

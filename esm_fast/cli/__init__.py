@@ -23,6 +23,7 @@ from . import (
     prepare,
     pretrain,
     search,
+    submit,
     verify,
     warmup,
 )
@@ -30,6 +31,7 @@ from .common import InputError
 
 _COMMANDS = (
     embed,
+    submit,
     finish,
     verify,
     export,
