@@ -88,9 +88,10 @@ def pack(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.nda
 def pack_padded(tokens: Tensor, keep: Tensor | None = None) -> tuple[PackedBatch, Tensor]:
     """Packs the kept tokens of padded `tokens` (B, T), on their device; `keep` bool (B, T), by default all but padding.
 
-    Returns the batch and `rows` int64 (n,): where the kept tokens stood in the flattened (B * T). Positions are those
-    fair-esm and transformers give: they count the row's tokens that are not padding, kept or not, and a kept padding
-    token has position 1. A row with nothing kept stays, as a sequence of length 0.
+    Returns the batch and `rows` int64 (n,): where the kept tokens stood in the flattened (B * T), for
+    `ops.pack_rows` and `ops.unpack_rows`. Positions are those fair-esm and transformers give: they count the row's
+    tokens that are not padding, kept or not, and a kept padding token has position 1. A row with nothing kept stays, as
+    a sequence of length 0.
     """
     if tokens.dim() != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}: give token ids (B, T)")
@@ -106,9 +107,3 @@ def pack_padded(tokens: Tensor, keep: Tensor | None = None) -> tuple[PackedBatch
     longest = int(lengths.max()) if len(lengths) else 0
     flat_tokens, flat_positions = tokens.flatten()[rows].int(), positions.flatten()[rows].int()
     return PackedBatch(flat_tokens, flat_positions, cu_seqlens, longest, order), rows
-
-
-def unpack_rows(packed: Tensor, rows: Tensor, batch: int, width: int, fill: float = 0.0) -> Tensor:
-    """Undoes `pack_padded`: packed (n, ...) to (batch, width, ...), `fill` where nothing was kept; differentiable."""
-    padded = packed.new_full((batch * width, *packed.shape[1:]), fill)
-    return padded.index_copy(0, rows, packed).unflatten(0, (batch, width))

@@ -51,6 +51,14 @@ def _mean(model: ESM1, batch: PackedBatch) -> torch.Tensor:
     return ops.pool(x, batch.cu_seqlens, torch.ones_like(x[:, 0]), backend=model.backend).sum()
 
 
+def _padded(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+    """What the padded faces return."""
+    out = model.forward_packed(batch, layers=(1,), logits=True)
+    rows, size = torch.arange(len(batch.tokens), device=model.device), 2 * len(batch.tokens)
+    packed = out.representations[1].to(model.dtype), out.logits
+    return sum(ops.unpack_rows(x, rows, size, backend=model.backend).sum() for x in packed)
+
+
 def _logits(model: ESM1, batch: PackedBatch) -> torch.Tensor:
     return model.forward_packed(batch, logits=True).logits
 
@@ -82,6 +90,7 @@ _INFERENCE = {
     "representations": _representations,
     "mean": _mean,
     "logits": _logits,
+    "padded outputs": _padded,
     "contacts": _contacts,
     "attention maps": _maps,
 }
@@ -89,6 +98,7 @@ _TRAINING = {
     "gradients of the mean": lambda model, batch: _mean(model, batch).backward(),
     "gradients of the loss": lambda model, batch: _loss(model, batch).backward(),
     "gradients of the logits": lambda model, batch: _logits(model, batch).sum().backward(),
+    "gradients of padded outputs": lambda model, batch: _padded(model, batch).backward(),
     "gradients of contacts": lambda model, batch: _contacts(model, batch).backward(),
     "gradients of attention maps": lambda model, batch: _maps(model, batch).backward(),
 }

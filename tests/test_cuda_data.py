@@ -56,20 +56,6 @@ def test_packing_equals_the_cpu_s(lengths):
     assert torch.equal(tokens, batch.tokens) and torch.equal(positions, batch.positions)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("width", [5, 8, 64, 1280])
-def test_padding_and_back(dtype, width):
-    lengths = [3, 0, 1, 7]
-    cu_seqlens = torch.tensor([0, 3, 3, 4, 11], dtype=torch.int32)
-    packed = torch.randn(11, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    padded = data.pad(packed, cu_seqlens, 8)
-    expected = torch.zeros(4, 8, width, dtype=dtype)
-    for s, length in enumerate(lengths):
-        expected[s, :length] = packed[cu_seqlens[s] : cu_seqlens[s + 1]]
-    assert torch.equal(padded, expected)
-    assert torch.equal(data.unpad(padded, cu_seqlens, 11), packed)
-
-
 # --- masking ---------------------------------------------------------------------------------------------------------
 
 

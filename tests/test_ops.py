@@ -44,7 +44,8 @@ def test_gradients(op, kernel, case, dtype, device):
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_reference_gradient_is_the_functions(op):
     """Finite differences in fp64, on the smallest case that has rows."""
-    build = {"masked_lm_head": "one_row", "gelu_ffn": "one_row", "masked_softmax": "one"}.get(op.name, "tiny")
+    one_row = dict.fromkeys(("masked_lm_head", "gelu_ffn", "pack_rows", "unpack_rows"), "one_row")
+    build = {**one_row, "masked_softmax": "one"}.get(op.name, "tiny")
     case = next(case for case in op.cases() if case.name == build)
     arguments = verify.bound(op, case.build(torch.float64, "cpu", 0))
     leaves, structure = pytree.tree_flatten(arguments)

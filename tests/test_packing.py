@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esm_fast import _C
+from esm_fast import _C, ops
 from esm_fast.alphabet import CLS, EOS, PAD
-from esm_fast.packing import pack, pack_padded, plan, plan_definition, unpack_rows
+from esm_fast.packing import pack, pack_padded, plan, plan_definition
 
 budgets = st.integers(1, 60)
 lengths_lists = st.lists(st.integers(0, 40), max_size=40)
@@ -121,7 +121,6 @@ def test_pack_padded(tokens):
     assert batch.lengths.tolist() == kept.sum(1).tolist()
     assert batch.max_seqlen == max(batch.lengths.tolist(), default=0)
     assert batch.order.tolist() == list(range(len(tokens)))
-    assert unpack_rows(batch.tokens, rows, *tokens.shape, fill=PAD).equal(tokens.int())
 
 
 @given(padded_tokens, st.randoms(use_true_random=False))
@@ -144,15 +143,12 @@ def test_positions_are_the_peers(tokens):
     assert batch.positions.tolist() == table(tokens).flatten().tolist()
 
 
-def test_unpack_rows_is_differentiable():
+def test_rows_are_where_the_tokens_stood():
     tokens = torch.tensor([[0, 5, 2, 1], [0, 2, 1, 1]])
     batch, rows = pack_padded(tokens)
-    packed = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    padded = unpack_rows(packed, rows, 2, 4, fill=7.0)
-    assert padded.shape == (2, 4, 3)
-    assert padded[tokens != PAD].equal(packed)
-    assert (padded[tokens == PAD] == 7.0).all()
-    assert torch.autograd.gradcheck(lambda x: unpack_rows(x, rows, 2, 4), packed)
+    assert ops.pack_rows(tokens.view(-1, 1), rows).flatten().equal(batch.tokens.long())
+    padded = ops.unpack_rows(batch.tokens[:, None], rows, tokens.numel())
+    assert padded.view(tokens.shape).equal(tokens.int() * (tokens != PAD))
 
 
 def test_pack_padded_mistakes():
@@ -206,7 +202,7 @@ FORK = """
 import os
 import signal
 import numpy as np
-from esm_fast import _C
+from esm_fast import _C, ops
 from esm_fast.packing import pack
 _C.set_threads(3)
 n = 400_000

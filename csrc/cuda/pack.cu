@@ -43,40 +43,39 @@ __device__ __forceinline__ void clear_row(Global<scalar> to, int width) {
     for (int p = threadIdx.x % kWarp; p < width / V; p += kWarp) store_pack(to, p, Pack<scalar, V>{});
 }
 
-// padded (sequences, size, width): each sequence's rows, and zeros behind them. A warp a row of it.
-KERNEL(kRowThreads, 8, pack_pad,
-       (Global<const scalar> packed, Global<const int> cu_seqlens, Global<scalar> padded, int rows, int size,
-        int width)) {
-    const int row = warp_row();
-    if (row >= rows) return;
-    const int s = row / size, from = cu_seqlens[s] + row % size;
-    const auto to = padded + size_t(row) * width;
-    const auto x = packed + size_t(from) * width;
-    if (from >= cu_seqlens[s + 1]) {
-        if (width % kWide)
-            clear_row<1>(to, width);
-        else
-            clear_row<kWide>(to, width);
-    } else if (width % kWide) {
-        copy_row<1>(x, to, width);
-    } else {
-        copy_row<kWide>(x, to, width);
-    }
+// A row of `to` is one of `from`, or zeros where there is none.
+__device__ __forceinline__ void copy_or_clear(Global<const scalar> from, Global<scalar> to, int width, bool there) {
+    if (width % kWide)
+        there ? copy_row<1>(from, to, width) : clear_row<1>(to, width);
+    else
+        there ? copy_row<kWide>(from, to, width) : clear_row<kWide>(to, width);
 }
 
-// Undoes it: packed (rows, width). A warp a row of it.
-KERNEL(kRowThreads, 8, pack_unpad,
-       (Global<const scalar> padded, Global<const int> cu_seqlens, Global<scalar> packed, int rows, int sequences,
-        int size, int width)) {
+// packed (n, width): the rows of padded that `rows` names. A warp a row of it.
+KERNEL(kRowThreads, 8, pack_take_rows,
+       (Global<const scalar> padded, Global<const long long> rows, Global<scalar> packed, int n, int width)) {
+    const int place = warp_row();
+    if (place < n) copy_or_clear(padded + rows[place] * width, packed + size_t(place) * width, width, true);
+}
+
+// Undoes it: padded (size, width), zeros in the rows that `rows` does not name. A warp a row of it. As the names
+// increase, at most `row` of them come before this one, and at least as many as the rows that are left out allow: where
+// none is left out, nothing is searched.
+KERNEL(kRowThreads, 8, pack_spread_rows,
+       (Global<const scalar> packed, Global<const long long> rows, Global<scalar> padded, int n, int size,
+        int width)) {
     const int row = warp_row();
-    if (row >= rows) return;
-    const int s = sequence_of(row, cu_seqlens, sequences);
-    const auto from = padded + (size_t(s) * size + (row - cu_seqlens[s])) * width;
-    const auto to = packed + size_t(row) * width;
-    if (width % kWide)
-        copy_row<1>(from, to, width);
-    else
-        copy_row<kWide>(from, to, width);
+    if (row >= size) return;
+    int low = max(row - (size - n), 0), high = min(row, n);
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (rows[middle] < row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    const bool there = low < n && rows[low] == row;
+    copy_or_clear(packed + size_t(low) * width, padded + size_t(row) * width, width, there);
 }
 
 }  // namespace esm

@@ -4,10 +4,11 @@ from argparse import Namespace
 
 import torch
 
+from .. import ops
 from ..alphabet import EOS, TOKENS, Alphabet
 from ..data import read_fasta
 from ..models.esm1 import ESM1, Config
-from ..packing import PackedBatch, pack_padded, unpack_rows
+from ..packing import PackedBatch, pack_padded
 
 
 class ProteinBertModel(ESM1):
@@ -57,10 +58,12 @@ class ProteinBertModel(ESM1):
             keep=contact_tokens(tokens).flatten()[rows],
         )
         shape = tokens.shape
-        representations = {k: unpack_rows(x.to(self.dtype), rows, *shape) for k, x in out.representations.items()}
+        representations = {
+            k: pad_rows(x.to(self.dtype), rows, shape, self.backend) for k, x in out.representations.items()
+        }
         result = {"representations": representations}
         if out.logits is not None:
-            result["logits"] = unpack_rows(out.logits, rows, *shape)
+            result["logits"] = pad_rows(out.logits, rows, shape, self.backend)
         if need_head_weights:
             result["attentions"] = pad_attentions(out.attentions, self.config, batch, rows, shape)
         if return_contacts:
@@ -97,6 +100,11 @@ def contact_tokens(tokens: torch.Tensor) -> torch.Tensor:
 def _positions(batch: PackedBatch, rows: torch.Tensor, width: int) -> list[torch.Tensor]:
     """Per sequence, the columns of the padded batch its tokens stand in."""
     return list((rows % width).split(batch.lengths.tolist()))
+
+
+def pad_rows(packed: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int], backend: str | None) -> torch.Tensor:
+    """(B, T, width) from (n, width); rows of padding are 0."""
+    return ops.unpack_rows(packed, rows, shape[0] * shape[1], backend=backend).unflatten(0, shape)
 
 
 def pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tensor:

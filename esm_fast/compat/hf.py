@@ -19,8 +19,7 @@ from transformers.utils import can_return_tuple
 from .. import hub, ops, weights
 from ..alphabet import MASK, PAD, TOKENS
 from ..models.esm1 import ESM1, Config, Outputs
-from ..packing import unpack_rows
-from .fair_esm import contact_tokens, pad_attentions, pad_contacts
+from .fair_esm import contact_tokens, pad_attentions, pad_contacts, pad_rows
 from .hf_host import HEAD, LAYOUT, PackedInput, pack_input
 from .hf_tokenizer import EsmTokenizer
 from .shared import NotPackable, PackedEncoder, find, warn_not_packed
@@ -44,8 +43,8 @@ class _Run:
         return self.out.representations[self.model.config.layers]
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
-        """(n, ...) -> (B, T, ...), 0 where attention_mask is 0."""
-        return unpack_rows(packed.to(self.model.dtype), self.input.rows, *self.input.shape)
+        """(n, width) -> (B, T, width), 0 where attention_mask is 0."""
+        return pad_rows(packed.to(self.model.dtype), self.input.rows, self.input.shape, self.model.backend)
 
     @property
     def hidden_states(self) -> tuple | None:
@@ -245,7 +244,8 @@ class EsmForMaskedLM(_Pretrained, transformers.EsmForMaskedLM):
         outputs = self.esm(input_ids, attention_mask, **kwargs)
         last = outputs.last_hidden_state
         rows = None if rows is None else rows.to(last.device)
-        logits = self._logits(last.flatten(0, 1), rows)
+        backend = getattr(self.esm, "esm_fast_backend", None)
+        logits = self._logits(last.flatten(0, 1), rows, backend)
         loss = None
         if labels is not None:
             labels = labels.to(logits.device).flatten()
@@ -253,7 +253,7 @@ class EsmForMaskedLM(_Pretrained, transformers.EsmForMaskedLM):
         shape = last.shape[:2]
         return MaskedLMOutput(
             loss=loss,
-            logits=logits.unflatten(0, shape) if rows is None else unpack_rows(logits, rows, *shape),
+            logits=logits.unflatten(0, shape) if rows is None else pad_rows(logits, rows, shape, backend),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -271,7 +271,7 @@ class EsmForMaskedLM(_Pretrained, transformers.EsmForMaskedLM):
             return False
         return True
 
-    def _logits(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor, rows: torch.Tensor | None, backend: str | None) -> torch.Tensor:
         head = self.lm_head
         logits, _ = ops.masked_lm_head(
             x,
@@ -283,7 +283,7 @@ class EsmForMaskedLM(_Pretrained, transformers.EsmForMaskedLM):
             head.bias,
             rows=rows,
             eps=head.layer_norm.eps,
-            backend=getattr(self.esm, "esm_fast_backend", None),
+            backend=backend,
         )
         return logits
 

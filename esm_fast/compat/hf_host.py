@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.models.esm import modeling_esm as theirs
 
+from .. import ops
 from ..alphabet import EOS, MASK, PAD, X
 from ..models.esm1 import ESM1, Config
 from ..ops.common import accumulate_dtype
@@ -112,7 +113,8 @@ def pack_input(model: ESM1, input_ids, attention_mask, position_ids, inputs_embe
     batch, rows = pack_padded(tokens, keep)
     shape = tuple(tokens.shape)
     if inputs_embeds is not None:
-        return PackedInput(batch, rows, shape, None, inputs_embeds.to(model.device, wide).flatten(0, 1)[rows])
+        embedded = ops.pack_rows(inputs_embeds.to(model.device, wide).flatten(0, 1), rows, backend=model.backend)
+        return PackedInput(batch, rows, shape, None, embedded)
     if position_ids is not None:
         positions = position_ids.to(model.device).expand(shape).flatten()[rows]
         batch = replace(batch, positions=positions.int())

@@ -7,6 +7,7 @@ from .embedding import embedding
 from .gelu_ffn import gelu_ffn
 from .masked_lm_head import masked_lm_head
 from .masked_softmax import masked_softmax
+from .pack_rows import pack_rows, unpack_rows
 from .pool import pool
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
@@ -27,8 +28,10 @@ __all__ = [
     "gelu_ffn",
     "masked_lm_head",
     "masked_softmax",
+    "pack_rows",
     "pool",
     "pre_ln_attention",
     "select",
     "transformer_stack",
+    "unpack_rows",
 ]

@@ -10,6 +10,7 @@ from . import (
     gelu_ffn,
     masked_lm_head,
     masked_softmax,
+    pack_rows,
     pool,
     pre_ln_attention,
 )
@@ -21,6 +22,7 @@ MODULES = (
     gelu_ffn,
     masked_lm_head,
     masked_softmax,
+    pack_rows,
     pool,
     pre_ln_attention,
 )

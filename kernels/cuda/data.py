@@ -1,4 +1,4 @@
-"""The data path on the GPU: residues to tokens, tokens to packed batches, masking, and padded layouts.
+"""The data path on the GPU: residues to tokens, tokens to packed batches, and masking.
 
 Bytes go up and embeddings come down; what is computed equals the CPU's: data.py, packing.py, train/masking.py.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esm_fast.train.masking import REPLACEMENTS, Masking
 
-from .common import ceil_div, launch, row_grid
+from .common import ceil_div, launch
 
 _BYTES, _TOKENIZE_THREADS = 16, 256  # tokenize.cu
 _TOKENS, _THREADS = 4, 128  # pack.cu
@@ -84,20 +84,3 @@ def mask_tokens(
 def _in_53_bits(share: float) -> ctypes.c_uint64:
     """The smallest number of 53 random bits that is no less than a share: exact, so that integers are compared."""
     return ctypes.c_uint64(math.ceil(share * 2**53))
-
-
-def pad(packed: Tensor, cu_seqlens: Tensor, size: int) -> Tensor:
-    """(sequences, size, width): each sequence's rows of packed (n, width), and zeros behind them."""
-    sequences, width = len(cu_seqlens) - 1, packed.shape[1]
-    padded = packed.new_empty(sequences, size, width)
-    rows = sequences * size
-    launch("pack", "pad", packed.dtype, *row_grid(rows), packed, cu_seqlens, padded, rows, size, width)
-    return padded
-
-
-def unpad(padded: Tensor, cu_seqlens: Tensor, n: int) -> Tensor:
-    """(n, width): undoes `pad`."""
-    sequences, size, width = padded.shape
-    packed = padded.new_empty(n, width)
-    launch("pack", "unpad", padded.dtype, *row_grid(n), padded, cu_seqlens, packed, n, sequences, size, width)
-    return packed

@@ -30,7 +30,7 @@ def exercises() -> list[Exercise]:
         for kernel in ops
         for case in OPS[kernel.op].cases()
     ]
-    own = (_layer_norm, _tokenize, _pack, _mask, _pad)
+    own = (_layer_norm, _tokenize, _pack, _mask)
     return by_op + [Exercise(run.__name__.strip("_"), run) for run in own]
 
 
@@ -90,14 +90,3 @@ def _mask(dtype) -> bool:
     """Records of one chunk of a block's threads, and of two."""
     truth, got = masked_both([1, 7, 300, 2, 5, 9, 4, 12], Masking(share=0.5), 1, 5, [2, 0, 1, 7, 6, 3, 4, 5])
     return all(torch.equal(a, b) for a, b in zip(truth, got, strict=True))
-
-
-def _pad(dtype) -> bool:
-    cu_seqlens = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-    right = True
-    for width in (5, 16):
-        packed = torch.randn(8, width).to(dtype)
-        padded = data.pad(packed, cu_seqlens, 6)
-        right &= torch.equal(padded[0, :3], packed[:3]) and not padded[1].count_nonzero() and not padded[0, 3:].any()
-        right &= torch.equal(data.unpad(padded, cu_seqlens, 8), packed)
-    return right

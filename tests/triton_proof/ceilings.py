@@ -39,7 +39,9 @@ ROWS = {
     "pool_backward": 40,
     "pool_rows": 40,
     "rotary": 72,
+    "spread_rows": 40,
     "sum_rows": 48,
+    "take_rows": 40,
     "token_factors": 40,
 }
 LONG_ROWS = {"masked_softmax_backward": 120}  # 16 elements a thread, for rows longer than a model has them

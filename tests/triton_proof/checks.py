@@ -77,6 +77,14 @@ def _chosen_rows(arguments: dict) -> Share:
     return Share({"x": slice(3, 5) if rows is None else rows}, [slice(3, 5), ...] if rows is None else [..., ...])
 
 
+def _packed_rows(arguments: dict) -> Share:
+    return Share({"packed": slice(3, 5)}, [arguments["rows"][3:5]])
+
+
+def _padded_rows(arguments: dict) -> Share:
+    return Share({"padded": arguments["rows"][3:5]}, [slice(3, 5)])
+
+
 SHARES: dict[str, Callable[[dict], Share]] = {
     "attention_varlen": lambda arguments: _sequence(arguments, "q", "k", "v"),
     "contact_map": _map_of_a_sequence,
@@ -84,8 +92,10 @@ SHARES: dict[str, Callable[[dict], Share]] = {
     "gelu_ffn": lambda arguments: Share({"x": slice(3, 5)}, [slice(3, 5)]),
     "masked_lm_head": _chosen_rows,
     "masked_softmax": _valid_scores,
+    "pack_rows": _padded_rows,
     "pool": _one_sum,
     "pre_ln_attention": lambda arguments: _sequence(arguments, "x"),
+    "unpack_rows": _packed_rows,
 }
 
 

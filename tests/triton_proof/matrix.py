@@ -28,6 +28,8 @@ MOST_TRAFFIC = {
     "attention_varlen": 1.15,
     "masked_softmax": 1.15,
     "masked_lm_head": 1.15,
+    "pack_rows": 1.15,
+    "unpack_rows": 1.15,
     "gelu_ffn": 1.3,
     "pre_ln_attention": 1.3,
 }

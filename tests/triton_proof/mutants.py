@@ -102,6 +102,12 @@ MUTANTS = [
         ("no inner product", "out * (grad - inner)", "out * grad", "ragged", "bwd", NUMBERS),
     ),
     *_mutants(
+        "pack_rows", "unpack_rows",
+        ("a wrong half", "tl.where(before, middle + 1, low)", "tl.where(before, middle, low)", "gaps", "fwd", NUMBERS),
+        ("padding is left", "row < size, WIDTH", "chosen, WIDTH", "ragged", "fwd", NUMBERS),
+        ("rows beyond the end", "place < n, place < n", "place < n, place <= n", "gaps", "bwd", BOUNDS),
+    ),
+    *_mutants(
         "pool", "pool",
         ("rows of weight 0", "(weight != 0.0)[:, None]", "(row < end)[:, None]", "primes", "fwd", NUMBERS),
         ("a row beyond the end", "WEIGHT + row, mask=row < end", "WEIGHT + row, mask=row <= end", "one_token", "fwd",

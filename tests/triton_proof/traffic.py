@@ -14,6 +14,8 @@ from esm_fast.ops.embedding import _case as embedding_case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
+from esm_fast.ops.pack_rows import _case as rows_case
+from esm_fast.ops.pack_rows import _padded as padded_rows
 from esm_fast.ops.pool import _case as pool_case
 from esm_fast.ops.pre_ln_attention import _case as layer_case
 from esm_fast.ops.registry import Case, Kernel, Op, run_with_gradients
@@ -27,8 +29,10 @@ CASES = {
     "gelu_ffn": ffn_case("512_rows", 512, 128, 512),
     "masked_lm_head": head_case("256_rows", 256, 512),
     "masked_softmax": softmax_case("2_padded", [64, 40], 2),
+    "pack_rows": rows_case("3_proteins", *padded_rows([60, 40, 50]), 128, packed=False),
     "pool": pool_case("2_proteins", [60, 40], 128),
     "pre_ln_attention": layer_case("4_proteins", [128] * 4, 2, 64),
+    "unpack_rows": rows_case("3_proteins", *padded_rows([60, 40, 50]), 128, packed=True),
 }
 
 
@@ -160,10 +164,22 @@ def _lm_head(x, dense_weight, token_table, rows, **_) -> int:
     return sum(steps)
 
 
+def _pack(padded, rows) -> int:
+    """The gradient of what was packed; that of all that was padded."""
+    return _size(padded) + len(rows) * padded.shape[1] * padded.element_size() + _size(rows)
+
+
+def _unpack(packed, rows, size) -> int:
+    """Of the padded gradient, what is chosen."""
+    return 2 * _size(packed) + _size(rows)
+
+
 LEAST_BACKWARD: dict[str, Callable[..., int]] = {
     "attention_varlen": _attention,
     "gelu_ffn": _ffn,
     "masked_lm_head": _lm_head,
     "masked_softmax": _softmax,
+    "pack_rows": _pack,
     "pre_ln_attention": _layer,
+    "unpack_rows": _unpack,
 }
