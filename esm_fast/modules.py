@@ -111,6 +111,12 @@ class LMHead(nn.Module):
         )
 
 
+_NO_REGRESSION = (
+    "this checkpoint holds no contact regression (ESM-1v never had one; for ESM-1b put "
+    "<name>-contact-regression.pt beside <name>.pt and load again), so contacts cannot be predicted"
+)
+
+
 class ContactHead(nn.Module):
     """Logistic regression over all attention maps, as coefficients: (1, layers * heads) and one bias."""
 
@@ -120,8 +126,8 @@ class ContactHead(nn.Module):
 
     def require_fitted(self) -> None:
         """Raises ValueError when no regression was loaded (all zero): ESM-1v and bare ESM-1b files have none."""
-        if not bool(self.regression.weight.detach().any()):
-            raise ValueError(
-                "this checkpoint holds no contact regression (ESM-1v never had one; for ESM-1b put "
-                "<name>-contact-regression.pt beside <name>.pt and load again), so contacts cannot be predicted"
-            )
+        fitted = self.regression.weight.detach().any()
+        if torch.compiler.is_compiling():
+            torch._assert_async(fitted, _NO_REGRESSION)  # a graph cannot branch on a value; this raises when it runs
+        elif not fitted:
+            raise ValueError(_NO_REGRESSION)

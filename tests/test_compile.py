@@ -65,7 +65,7 @@ def test_the_operator_keeps_torchs_rules(op):
 
 
 def test_every_op_is_in_graphs_or_its_size_follows_from_values():
-    assert {name for name, op in OPS.items() if op.shapes is None} == {"contact_map", "transformer_stack"}
+    assert {name for name, op in OPS.items() if op.shapes is None} == {"transformer_stack"}
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -97,6 +97,22 @@ def test_training_is_the_same_in_one_graph_for_all_shapes(backend):
                 torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
             graphs.append(counter.frame_count)
     assert graphs[0] == graphs[1]
+
+
+def test_contacts_have_a_place_in_a_graph():
+    """fullgraph lets the compiler take sizes from values."""
+    made = model()
+
+    def run(batch):
+        return made.forward_packed(batch, contacts=True).contacts
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    with torch.inference_mode():
+        for ours, plain in zip(compiled(BATCHES[0]), run(BATCHES[0]), strict=True):
+            torch.testing.assert_close(ours, plain)
+        made.contact_head.regression.weight.zero_()
+        with pytest.raises(RuntimeError, match="no contact regression"):
+            compiled(BATCHES[0])
 
 
 def test_inductor_computes_the_same():

@@ -190,8 +190,9 @@ class _Maps:
         self.attentions = [[] for _ in range(len(batch))] if attentions else None
         self.contacts = 0.0 if contacts else None
         if contacts and keep is None:
-            keep = batch.tokens != EOS
-            keep[batch.cu_seqlens[:-1][batch.lengths > 0].long()] = False
+            first = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=batch.tokens.device)
+            first[batch.cu_seqlens[:-1].long()] = True  # an empty sequence at the end begins behind the tokens
+            keep = (batch.tokens != EOS) & ~first[:-1]
         self.keep = keep
         self.spans = spans(batch.cu_seqlens) if attentions else []
 

@@ -52,7 +52,12 @@ def cost(q, k, cu_seqlens, keep, weight, scale) -> Cost:
     return Cost(pairs * q.shape[1] * (2 * q.shape[2] + 8), 2 * q.numel() * q.element_size() + 4 * pairs)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=None)
+def shapes(q, k, cu_seqlens, keep, weight, scale):
+    """The maps' size follows from the lengths: torch.compile learns it when the graph runs."""
+    return q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=accumulate_dtype(q.dtype))
+
+
+@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
 def contact_map(q, k, cu_seqlens, keep, weight, scale: float):
     """One layer's contribution to the contact logits, bias not included.
 
