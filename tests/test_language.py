@@ -1,6 +1,8 @@
 """The model that ships: trained weights, which know more of proteins than their composition."""
 
+import contextlib
 import importlib
+import io
 import json
 from pathlib import Path
 
@@ -27,30 +29,32 @@ def proteins(language):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return esm_fast.load("esm1b_t6_demo")[0]
+def command(language, tmp_path_factory):
+    """(what the command printed, the report it wrote) about the model that ships."""
+    prefix, printed = tmp_path_factory.mktemp("language") / "report", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert language.main(["--out", str(prefix)]) == 0
+    return printed.getvalue(), json.loads(prefix.with_suffix(".json").read_text())[0]
 
 
 @pytest.fixture(scope="module")
-def real(language, model, proteins):
-    return language.predict(model, proteins)
+def found(command):
+    return command[1]
 
 
-def test_held_out_proteins_are_likelier_than_shuffled_and_random_ones(language, model, proteins, real):
-    kinds = language.shuffled(proteins), language.random(proteins)
-    others = [language.predict(model, kind).perplexity for kind in kinds]
-    assert real.perplexity <= 17 < real.wall  # every masked residue shown as <mask>
-    assert real.perplexity < others[0] < others[1]
+def test_held_out_proteins_are_likelier_than_shuffled_and_random_ones(found):
+    assert found["perplexity"] <= 17 < found["wall: frequencies"]  # every masked residue shown as <mask>
+    assert found["perplexity"] < found["shuffled"] < found["random"]
 
 
-def test_masks_are_filled_better_than_by_the_most_common_residue(real):
-    spread = (real.accuracy * (1 - real.accuracy) / len(real.residues)) ** 0.5
-    assert real.accuracy - real.most_common > 3 * spread
+def test_masks_are_filled_better_than_by_the_most_common_residue(found):
+    right = found["filled correctly"]
+    spread = (right * (1 - right) / found["masked residues"]) ** 0.5
+    assert right - found["most common residue"] > 3 * spread
 
 
-def test_substitutions_are_like_blosum62(language, real):
-    spearman, p = language.likeness(language.substitutions(real), language.blosum62())
-    assert spearman > 0.3 and p < 0.01
+def test_substitutions_are_like_blosum62(found):
+    assert found["BLOSUM62, Spearman"] > 0.3 and found["BLOSUM62, p"] < 0.01
 
 
 def test_a_model_of_frequencies_alone_meets_the_walls(language, proteins):
@@ -77,10 +81,10 @@ def test_the_tool_itself(language):
     assert all(sorted(s) == sorted(proteins[0]) for s in language.shuffled(proteins))
 
 
-def test_the_command(language, tmp_path, capsys):
-    assert language.main(["--out", str(tmp_path / "report")]) == 0
-    assert "BLOSUM62" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report.json").read_text())[0]["proteins"] == 200
+def test_the_command(command):
+    printed, found = command
+    assert "BLOSUM62" in printed
+    assert found["proteins"] == 200
 
 
 def test_it_is_the_default_and_fills_masks_like_hugging_face(capsys):

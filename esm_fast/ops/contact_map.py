@@ -9,6 +9,7 @@ so a layer adds its heads to one T x T sum; the 660 maps of ESM-1b never exist t
 """
 
 import torch
+from torch import library
 
 from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, require_offsets, spans
 from .registry import Case, Cost, op
@@ -54,7 +55,7 @@ def cost(q, k, cu_seqlens, keep, weight, scale) -> Cost:
 
 def shapes(q, k, cu_seqlens, keep, weight, scale):
     """The maps' size follows from the lengths: torch.compile learns it when the graph runs."""
-    return q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=accumulate_dtype(q.dtype))
+    return q.new_empty(library.get_ctx().new_dynamic_size(), dtype=accumulate_dtype(q.dtype))
 
 
 @op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)

@@ -78,15 +78,11 @@ def _look_at_neighbours(model: ESM1, generator: torch.Generator) -> None:
     rows, width = model.embed_positions.weight.shape
     frequency = torch.rand(width // 2, generator=generator) * math.pi
     angle = torch.arange(rows)[:, None] * frequency
-    model.embed_positions.weight[:, : 2 * len(frequency)] = (
-        _WAVES_RMS * 2**0.5 * torch.cat([angle.sin(), angle.cos()], 1)
-    )
+    waves = torch.cat([angle.sin(), angle.cos()], 1) * (_WAVES_RMS * 2**0.5)
+    model.embed_positions.weight[:, : waves.shape[1]] = waves
     for distance, layer in enumerate(model.layers, start=1):
-        attention = layer.self_attn
-        queries, keys = (
-            projection.weight.unflatten(0, (model.config.attention_heads, -1))
-            for projection in (attention.q_proj, attention.k_proj)
-        )
+        projections = layer.self_attn.q_proj, layer.self_attn.k_proj
+        queries, keys = (p.weight.unflatten(0, (model.config.attention_heads, -1)) for p in projections)
         for head, offset in zip(range(len(queries)), (-distance, distance), strict=False):
             chosen = torch.randperm(len(frequency), generator=generator)[: queries.shape[1] // 2]
             queries[head], keys[head] = (_shifted(chosen, frequency, shift, queries.shape[1:]) for shift in (0, offset))
