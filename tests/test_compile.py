@@ -106,10 +106,15 @@ def test_contacts_have_a_place_in_a_graph():
     def run(batch):
         return made.forward_packed(batch, contacts=True).contacts
 
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
-    with torch.inference_mode():
-        for ours, plain in zip(compiled(BATCHES[0]), run(BATCHES[0]), strict=True):
+    parameters = [*made.parameters()]
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in BATCHES[:2]:
+        for ours, plain in zip(compiled(batch), run(batch), strict=True):
             torch.testing.assert_close(ours, plain)
+        grads = gradients(compiled, batch, parameters), gradients(run, batch, parameters)
+        for ours, plain in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+    with torch.inference_mode():
         made.contact_head.regression.weight.zero_()
         with pytest.raises(RuntimeError, match="no contact regression"):
             compiled(BATCHES[0])
@@ -119,10 +124,12 @@ def test_inductor_computes_the_same():
     made = model(layers=1)
 
     def run(batch):
-        return made.forward_packed(batch, layers=(1,)).representations[1]
+        out = made.forward_packed(batch, layers=(1,), contacts=True)
+        return out.representations[1], *out.contacts
 
     with torch.inference_mode():
-        torch.testing.assert_close(torch.compile(run, fullgraph=True)(BATCHES[0]), run(BATCHES[0]))
+        for ours, plain in zip(torch.compile(run, fullgraph=True)(BATCHES[0]), run(BATCHES[0]), strict=True):
+            torch.testing.assert_close(ours, plain)
 
 
 def test_what_has_no_place_in_a_graph_runs_between_graphs():

@@ -38,7 +38,7 @@ def test_contacts_do_not_depend_on_neighbours_and_are_symmetric(dtype, cuda_libr
     def contacts(seed, lengths, q, k, keep):
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
         with executed_by(Emulator(cuda_library, seed=seed)):
-            return contact_map(q, k, ends, keep, weight, 0.25)
+            return contact_map(q, k, ends, max(lengths), sum(n * n for n in lengths), keep, weight, 0.25)
 
     together = contacts(0, lengths, q, k, keep)
     parts = zip(lengths, *(tensor.split(lengths) for tensor in (q, k, keep)), strict=True)

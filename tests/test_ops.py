@@ -98,6 +98,12 @@ def test_a_wrong_shape_is_named_with_all_shapes():
         OPS["gelu_ffn"](**arguments)
 
 
+def test_maps_of_another_size_are_refused():
+    arguments = OPS["contact_map"].cases()[0].build(torch.float32, "cpu", 0)
+    with pytest.raises(ValueError, match="contact_map: size must be 1, is 2"):
+        OPS["contact_map"](**arguments | {"size": 2})
+
+
 @pytest.mark.parametrize(
     "op", [op for op in OPS.values() if "cu_seqlens" in op.signature.parameters], ids=lambda op: op.name
 )

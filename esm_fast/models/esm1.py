@@ -12,7 +12,6 @@ from torch import nn
 from .. import ops
 from ..alphabet import EOS, PAD, TOKENS
 from ..modules import ContactHead, LayerNorm, LMHead, TransformerLayer
-from ..ops.common import spans
 from ..packing import PackedBatch
 
 
@@ -194,18 +193,21 @@ class _Maps:
             first[batch.cu_seqlens[:-1].long()] = True  # an empty sequence at the end begins behind the tokens
             keep = (batch.tokens != EOS) & ~first[:-1]
         self.keep = keep
-        self.spans = spans(batch.cu_seqlens) if attentions else []
+        self.lengths = batch.lengths.tolist() if attentions or contacts else []  # waits for a GPU, once a batch
+        self.size = sum(length**2 for length in self.lengths)
 
     def add(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
         backend, heads = self.model.backend, q.shape[1]
         if self.attentions is not None:
-            for maps, (start, end) in zip(self.attentions, self.spans, strict=True):
-                scores = (q[start:end] * self.scale).transpose(0, 1) @ k[start:end].permute(1, 2, 0)
-                lengths = torch.tensor([end - start], device=q.device)
+            parts = zip(self.attentions, q.split(self.lengths), k.split(self.lengths), strict=True)
+            for maps, q_part, k_part in parts:
+                scores = (q_part * self.scale).transpose(0, 1) @ k_part.permute(1, 2, 0)
+                lengths = torch.tensor([len(q_part)], device=q.device)
                 maps.append(ops.masked_softmax(scores[None], lengths, backend=backend)[0])
         if self.contacts is not None:
             weight = self.model.contact_head.regression.weight[0, layer * heads : (layer + 1) * heads]
-            share = ops.contact_map(q, k, self.batch.cu_seqlens, self.keep, weight, self.scale, backend=backend)
+            ends = self.batch.cu_seqlens, self.batch.max_seqlen, self.size
+            share = ops.contact_map(q, k, *ends, self.keep, weight, self.scale, backend=backend)
             self.contacts = self.contacts + share
 
     def finish(self):
@@ -213,8 +215,7 @@ class _Maps:
         if self.attentions is not None:
             attentions = [torch.stack(maps) for maps in self.attentions]
         if self.contacts is not None:
-            lengths = self.batch.lengths.tolist()
             bias = self.model.contact_head.regression.bias.to(self.contacts.dtype)
-            flat = torch.sigmoid(self.contacts + bias).split([length**2 for length in lengths])
-            contacts = [piece.view(length, length) for piece, length in zip(flat, lengths, strict=True)]
+            flat = torch.sigmoid(self.contacts + bias).split([length**2 for length in self.lengths])
+            contacts = [piece.view(length, length) for piece, length in zip(flat, self.lengths, strict=True)]
         return attentions, contacts

@@ -9,19 +9,21 @@ so a layer adds its heads to one T x T sum; the 660 maps of ESM-1b never exist t
 """
 
 import torch
-from torch import library
 
 from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, require_offsets, spans
 from .registry import Case, Cost, op
 
 
-def check(q, k, cu_seqlens, keep, weight, scale):
+def check(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
     require(q.ndim == 3 and q.shape == k.shape, "contact_map", "q and k must be (n, heads, head_dim)", q=q, k=k)
     require(
         keep.shape == q.shape[:1] and keep.dtype == torch.bool, "contact_map", "keep must be (n,) bool", q=q, keep=keep
     )
     require(weight.shape == q.shape[1:2], "contact_map", "weight must be (heads,)", q=q, weight=weight)
     require_offsets(cu_seqlens, "contact_map")
+    if cu_seqlens.device.type == "cpu":  # elsewhere looking would mean waiting for the device
+        needed = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
+        require(size == needed, "contact_map", f"size must be {needed}, is {size}", cu_seqlens=cu_seqlens)
 
 
 def _case(name, lengths, heads, head_dim) -> Case:
@@ -35,7 +37,8 @@ def _case(name, lengths, heads, head_dim) -> Case:
             keep[max(start, end - 1) : end] = False  # <eos>
         q, k = (make.normal(n, heads, head_dim, scale=2.0) for _ in range(2))
         weight = make.normal(heads)
-        return dict(q=q, k=k, cu_seqlens=cu_seqlens, keep=keep, weight=weight, scale=head_dim**-0.5)
+        sizes = dict(max_seqlen=max(lengths), size=sum(length**2 for length in lengths))
+        return dict(q=q, k=k, cu_seqlens=cu_seqlens, **sizes, keep=keep, weight=weight, scale=head_dim**-0.5)
 
     return Case(name, build)
 
@@ -48,29 +51,28 @@ def bench_cases() -> list[Case]:
     return [_case("512", [512], 20, 64)]
 
 
-def cost(q, k, cu_seqlens, keep, weight, scale) -> Cost:
-    pairs = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
-    return Cost(pairs * q.shape[1] * (2 * q.shape[2] + 8), 2 * q.numel() * q.element_size() + 4 * pairs)
+def cost(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale) -> Cost:
+    return Cost(size * q.shape[1] * (2 * q.shape[2] + 8), 2 * q.numel() * q.element_size() + 4 * size)
 
 
-def shapes(q, k, cu_seqlens, keep, weight, scale):
-    """The maps' size follows from the lengths: torch.compile learns it when the graph runs."""
-    return q.new_empty(library.get_ctx().new_dynamic_size(), dtype=accumulate_dtype(q.dtype))
+def shapes(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
+    return q.new_empty(size, dtype=accumulate_dtype(q.dtype))
 
 
 @op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
-def contact_map(q, k, cu_seqlens, keep, weight, scale: float):
+def contact_map(q, k, cu_seqlens, max_seqlen: int, size: int, keep, weight, scale: float):
     """One layer's contribution to the contact logits, bias not included.
 
     Args:
         q, k: (n, heads, head_dim) as `pre_ln_attention` returns them.
-        cu_seqlens: (sequences + 1,) int32.
+        cu_seqlens: (sequences + 1,) int32; max_seqlen: the longest sequence; size: the sum of all T^2. Given,
+            so that no layer waits for a GPU to learn from the lengths how large its result is.
         keep: (n,) bool, false for the tokens that are no residues (<cls>, <eos>): they are attended to, but their rows
             and columns are left out of the maps.
         weight: (heads,), the regression's coefficients for this layer; scale: factor on q k^T.
 
     Returns:
-        (sum of T^2,) in fp32 (fp64): one T x T map per sequence, row-major, one after the other; 0 where not kept.
+        (size,) in fp32 (fp64): one T x T map per sequence, row-major, one after the other; 0 where not kept.
     """
     wide = accumulate_dtype(q.dtype)
     maps = [

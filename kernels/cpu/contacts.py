@@ -16,13 +16,13 @@ def contacts_yield(request: Request) -> list[str]:
 
 
 @implements("contact_map", backend=BACKEND, why_not=why_not, yields=contacts_yield)
-def contact_map(q, k, cu_seqlens, keep, weight, scale):
+def contact_map(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
     """See `esm_fast.ops.contact_map`."""
     follow_torch()
     require_one_dtype(q, k)
     q, k, keep, ends = q.detach().contiguous(), k.detach().contiguous(), keep.contiguous(), cu_seqlens.contiguous()
     weight = weight.detach().float().contiguous()
-    result = torch.empty(int(ends.diff().long().square().sum()))
+    result = torch.empty(size)
     _C.contact_map(
         q.data_ptr(),
         k.data_ptr(),

@@ -26,18 +26,16 @@ def _wholes(sums, cu_seqlens):
 
 
 @implements("contact_map", why_not=why_not)
-def contact_map(q, k, cu_seqlens, keep, weight, scale):
+def contact_map(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
     """See `esm_fast.ops.contact_map`."""
     q, k, cu_seqlens, keep = (tensor.detach().contiguous() for tensor in (q, k, cu_seqlens, keep))
     keep, weight = keep.view(torch.uint8), weight.detach().float().contiguous()
-    lengths = cu_seqlens.diff().tolist()  # waits: how large the result is follows from them
     squares = cu_seqlens.diff().long().square()
-    longest = max(lengths, default=0)
     lse, sums = torch.empty(2, q.shape[1], len(q), dtype=torch.float32, device=q.device)
-    out = lse.new_empty(sum(length * length for length in lengths))
-    ends = cu_seqlens, longest, scale
+    out = lse.new_empty(size)
+    ends = cu_seqlens, max_seqlen, scale
     launch_tiles("contact_map", "lse", 1, q, (q, k, lse), *ends)
     launch_tiles("contact_map", "sums", _OWN_TILES, q, (q, k, lse, keep, sums), *ends)
     tensors = q, k, lse, sums, _wholes(sums, cu_seqlens), weight, keep, out, squares.cumsum(0) - squares
-    launch_tiles("contact_map", "tiles", _OWN_TILES, q, tensors, *ends, columns=longest)
+    launch_tiles("contact_map", "tiles", _OWN_TILES, q, tensors, *ends, columns=max_seqlen)
     return out

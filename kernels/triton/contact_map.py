@@ -148,20 +148,18 @@ def contact_config(capability: int, dtype: torch.dtype, dim: int) -> Config:
 _SHARES = Config(dict(TILE=1024), 4, 1)
 
 
-def tiles_of(cu_seqlens, config: Config) -> tuple[torch.Tensor, int, int]:
-    """(where each sequence's map begins, how many tiles the longest sequence has, elements of all maps)."""
+def starts_of(cu_seqlens) -> torch.Tensor:
+    """Where each sequence's map begins."""
     squares = cu_seqlens.diff().long().square()
-    lengths = cu_seqlens.diff().tolist()  # waits: how large the result is follows from the lengths
-    tiles = triton.cdiv(max(lengths, default=0), config.tiles["BLOCK"])
-    return squares.cumsum(0) - squares, tiles, sum(length * length for length in lengths)
+    return squares.cumsum(0) - squares
 
 
-def _train(q, k, cu_seqlens, keep, weight, scale):
+def _train(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
     q, k, cu_seqlens, keep, weight = _prepared(q, k, cu_seqlens, keep, weight)
     n, heads, head_dim = q.shape
     sequences = len(cu_seqlens) - 1
     config = contact_config(capability(q), q.dtype, padded(head_dim))
-    starts, tiles, size = tiles_of(cu_seqlens, config)
+    starts, tiles = starts_of(cu_seqlens), triton.cdiv(max_seqlen, config.tiles["BLOCK"])
     lse, sums = torch.empty(2, heads, n, dtype=torch.float32, device=q.device)
     shares, out = lse.new_empty(heads, sequences), lse.new_empty(size)
     shape = (heads, head_dim, padded(head_dim), precision())
@@ -182,9 +180,10 @@ def _prepared(q, k, cu_seqlens, keep, weight):
 def _backward(arguments, kept, grad_outputs):
     from .contact_map_backward import contact_grads
 
-    *tensors, scale = arguments
-    dq, dk, dweight = contact_grads(*_prepared(*tensors), scale, *kept, grad_outputs[0].contiguous())
-    return dq, dk, None, None, dweight, None
+    q, k, cu_seqlens, max_seqlen, _, keep, weight, scale = arguments
+    tensors = _prepared(q, k, cu_seqlens, keep, weight)
+    dq, dk, dweight = contact_grads(*tensors, max_seqlen, scale, *kept, grad_outputs[0].contiguous())
+    return dq, dk, None, None, None, None, dweight, None
 
 
 @implements("contact_map", backward=_backward, train=_train)

@@ -15,7 +15,7 @@ import triton.language as tl
 from .attention_varlen import _load, _span, _store
 from .common import NAMES, PRECISIONS, capability, padded, precision, spec
 from .configs import Config
-from .contact_map import attention_tile, tiles_of
+from .contact_map import attention_tile, starts_of
 from .gather import scatter_sum
 
 
@@ -136,14 +136,14 @@ def backward_config(capability: int, dtype: torch.dtype) -> Config:
 _SUMS = Config(dict(BLOCK=32), 4, 2)
 
 
-def contact_grads(q, k, cu_seqlens, keep, weight, scale, lse, sums, grad):
+def contact_grads(q, k, cu_seqlens, keep, weight, max_seqlen, scale, lse, sums, grad):
     """(dq, dk, dweight), everything contiguous."""
     n, heads, head_dim = q.shape
     config = backward_config(capability(q), q.dtype)
-    starts, tiles, _ = tiles_of(cu_seqlens, config)
+    starts, tiles = starts_of(cu_seqlens), triton.cdiv(max_seqlen, config.tiles["BLOCK"])
     sequences = len(cu_seqlens) - 1
     gr = torch.empty_like(sums)
-    sums_tiles = tiles_of(cu_seqlens, _SUMS)[1]
+    sums_tiles = triton.cdiv(max_seqlen, _SUMS.tiles["BLOCK"])
     contact_backward_sums[(sums_tiles * sequences,)](
         grad, sums, keep, gr, starts, cu_seqlens, n, sums_tiles, heads, padded(heads), **_SUMS.launch
     )
