@@ -1,7 +1,9 @@
-"""How far each way of computing ESM-1b is from exact arithmetic, on random weights that round like trained ones.
+"""How far each way of computing ESM-1b is from exact arithmetic, on random weights that round like trained ones, or on
+trained ones.
 
     python benches/accuracy.py             # full size; about 20 minutes on two cores, 7 GB
     python benches/accuracy.py --tiny      # seconds: shows that all of it runs, its numbers mean nothing
+    python benches/accuracy.py --model esm1b_t6_demo
 
 Per residue and protein: a few proteins against fp64, bf16 also against fp64 on the same rounded weights. Nearest
 neighbours, against our own fp32: proteins of the file, cut short, which is a hard sample, because most have no relative
@@ -15,7 +17,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from rounds import cosines
 from tables import markdown
 from torch_peers import hf_parts
 
+import esm_fast
 from esm_fast.engine import embed
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "uniprot_sample.fasta.gz"
@@ -75,20 +78,18 @@ ARITHMETICS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    size = TINY if args.tiny else Size()
-    size = replace(size, layers=args.layers or size.layers)
+    size, state, called = trained(args.model) if args.model else trained_like(args)
     whole = read(args.fasta)
     few = choose(whole, 0, args.proteins, 4096)
     samples = {"cut": [(label, residues[: args.cut]) for label, residues in choose(whole, 0, args.neighbours, 4096)]}
     if args.families:
         samples["families"] = with_relatives(read(args.families), args.neighbours)
     header = machine() | {
-        "model": f"{size.layers} layers x {size.embed_dim}, trained-like random weights (seed {args.seed})",
+        "model": f"{size.layers} layers x {size.embed_dim}, {called}",
         "against fp64": described(few),
     }
     header |= {f"neighbours, {sample}": described(chosen) for sample, chosen in samples.items()}
     print("\n".join(f"{name}: {value}" for name, value in header.items()), flush=True)
-    state = trained_like_state(size, args.seed)
     truth, rounded = exact(size, state, few), exact(size, {k: v.bfloat16().float() for k, v in state.items()}, few)
     errors, means = [{"arithmetic": "exact, on bf16 weights"} | compare(rounded, truth)], {}
     for name, build in ARITHMETICS.items():
@@ -128,11 +129,25 @@ def parse(argv) -> argparse.Namespace:
     add("--families", type=Path, metavar="FASTA", help="as many more with relatives in this file, uncut")
     add("--arithmetics", nargs="+", choices=ARITHMETICS, default=list(ARITHMETICS), help="only these, and our fp32")
     add("--cut", type=int, default=100, help="their first residues only (default 100)")
-    add("--layers", type=int, help="fewer layers than ESM-1b's 33, for a quicker look")
-    add("--tiny", action="store_true", help="a toy model: only to see that everything runs")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="a trained model of this architecture, by name or path; not random weights")
+    which.add_argument("--layers", type=int, help="fewer layers than ESM-1b's 33, for a quicker look")
+    which.add_argument("--tiny", action="store_true", help="a toy model: only to see that everything runs")
     add("--seed", type=int, default=0, help="of the random weights")
     add("--out", type=Path, default=Path("out/accuracy"), help="folder of the results (default out/accuracy)")
     return parser.parse_args(argv)
+
+
+def trained_like(args: argparse.Namespace) -> tuple[Size, State, str]:
+    size = TINY if args.tiny else Size()
+    size = replace(size, layers=args.layers or size.layers)
+    return size, trained_like_state(size, args.seed), f"trained-like random weights (seed {args.seed})"
+
+
+def trained(name: str) -> tuple[Size, State, str]:
+    model, _ = esm_fast.load(name, packed=False)
+    size = Size(**{field.name: getattr(model.config, field.name) for field in fields(Size)})
+    return size, model.state_dict(), f"trained weights ({name})"
 
 
 def exact(size: Size, state: State, proteins: Proteins) -> list[np.ndarray]:

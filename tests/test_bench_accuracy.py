@@ -30,6 +30,16 @@ def test_report_of_a_toy_model(accuracy, tmp_path):
     assert "| esm_fast bf16" in (tmp_path / "accuracy.md").read_text()
 
 
+def test_report_of_a_trained_model(accuracy, tmp_path):
+    arguments = ["--model", "esm1b_t6_demo", "--proteins", "1", "--neighbours", "2", "--cut", "20"]
+    assert accuracy.main([*arguments, "--arithmetics", "esm_fast bf16", "--out", str(tmp_path)]) == 0
+    errors = {
+        row["arithmetic"]: row["relative error"]
+        for row in json.loads((tmp_path / "accuracy.json").read_text())["errors"]
+    }
+    assert errors["esm_fast fp32"] < 3e-6 and 3e-4 < errors["esm_fast bf16"] < 1e-2
+
+
 def test_exact_is_fp64(accuracy):
     """Against the same model in fp64 from the start: rounding of fp64, not of fp32."""
     from common import TINY
