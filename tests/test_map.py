@@ -84,6 +84,8 @@ def test_a_picture_has_the_colours_of_the_table(drawn, tmp_path):
     drawn_colors = {"#" + bytes(pixel.tolist()).hex() for pixel in np.unique(pixels, axis=0)}
     colors = colors_of(["alpha", "beta", ""], 3)
     assert set(colors.points) <= drawn_colors and "#009e73" not in drawn_colors  # the third word's
+    page = drawn("map.html", "--table", table, "--column", "Family").path.read_text()
+    assert "coloured by Family" in page and "alpha $x_ (1)" in page
 
 
 def test_proteins_without_numbers_are_left_out_and_counted(fair_checkpoint, tmp_path, capsys, monkeypatch):

@@ -61,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
     from ..writers.scatter import WRITERS, Scatter
 
     layer = layer_of(data, args.layer)
-    values = _values(Path(args.table), args.column, data.ids) if args.table else None
+    column, values = _values(Path(args.table), args.column, data.ids) if args.table else ("", None)
     points, axes = METHODS[args.method](data, layer)
     shown = np.flatnonzero(np.isfinite(points).all(axis=1)).tolist()
     colors = colors_of([values[i] for i in shown] if values else None, len(shown))
     title = f"{len(shown):,} proteins of {data.folder.absolute().name}, layer {layer}"
+    if values:
+        title += f", coloured by {column}"
     if "warning" in data.plan.info:
         title += f" ({data.plan.info['warning']})"
     with atomic(out) as temporary:
@@ -77,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     return SOME_FAILED if len(shown) < len(data) else 0
 
 
-def _values(path: Path, column: str | None, ids: list[str]) -> list[str]:
-    """A value for each id; empty where the table has none."""
+def _values(path: Path, column: str | None, ids: list[str]) -> tuple[str, list[str]]:
+    """The column's name, and its value for each id; empty where the table has none."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         names = next(rows, [])
@@ -90,4 +92,4 @@ def _values(path: Path, column: str | None, ids: list[str]) -> list[str]:
         found = {row[0]: row[at].strip() for row in rows if len(row) > at}
     if ids and not any(name in found for name in ids):
         raise InputError(f"{path}: its column {names[0]!r} holds none of the data set's ids, such as {ids[0]!r}")
-    return [found.get(name, "") for name in ids]
+    return names[at], [found.get(name, "") for name in ids]
