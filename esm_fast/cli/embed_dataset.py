@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from .common import (
@@ -28,9 +29,10 @@ _ROW_BYTES = 64  # digest, length, status and page headers
 
 
 def embed_dataset(args: argparse.Namespace) -> int:
-    out = _folder(args)
+    out = folder_of(args)
     require_pyarrow()
     from ..dataset import ranks
+    from ..dataset.compute import Computer
     from ..dataset.shards import has_numbers
 
     share = ranks.share(args.shard)
@@ -38,10 +40,11 @@ def embed_dataset(args: argparse.Namespace) -> int:
         print(f"share     {share.rank} of {share.count} ({share.said_by})", file=sys.stderr)
     try:
         with _stop_signals() as check_stopped:
+            load = loader(args)
             dtype = dtype_of(args)
-            model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
-            plan = _plan(out, args, dtype, model, check_stopped)
-            done = _work(plan, args, share, model, check_stopped)
+            model = load(dtype=dtype)
+            plan = make_plan(out, args, model, dtype, check_stopped)
+            done = _work(plan, share, Computer(model, plan.fields, exact(plan, load), check_stopped), args.log_json)
             seconds, status = done.seconds, done.status
             if share.count == 1:
                 status = _finished(plan, check_stopped)
@@ -55,7 +58,7 @@ def embed_dataset(args: argparse.Namespace) -> int:
     return SOME_FAILED if failed else 0
 
 
-def _folder(args: argparse.Namespace) -> Path:
+def folder_of(args: argparse.Namespace) -> Path:
     out = Path(args.output)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder for a data set, or a name that ends in .h5 for one file")
@@ -68,7 +71,13 @@ def _folder(args: argparse.Namespace) -> Path:
     return out
 
 
-def _plan(out: Path, args: argparse.Namespace, dtype: str, model, on_read: Callable):
+def loader(args: argparse.Namespace) -> Callable:
+    """Loads the model of these arguments, in the type it is given. Another process can be sent it."""
+    return partial(load_model, args.model, device=args.device, backend=args.backend, threads=args.threads)
+
+
+def make_plan(out: Path, args: argparse.Namespace, model, dtype: str, on_read: Callable = lambda *_: None):
+    """The plan of these arguments, new or as it is in the folder already."""
     from ..data import FastaError, Policy
     from ..dataset import fingerprint
     from ..dataset.planning import make_or_resume
@@ -103,18 +112,16 @@ def _plan(out: Path, args: argparse.Namespace, dtype: str, model, on_read: Calla
     return plan
 
 
-def _work(plan, args, share, model, on_batch: Callable):
+def _work(plan, share, compute: Callable, log_json: str | None):
     """What this process committed."""
-    from ..dataset.compute import Computer
     from ..dataset.work import Progress, remaining, work
 
     units, sizes = remaining(plan, share.rank, share.count), plan.info["unit_residues"]
     mine = sizes[share.rank :: share.count]
     total, todo = sum(mine), sum(sizes[unit] for unit in units)
-    check_space(plan.folder, _bytes(plan, units))
-    compute = Computer(model, plan.fields, _exact(plan, args), on_batch)
+    require_space(plan, units)
     done = Progress(already_done=len(mine) - len(units))
-    with _log(args.log_json) as log, progress(total, done=total - todo) as bar:
+    with _log(log_json) as log, progress(total, done=total - todo) as bar:
 
         def note(committed) -> None:
             done.add(committed)
@@ -156,29 +163,28 @@ def _stop_signals() -> Iterator[Callable]:
             signal.signal(number, before[number])
 
 
-def _exact(plan, args: argparse.Namespace) -> Callable:
+def exact(plan, load: Callable) -> Callable:
     """Loads the model in float32 when it is first needed; gives None where there is nothing more exact."""
     loaded: list = []
 
-    def exact():
+    def once():
         if not loaded:
             try:
-                more = plan.fields["dtype"] != "float32"
-                again = {"device": args.device, "dtype": "float32", "backend": args.backend}
-                loaded.append(load_model(args.model, **again) if more else None)
+                loaded.append(load(dtype="float32") if plan.fields["dtype"] != "float32" else None)
             except (ValueError, InputError):  # the file holds only packed halves, or the backend takes nothing else
                 loaded.append(None)
         return loaded[0]
 
-    return exact
+    return once
 
 
-def _bytes(plan, units: list[int]) -> int:
-    """About what is still to be written."""
+def require_space(plan, units: list[int]) -> None:
+    """Raises InputError where the disk cannot hold about what these units will take."""
     fields, info = plan.fields, plan.info
     item = {"float32": 4, "float16": 2}[fields["store"]] * fields["width"] * len(fields["layers"])
     rows = sum(info["unit_rows"][unit] for unit in units) * (item + _ROW_BYTES)
-    return rows + (sum(info["unit_residues"][unit] for unit in units) * item if fields["residues"] else 0)
+    kept = sum(info["unit_residues"][unit] for unit in units) * item if fields["residues"] else 0
+    check_space(plan.folder, rows + kept)
 
 
 @contextmanager
