@@ -149,3 +149,13 @@ def test_a_job_that_fails_is_named_with_its_log(tmp_path, source, capsys, monkey
     monkeypatch.setattr(slurm, "submit", lambda *_: [failed])
     assert main(["submit", "--nodes", "1", "--local", *embed(source, tmp_path / "o", "m")]) == 1
     assert f"1 of 1 jobs failed; {tmp_path}/o.jobs/77_0_log.err says why" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nodes, more, threads", [(2, [], "3"), (9, [], "1"), (2, ["--threads", "5"], "5")])
+def test_local_jobs_have_the_cores_together(tmp_path, source, monkeypatch, nodes, more, threads):
+    given = []
+    monkeypatch.setattr("esm_fast.cli.submit.cores", lambda: 6)
+    monkeypatch.setattr("esm_fast.cli.submit._wait", lambda *_: 0)
+    monkeypatch.setattr(slurm, "submit", lambda arguments, *_: given.extend(arguments) or [])
+    assert main(["submit", "--nodes", str(nodes), "--local", *embed(source, tmp_path / "o", "m"), *more]) == 0
+    assert given.count("--threads") == 1 and given[given.index("--threads") + 1] == threads

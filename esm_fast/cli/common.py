@@ -1,6 +1,7 @@
 """What the commands share: arguments, loading the model, output paths, the words of the summary."""
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -62,6 +63,11 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def architecture(text: str) -> tuple[int, int]:

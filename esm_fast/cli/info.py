@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .. import __version__
-from .common import architecture, human_bytes
+from .common import architecture, cores, human_bytes
 
 NAME = "info"
 HELP = "this machine, the backends and why they run or not; or a checkpoint"
@@ -64,7 +64,7 @@ def _print_machine() -> None:
     packages = [f"{name} {found}" for name in _PACKAGES if (found := _version(name))]
     print(f"esm_fast  {__version__}, Python {platform.python_version()}, {', '.join(packages)}")
     print(f"machine   {platform.system()} {platform.release()}, {platform.machine()}, {_memory()}")
-    print(f"CPU       {cpu.get('model name', platform.processor() or 'unknown')}, {_cores()} usable cores")
+    print(f"CPU       {cpu.get('model name', platform.processor() or 'unknown')}, {cores()} usable cores")
     flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
     print(f"          {' '.join(flag for flag in _FLAGS if flag in flags) or 'no known instruction-set flags'}")
     print(f"kernels   {_C.isa()}, of {', '.join(_C.isas())} (ESM_FAST_ISA forces one)")
@@ -95,10 +95,6 @@ def _cpu() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in text.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _memory() -> str:

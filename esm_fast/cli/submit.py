@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from .common import InputError, positive
+from .common import InputError, cores, positive
 from .dataset import SOME_FAILED, is_dataset
 
 NAME = "submit"
@@ -39,12 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out = _output(args.arguments)
+    embed = shared(args.arguments)
+    out, arguments = embed.output, args.arguments
+    if args.local and not embed.threads:  # together they have this machine's cores, and not each all of them
+        arguments = [*arguments, "--threads", str(max(1, cores() // args.nodes))]
     slurm, request = _slurm(args)
     if not args.local and shutil.which("sbatch") is None:
         raise InputError("this machine has no sbatch: submit where SLURM is, or give --local for processes here")
     logs = Path(args.logs or f"{out.rstrip('/')}.jobs")
-    jobs = slurm.submit(args.arguments, args.nodes, logs, request, "local" if args.local else "slurm")
+    jobs = slurm.submit(arguments, args.nodes, logs, request, "local" if args.local else "slurm")
     print(f"jobs      {' '.join(job.job_id for job in jobs)}")
     print(f"logs      {logs}", flush=True)
     if args.local:
@@ -53,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _output(arguments: list[str]) -> str:
-    """The folder of the data set, once its command is known to be one that may be shared."""
+def shared(arguments: list[str]) -> argparse.Namespace:
+    """The arguments of a data set's command, which is one that several processes may share."""
     from . import parser
 
     if arguments[:1] != ["embed"]:
@@ -63,10 +66,10 @@ def _output(arguments: list[str]) -> str:
     if not is_dataset(embed.output):
         raise InputError(f"{embed.output} is one file, which one process writes; give a folder, -o NAME/")
     if embed.shard:
-        raise InputError("--shard is what submit gives each job; leave it out")
+        raise InputError("each job gets its --shard by itself; leave it out")
     if "-" in embed.fasta:
         raise InputError("standard input does not reach the jobs; give files")
-    return embed.output
+    return embed
 
 
 def _slurm(args: argparse.Namespace):
