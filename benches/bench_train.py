@@ -12,12 +12,14 @@ shared machine's speed drifts. Tokens are counted without padding.
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from bench_peers import SAMPLE
@@ -31,6 +33,7 @@ from train_peers import HF_BATCH, PEERS, Outcome, Task, run
 
 from esm_fast.data import Policy
 from esm_fast.models.esm1 import CONFIGS, Config
+from esm_fast.train.environment import SETTINGS
 from esm_fast.train.prepare import prepare
 from esm_fast.train.recipe import Recipe
 
@@ -113,7 +116,9 @@ def tasks_of(args, folder: Path, header: dict[str, str]) -> list[Task]:
 
 
 def in_a_process(task: Task) -> Outcome:
-    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+    """Ours in the environment that `esm-fast pretrain` makes for itself, the others in the one they are given."""
+    settings = SETTINGS if task.peer == "esm_fast" else {}
+    with mock.patch.dict(os.environ, settings), multiprocessing.get_context("spawn").Pool(1) as fresh:
         return fresh.apply(run, (task,))
 
 

@@ -178,6 +178,33 @@ void attention_backward(Address q, Address k, Address v, const std::string& dtyp
     active().attention_backward({forward, read_at(out), read_at(dout), write_at(dq), write_at(dk), write_at(dv)});
 }
 
+// Addresses in the order of the call's members.
+FfnTrainingCall ffn_call(Address x, int64_t rows, int width, int hidden, float eps, const std::string& dtype,
+                         const std::array<Address, 6>& weights, Address middle, Address result) {
+    const auto weight = [&](size_t i) { return read_at(weights[i]); };
+    return {floats(x), rows,      width,     hidden,    eps,       type_of(dtype),   weight(0),
+            weight(1), weight(2), weight(3), weight(4), weight(5), write_at(middle), static_cast<float*>(write_at(result))};
+}
+
+void ffn_training(Address x, int64_t rows, int width, int hidden, float eps, const std::string& dtype,
+                  const std::array<Address, 6>& weights, Address middle, Address result) {
+    const FfnTrainingCall call = ffn_call(x, rows, width, hidden, eps, dtype, weights, middle, result);
+    py::gil_scoped_release release;
+    const Session session;
+    active().ffn_training(call);
+}
+
+void ffn_backward(Address x, int64_t rows, int width, int hidden, float eps, const std::string& dtype,
+                  const std::array<Address, 6>& weights, Address middle, Address dout, Address dx, Address dvectors,
+                  Address normed, Address dmiddle, Address activated, Address dresult) {
+    const FfnTrainingCall forward = ffn_call(x, rows, width, hidden, eps, dtype, weights, middle, 0);
+    py::gil_scoped_release release;
+    const Session session;
+    active().ffn_backward({forward, floats(dout), static_cast<float*>(write_at(dx)),
+                           static_cast<float*>(write_at(dvectors)), write_at(normed), write_at(dmiddle),
+                           write_at(activated), write_at(dresult)});
+}
+
 void contact_map(Address q, Address k, const std::string& dtype, int64_t rows, Address cu_seqlens, int64_t sequences,
                  int heads, int head_dim, Address keep, Address weight, float scale, Address result) {
     const Type type = type_of(dtype);
@@ -307,6 +334,8 @@ void bind(py::module_& module) {
     module.def("transformer_stack", &transformer_stack);
     module.def("attention_varlen", &attention_varlen);
     module.def("attention_backward", &attention_backward);
+    module.def("ffn_training", &ffn_training);
+    module.def("ffn_backward", &ffn_backward);
     module.def("contact_map", &contact_map);
     module.def("embedding", &embedding);
     module.def("masked_lm_head", &masked_lm_head);

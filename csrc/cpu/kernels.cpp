@@ -1,6 +1,7 @@
 // The kernels of one level. CMake compiles this file once per level, with that level's flags and ESM_LEVEL its name.
 #include "contacts.h"
 #include "edges.h"
+#include "ffn_training.h"
 #include "layers.h"
 #include "training.h"
 #include "work.h"
@@ -51,6 +52,12 @@ void attention_varlen(const VarlenCall& call) {
 void attention_backward(const GradientCall& call) {
     call.forward.type == Type::kFloat32 ? attention_backward_of<float>(call) : attention_backward_of<bf16>(call);
 }
+void ffn_training(const FfnTrainingCall& call) {
+    call.type == Type::kFloat32 ? ffn_training_of<float>(call) : ffn_training_of<bf16>(call);
+}
+void ffn_backward(const FfnGradientCall& call) {
+    call.forward.type == Type::kFloat32 ? ffn_backward_of<float>(call) : ffn_backward_of<bf16>(call);
+}
 void contact_map(const ContactCall& call) {
     call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
 }
@@ -84,9 +91,9 @@ void int8_linear(const float* x, int64_t rows, const Packed& weights, float* res
 #define ESM_TEXT(a) ESM_TEXT_(a)
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
 const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
-    ESM_TEXT(ESM_LEVEL), gelu_ffn,  pre_ln_attention, transformer_stack, attention_varlen, attention_backward,
-    contact_map,         embedding, masked_lm_head,   masked_softmax,    pool,             int8_linear,
-    peak};
+    ESM_TEXT(ESM_LEVEL), gelu_ffn,     pre_ln_attention, transformer_stack, attention_varlen, attention_backward,
+    ffn_training,        ffn_backward, contact_map,      embedding,         masked_lm_head,   masked_softmax,
+    pool,                int8_linear,  peak};
 
 }  // namespace cpu
 }  // namespace esm

@@ -8,29 +8,40 @@ namespace esm {
 namespace cpu {
 namespace {
 
-// Layer norm with fp32 statistics in two passes; the row's padding up to whole panels is set to 0.
+// A row's mean, and one over its standard deviation: in fp32, in two passes.
+struct Statistics {
+    float mean, scale;
+
+    Statistics(const float* x, int width, float eps) {
+        const int whole = width / N * N, rest = width - whole;
+        F total = {};
+        for (int i = 0; i < whole; i += N) total += load(x + i);
+        if (rest) total += load_part(x + whole, rest);
+        mean = sum(total) / float(width);
+        F squares = {};
+        for (int i = 0; i < whole; i += N) {
+            const F d = load(x + i) - mean;
+            squares = fma(d, d, squares);
+        }
+        if (rest) {
+            const F d = load_part(x + whole, rest, mean) - mean;
+            squares = fma(d, d, squares);
+        }
+        scale = 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
+    }
+};
+
+// Layer norm; the row's padding up to whole panels is set to 0.
 template <class A>
 void layer_norm(const float* x, int width, const float* gain, const float* bias, float eps, A* out) {
     const int whole = width / N * N, rest = width - whole;
-    F total = {};
-    for (int i = 0; i < whole; i += N) total += load(x + i);
-    if (rest) total += load_part(x + whole, rest);
-    const float mean = sum(total) / float(width);
-    F squares = {};
-    for (int i = 0; i < whole; i += N) {
-        const F d = load(x + i) - mean;
-        squares = fma(d, d, squares);
-    }
-    if (rest) {
-        const F d = load_part(x + whole, rest, mean) - mean;
-        squares = fma(d, d, squares);
-    }
-    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
-    for (int i = 0; i < whole; i += N) store(out + i, fma((load(x + i) - mean) * scale, load(gain + i), load(bias + i)));
+    const Statistics row(x, width, eps);
+    for (int i = 0; i < whole; i += N)
+        store(out + i, fma((load(x + i) - row.mean) * row.scale, load(gain + i), load(bias + i)));
     const int padded = int(round_up(width, kPanel));
     std::memset(out + whole, 0, size_t(padded - whole) * sizeof(A));
     if (rest) {
-        const F normed = (load_part(x + whole, rest) - mean) * scale;
+        const F normed = (load_part(x + whole, rest) - row.mean) * row.scale;
         store_part(out + whole, fma(normed, load(gain + whole), load(bias + whole)), rest);
     }
 }

@@ -84,6 +84,27 @@ struct GradientCall {
     void *dq, *dk, *dv;
 };
 
+// gelu_ffn in training. The matrices are plain, (out, in): they change with every step. All but x and result is of
+// `type`; middle: (rows, hidden), what GELU is given.
+struct FfnTrainingCall {
+    const float* x;
+    int64_t rows;
+    int width, hidden;
+    float eps;
+    Type type;
+    const void *ln_weight, *ln_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+    void* middle;
+    float* result;  // read by nothing, and null in a gradient's call
+};
+// dvectors: the gradients of ln_weight, ln_bias, fc2_bias and fc1_bias, one after the other. Those of the matrices are
+// products over the rows, whose factors go to normed, dmiddle, activated and dresult, the result's gradient in `type`.
+struct FfnGradientCall {
+    FfnTrainingCall forward;
+    const float* dout;
+    float *dx, *dvectors;
+    void *normed, *dmiddle, *activated, *dresult;
+};
+
 // q, k: (rows, heads, head_dim) of `type`; keep: (rows,) bytes; weight: (heads,); result: see the op.
 struct ContactCall {
     const void *q, *k;
@@ -152,6 +173,8 @@ struct Table {
     void (*transformer_stack)(const StackCall&);
     void (*attention_varlen)(const VarlenCall&);
     void (*attention_backward)(const GradientCall&);
+    void (*ffn_training)(const FfnTrainingCall&);
+    void (*ffn_backward)(const FfnGradientCall&);
     void (*contact_map)(const ContactCall&);
     void (*embedding)(const EmbeddingCall&);
     void (*masked_lm_head)(const HeadCall&);

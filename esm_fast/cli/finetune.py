@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..train.environment import prepare
 from .common import DEMO, InputError, is_random, positive, warn_random
 
 NAME = "finetune"
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    prepare()
     import torch
     from tqdm import tqdm
 

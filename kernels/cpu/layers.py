@@ -11,9 +11,10 @@ from esm_fast.ops.registry import implements
 from esm_fast.ops.transformer_stack import LayerWeights
 
 from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, unproven, vectors_of, why_not, yields
+from .training import ffn_backward, ffn_train
 
 
-@implements("gelu_ffn", backend=BACKEND, why_not=why_not, yields=yields)
+@implements("gelu_ffn", backend=BACKEND, why_not=why_not, yields=unproven, train=ffn_train, backward=ffn_backward)
 def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     """See `esm_fast.ops.gelu_ffn`."""
     follow_torch()

@@ -1,0 +1,159 @@
+// What the halves of a layer share in training: matrices packed for one call, sums over rows, the layer norm's gradient.
+#pragma once
+
+#include "edges.h"
+#include "training.h"
+
+namespace esm {
+namespace cpu {
+namespace {
+
+// Scratch slots as in layers.h. The calling thread's: small vectors, matrices, sums of the parts. Every thread's own:
+// rows of its block.
+enum LayerTrainingSlot { kVectorsSlot, kMatricesSlot, kPartsSlot, kOwnRows, kOwnWide, kOwnGradient };
+
+// Gains and biases in fp32, padded with zeros to whole panels.
+template <int Count>
+class Vectors {
+  public:
+    Vectors(Type type, const void* const (&from)[Count], const int (&sizes)[Count]) {
+        for (int i = 0; i < Count; ++i) {
+            size[i] = sizes[i], offset[i] = floats;
+            floats += size_t(round_up(sizes[i], kPanel));
+        }
+        float* memory = buffer<float>(kVectorsSlot, 1, floats);
+        values_ = memory;
+        for (int i = 0; i < Count; ++i) widen(from[i], type, size[i], memory + offset[i]);
+    }
+    const float* operator[](int i) const { return values_ + offset[i]; }
+
+    int size[Count];
+    size_t offset[Count], floats = 0;
+
+  private:
+    const float* values_;
+};
+
+// One panel of a matrix as the GEMM reads it: of (out, in), or transposed of (in, out).
+template <bool Transposed, class W>
+void pack_panel(const W* matrix, int out, int in, int panel, W* to) {
+    constexpr int kTogether = sizeof(W) == 2 ? 2 : 1, kStretch = 64;
+    const int first = panel * kPanel, count = int(smaller(kPanel, out - first));
+    const auto place = [&](int i, int o) { return (size_t(i / kTogether) * kPanel + o) * kTogether + i % kTogether; };
+    std::memset(to, 0, panel_size(to, in) * sizeof(W));
+    for (int start = 0; start < in; start += kStretch) {
+        const int end = int(smaller(start + kStretch, in));
+        if (Transposed)
+            for (int i = start; i < end; ++i)
+                for (int o = 0; o < count; ++o) to[place(i, o)] = matrix[size_t(i) * out + first + o];
+        else
+            for (int o = 0; o < count; ++o)
+                for (int i = start; i < end; ++i) to[place(i, o)] = matrix[size_t(first + o) * in + i];
+    }
+}
+
+struct Matrix {
+    const void* plain;
+    int out, in;
+};
+
+// Packs what multiplies rows from the right, or `transposed` what multiplies the gradients of such products.
+template <class W, int Count>
+void pack_matrices(const Matrix (&matrices)[Count], bool transposed, const W* (&packed)[Count]) {
+    size_t offset[Count + 1] = {};
+    for (int i = 0; i < Count; ++i) {
+        const int out = transposed ? matrices[i].in : matrices[i].out, in = transposed ? matrices[i].out : matrices[i].in;
+        offset[i + 1] = offset[i] + panels_of(out) * panel_size(packed[i], in);
+    }
+    W* memory = buffer<W>(kMatricesSlot, 1, offset[Count]);
+    for (int i = 0; i < Count; ++i) {
+        const W* plain = static_cast<const W*>(matrices[i].plain);
+        W* to = memory + offset[i];
+        const int out = transposed ? matrices[i].in : matrices[i].out, in = transposed ? matrices[i].out : matrices[i].in;
+        each_panel(panels_of(out), [&](int begin, int end) {
+            for (int panel = begin; panel < end; ++panel) {
+                W* at = to + panel * panel_size(to, in);
+                transposed ? pack_panel<true>(plain, out, in, panel, at) : pack_panel<false>(plain, out, in, panel, at);
+            }
+        });
+        packed[i] = to;
+    }
+}
+
+// Rows whose gradients of biases and gains are summed up together: always as many, whatever the number of threads.
+constexpr int kSummedTogether = 64;
+
+// body(first row, one past the last, sums) for each part; out: the sums of all parts in order, a vector after the other.
+template <int Count, class Body>
+void each_part_of_sums(int64_t rows, const Vectors<Count>& vectors, float* out, const Body& body) {
+    const int64_t parts = (rows + kSummedTogether - 1) / kSummedTogether;
+    float* all = buffer<float>(kPartsSlot, parts, vectors.floats);
+    each(size_t(parts), 1, [&](size_t begin, size_t end) {
+        for (size_t part = begin; part < end; ++part) {
+            const int64_t first = int64_t(part) * kSummedTogether;
+            float* sums = all + part * vectors.floats;
+            std::memset(sums, 0, vectors.floats * sizeof *sums);
+            float* of[Count];
+            for (int i = 0; i < Count; ++i) of[i] = sums + vectors.offset[i];
+            body(first, smaller(first + kSummedTogether, rows), of);
+        }
+    });
+    for (int i = 0; i < Count; out += vectors.size[i++]) {
+        std::memset(out, 0, size_t(vectors.size[i]) * sizeof *out);
+        for (int64_t part = 0; part < parts; ++part)
+            each_part(all + size_t(part) * vectors.floats + vectors.offset[i], vectors.size[i],
+                      [&](int j, F x, int left) { store_first(out + j, load_most(out + j, left) + x, left); });
+    }
+}
+
+// Rows of a gradient in fp32: to `wide`, with zeros up to whole panels; to `narrow` unless it is null; and to the sums.
+template <class W, class A>
+void take_gradient(const float* from, int width, int64_t first, int64_t last, A* wide, size_t ld, W* narrow, float* sums) {
+    for (int64_t row = first; row < last; ++row, wide += ld) {
+        copy_row(from + row * width, width, wide);
+        each_part(from + row * width, width, [&](int i, F x, int left) {
+            if (narrow) store_first(narrow + row * width + i, x, left);
+            store(sums + i, load(sums + i) + x);
+        });
+    }
+}
+
+// From the gradient of a layer norm's result, rows `ld` apart and padded with zeros, and that of the stream beside it to
+// that of x. The result itself is computed again.
+template <class W>
+struct NormGradient {
+    Norm norm;
+    W* normed;
+    const float* beside;
+    float *dx, *dgain, *dbias;
+
+    void operator()(int64_t first, int64_t last, const float* dnormed, size_t ld) const {
+        for (int64_t row = first; row < last; ++row, dnormed += ld) of_row(row * norm.width, dnormed);
+    }
+
+  private:
+    void of_row(int64_t at, const float* dnormed) const {
+        const int width = norm.width;
+        const float* x = norm.x + at;
+        const Statistics row(x, width, norm.eps);
+        F total = {}, products = {};
+        each_part(x, width, [&](int i, F value, int left) {
+            const F standard = (value - row.mean) * row.scale, d = load(dnormed + i), g = d * load(norm.gain + i);
+            total += g;
+            products = fma(g, standard, products);
+            store(dgain + i, fma(d, standard, load(dgain + i)));
+            store(dbias + i, load(dbias + i) + d);
+            store_first(normed + at + i, fma(standard, load(norm.gain + i), load(norm.bias + i)), left);
+        });
+        const float mean = sum(total) / float(width), slope = sum(products) / float(width);
+        each_part(x, width, [&](int i, F value, int left) {
+            const F standard = (value - row.mean) * row.scale, g = load(dnormed + i) * load(norm.gain + i);
+            const F d = (g - mean - standard * slope) * row.scale;
+            store_first(dx + at + i, load_most(beside + at + i, left) + d, left);
+        });
+    }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm
