@@ -178,6 +178,58 @@ void attention_backward(Address q, Address k, Address v, const std::string& dtyp
     active().attention_backward({forward, read_at(out), read_at(dout), write_at(dq), write_at(dk), write_at(dv)});
 }
 
+using Three = std::array<Address, 3>;
+
+InputsCall inputs_call(Address x, int64_t rows, int width, float eps, const std::string& dtype, Address ln_weight,
+                       Address ln_bias, const Three& weights, const Three& biases, const Three& results) {
+    InputsCall call{floats(x), rows, width, eps, type_of(dtype), read_at(ln_weight), read_at(ln_bias), {}, {}, {}};
+    for (size_t i = 0; i < 3; ++i) {
+        call.weight[i] = read_at(weights[i]);
+        call.bias[i] = read_at(biases[i]);
+        call.result[i] = write_at(results[i]);
+    }
+    return call;
+}
+
+void attention_inputs(Address x, int64_t rows, int width, float eps, const std::string& dtype, Address ln_weight,
+                      Address ln_bias, const Three& weights, const Three& biases, const Three& results) {
+    const InputsCall call = inputs_call(x, rows, width, eps, dtype, ln_weight, ln_bias, weights, biases, results);
+    py::gil_scoped_release release;
+    const Session session;
+    active().attention_inputs(call);
+}
+
+void attention_inputs_backward(Address x, int64_t rows, int width, float eps, const std::string& dtype,
+                               Address ln_weight, Address ln_bias, const Three& weights, const Three& biases,
+                               const Three& gradients, Address beside, Address dx, Address dvectors, Address normed) {
+    const InputsCall call = inputs_call(x, rows, width, eps, dtype, ln_weight, ln_bias, weights, biases, gradients);
+    py::gil_scoped_release release;
+    const Session session;
+    active().attention_inputs_backward({call, floats(beside), static_cast<float*>(write_at(dx)),
+                                        static_cast<float*>(write_at(dvectors)), write_at(normed)});
+}
+
+void attention_output(Address x, int64_t rows, int width, const std::string& dtype, Address mixed, Address weight,
+                      Address bias, Address result) {
+    const Type type = type_of(dtype);
+    py::gil_scoped_release release;
+    const Session session;
+    active().attention_output({floats(x), rows, width, type, read_at(mixed), read_at(weight), read_at(bias),
+                               static_cast<float*>(write_at(result))});
+}
+
+void attention_output_backward(Address dout, int64_t rows, int width, const std::string& dtype, Address weight,
+                               Address bias, Address dbias, Address dmixed, Address dresult) {
+    const Type type = type_of(dtype);
+    py::gil_scoped_release release;
+    const Session session;
+    active().attention_output_backward({{nullptr, rows, width, type, nullptr, read_at(weight), read_at(bias), nullptr},
+                                        floats(dout),
+                                        static_cast<float*>(write_at(dbias)),
+                                        write_at(dmixed),
+                                        write_at(dresult)});
+}
+
 // Addresses in the order of the call's members.
 FfnTrainingCall ffn_call(Address x, int64_t rows, int width, int hidden, float eps, const std::string& dtype,
                          const std::array<Address, 6>& weights, Address middle, Address result) {
@@ -334,6 +386,10 @@ void bind(py::module_& module) {
     module.def("transformer_stack", &transformer_stack);
     module.def("attention_varlen", &attention_varlen);
     module.def("attention_backward", &attention_backward);
+    module.def("attention_inputs", &attention_inputs);
+    module.def("attention_inputs_backward", &attention_inputs_backward);
+    module.def("attention_output", &attention_output);
+    module.def("attention_output_backward", &attention_output_backward);
     module.def("ffn_training", &ffn_training);
     module.def("ffn_backward", &ffn_backward);
     module.def("contact_map", &contact_map);

@@ -118,6 +118,26 @@ void take_gradient(const float* from, int width, int64_t first, int64_t last, A*
     }
 }
 
+template <class A>
+void add_rows(const A* rows, int width, int64_t count, size_t ld, float* sums) {
+    for (; count; --count, rows += ld)
+        each_part(rows, width, [&](int i, F x, int) { store(sums + i, load(sums + i) + x); });
+}
+
+// The epilogue that does nothing: rows of `columns`, one after the other.
+template <class W>
+struct Store {
+    W* out;
+    int columns;
+
+    ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
+        for (int r = 0; r < height; ++r)
+            each_vector(column, columns, [&](int v, int left) {
+                store_first(out + (row + r) * columns + column + v, load(c + r * kPanel + v), left);
+            });
+    }
+};
+
 // From the gradient of a layer norm's result, rows `ld` apart and padded with zeros, and that of the stream beside it to
 // that of x. The result itself is computed again.
 template <class W>

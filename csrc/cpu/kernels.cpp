@@ -1,4 +1,5 @@
 // The kernels of one level. CMake compiles this file once per level, with that level's flags and ESM_LEVEL its name.
+#include "attention_training.h"
 #include "contacts.h"
 #include "edges.h"
 #include "ffn_training.h"
@@ -52,6 +53,18 @@ void attention_varlen(const VarlenCall& call) {
 void attention_backward(const GradientCall& call) {
     call.forward.type == Type::kFloat32 ? attention_backward_of<float>(call) : attention_backward_of<bf16>(call);
 }
+void attention_inputs(const InputsCall& call) {
+    call.type == Type::kFloat32 ? attention_inputs_of<float>(call) : attention_inputs_of<bf16>(call);
+}
+void attention_inputs_backward(const InputsGradientCall& call) {
+    call.forward.type == Type::kFloat32 ? attention_inputs_backward_of<float>(call) : attention_inputs_backward_of<bf16>(call);
+}
+void attention_output(const OutputCall& call) {
+    call.type == Type::kFloat32 ? attention_output_of<float>(call) : attention_output_of<bf16>(call);
+}
+void attention_output_backward(const OutputGradientCall& call) {
+    call.forward.type == Type::kFloat32 ? attention_output_backward_of<float>(call) : attention_output_backward_of<bf16>(call);
+}
 void ffn_training(const FfnTrainingCall& call) {
     call.type == Type::kFloat32 ? ffn_training_of<float>(call) : ffn_training_of<bf16>(call);
 }
@@ -91,9 +104,26 @@ void int8_linear(const float* x, int64_t rows, const Packed& weights, float* res
 #define ESM_TEXT(a) ESM_TEXT_(a)
 extern const Table ESM_JOIN(kernels_, ESM_LEVEL);
 const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
-    ESM_TEXT(ESM_LEVEL), gelu_ffn,     pre_ln_attention, transformer_stack, attention_varlen, attention_backward,
-    ffn_training,        ffn_backward, contact_map,      embedding,         masked_lm_head,   masked_softmax,
-    pool,                int8_linear,  peak};
+    ESM_TEXT(ESM_LEVEL),
+    gelu_ffn,
+    pre_ln_attention,
+    transformer_stack,
+    attention_varlen,
+    attention_backward,
+    attention_inputs,
+    attention_inputs_backward,
+    attention_output,
+    attention_output_backward,
+    ffn_training,
+    ffn_backward,
+    contact_map,
+    embedding,
+    masked_lm_head,
+    masked_softmax,
+    pool,
+    int8_linear,
+    peak,
+};
 
 }  // namespace cpu
 }  // namespace esm

@@ -105,6 +105,40 @@ struct FfnGradientCall {
     void *normed, *dmiddle, *activated, *dresult;
 };
 
+// Before attention in training: result[i] = LN(x) weight[i]' + bias[i] for q, k and v. Plain matrices, as above.
+struct InputsCall {
+    const float* x;
+    int64_t rows;
+    int width;
+    float eps;
+    Type type;
+    const void *ln_weight, *ln_bias, *weight[3], *bias[3];
+    void* result[3];
+};
+// The results of `forward` are their gradients; beside: that of the stream that passes by; dvectors: the gradients of
+// ln_weight, ln_bias and the biases, one after the other; normed: LN(x), a factor of the matrices' gradients.
+struct InputsGradientCall {
+    InputsCall forward;
+    const float* beside;
+    float *dx, *dvectors;
+    void* normed;
+};
+// After it: result = x + mixed weight' + bias.
+struct OutputCall {
+    const float* x;
+    int64_t rows;
+    int width;
+    Type type;
+    const void *mixed, *weight, *bias;
+    float* result;
+};
+struct OutputGradientCall {
+    OutputCall forward;
+    const float* dout;
+    float* dbias;
+    void *dmixed, *dresult;  // dresult: `dout` in `type`, or null
+};
+
 // q, k: (rows, heads, head_dim) of `type`; keep: (rows,) bytes; weight: (heads,); result: see the op.
 struct ContactCall {
     const void *q, *k;
@@ -173,6 +207,10 @@ struct Table {
     void (*transformer_stack)(const StackCall&);
     void (*attention_varlen)(const VarlenCall&);
     void (*attention_backward)(const GradientCall&);
+    void (*attention_inputs)(const InputsCall&);
+    void (*attention_inputs_backward)(const InputsGradientCall&);
+    void (*attention_output)(const OutputCall&);
+    void (*attention_output_backward)(const OutputGradientCall&);
     void (*ffn_training)(const FfnTrainingCall&);
     void (*ffn_backward)(const FfnGradientCall&);
     void (*contact_map)(const ContactCall&);

@@ -91,7 +91,7 @@ def cost(x, cu_seqlens, heads, q_weight, **_) -> Cost:
     return Cost(2 * n * weights + 4 * pairs * width, moved, between=2 * 5 * half + stream)
 
 
-def _rotate(x, rotary):
+def rotate(x, rotary):
     """Rotary position embedding (Su et al. 2021) in ESM-2's half-split form; rotary is (2, n, head_dim): cos, sin."""
     cos, sin = rotary.unsqueeze(2)
     first, second = x.chunk(2, dim=-1)
@@ -125,7 +125,7 @@ def compose(
     projections = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
     q, k, v = (linear(normed, w, b).view(n, heads, width // heads) for w, b in projections)
     if rotary is not None:
-        q, k = _rotate(q, rotary), _rotate(k, rotary)
+        q, k = rotate(q, rotary), rotate(k, rotary)
     mixed = attention(q, k, v, cu_seqlens, max_seqlen, (width // heads) ** -0.5)
     out = x + linear(mixed.reshape(n, width), out_weight, out_bias)
     return (out, q, k) if return_qk else out

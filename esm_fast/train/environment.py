@@ -5,7 +5,7 @@ import os
 SETTINGS = {
     # Torch's threads, done with their share, would look out for more for some milliseconds, on the cores that our own
     # kernels have got meanwhile: these and torch's take turns many times a step.
-    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "10000",  # about a tenth of a millisecond
     # Every packed batch has shapes of its own, and oneDNN keeps what it prepares for each: 1,024 by default.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }

@@ -1,16 +1,13 @@
 """The two halves of a transformer layer, `gelu_ffn` and `pre_ln_attention`, and all layers: `transformer_stack`."""
 
-from functools import partial
-
 import torch
 
 from esm_fast import _C
-from esm_fast.ops.attention_varlen import attention_varlen
-from esm_fast.ops.pre_ln_attention import compose
 from esm_fast.ops.registry import implements
 from esm_fast.ops.transformer_stack import LayerWeights
 
 from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, unproven, vectors_of, why_not, yields
+from .projections import attention_with_gradients
 from .training import ffn_backward, ffn_train
 
 
@@ -37,10 +34,9 @@ def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
     return result.to(x.dtype)
 
 
-_differentiable = partial(compose, attention=partial(attention_varlen, backend=BACKEND))
-
-
-@implements("pre_ln_attention", backend=BACKEND, why_not=why_not, yields=unproven, differentiable=_differentiable)
+@implements(
+    "pre_ln_attention", backend=BACKEND, why_not=why_not, yields=unproven, differentiable=attention_with_gradients
+)
 def pre_ln_attention(
     x,
     cu_seqlens,

@@ -51,7 +51,7 @@ def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
     return out
 
 
-def _matrix(weight):
+def plain_matrix(weight):
     """As the training kernels read it: plain, because they pack it for each call."""
     if hasattr(weight, "linear"):
         raise RuntimeError("8-bit weights have no gradients; load the model with another dtype")
@@ -63,7 +63,7 @@ def _ffn(kernel, x, weights, eps, middle, *tensors):
     gain, ln_bias, fc1, bias1, fc2, bias2 = weights
     require_one_dtype(fc1, fc2)
     gain, ln_bias, bias1, bias2 = vectors_of(fc1, gain, ln_bias, bias1, bias2)
-    fc1, fc2 = _matrix(fc1), _matrix(fc2)
+    fc1, fc2 = plain_matrix(fc1), plain_matrix(fc2)
     addresses = [tensor.data_ptr() for tensor in (gain, ln_bias, fc1, bias1, fc2, bias2)]
     kernel(
         x.data_ptr(),
