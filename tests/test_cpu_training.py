@@ -1,4 +1,4 @@
-"""The CPU kernels with gradients: attention's own backward, at every instruction-set level of this machine."""
+"""The CPU kernels with gradients: the backwards of our own, at every instruction-set level of this machine."""
 
 import itertools
 
@@ -10,6 +10,10 @@ from test_cpu import HALF_AND_FULL, isa, kernel, relaxed, threads  # noqa: F401 
 
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.attention_varlen import _case
+from esm_fast.ops.gelu_ffn import _case as ffn_case
+from esm_fast.ops.pre_ln_attention import _case as block_case
+from esm_fast.packed import PackedWeight
+from esm_fast.quantized import Int8Weight
 
 ATTENTION = OPS["attention_varlen"]
 # Longer than a block of queries and than a chunk of keys, and neither's multiple.
@@ -31,12 +35,26 @@ def test_every_case_at_every_level(isa, dtype):  # noqa: F811
             assert check.ok, (case.name, check)
 
 
+# More rows than are summed up together, and not their multiple.
+PARTS = {"pre_ln_attention": block_case("parts", [70, 1, 79], 2, 20), "gelu_ffn": ffn_case("parts", 150, 40, 37)}
+
+
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
-def test_the_block_around_it(dtype):
-    op = OPS["pre_ln_attention"]
-    for case in op.cases():
-        for check in verify.gradients(op, kernel(op.name), case, dtype, "cpu"):
+@pytest.mark.parametrize("name", PARTS)
+def test_every_case_of_a_layers_halves(isa, name, dtype):  # noqa: F811
+    for case in [*OPS[name].cases(), PARTS[name]]:
+        for check in verify.gradients(OPS[name], kernel(name), case, dtype, "cpu"):
             assert check.ok, (case.name, check)
+
+
+@settings(relaxed, max_examples=8)
+@given(
+    st.integers(8, 150), st.integers(8, 130), st.integers(8, 150), st.sampled_from(HALF_AND_FULL), st.integers(0, 2**31)
+)
+def test_any_shape_of_ffn(isa, rows, width, hidden, dtype, seed):  # noqa: F811
+    case = ffn_case("random", rows, width, hidden)
+    for check in verify.gradients(OPS["gelu_ffn"], kernel("gelu_ffn"), case, dtype, "cpu", seed):
+        assert check.ok, check
 
 
 @settings(relaxed, max_examples=8)
@@ -71,6 +89,52 @@ def test_a_proteins_gradients_have_the_same_bits_in_any_batch(isa, threads, dtyp
         assert all(torch.equal(a, t[start:end]) for a, t in zip(alone, together, strict=True))
 
 
+def half_gradients(name, arguments, incoming):
+    """{argument: gradient} of a layer's half, and its result."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in arguments.items() if verify.differentiable(t)}
+    out = OPS[name](**{**arguments, **leaves}, backend="cpu")
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), incoming), strict=True)), out.detach()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_halfs_gradients_have_the_same_bits_in_any_batch(isa, threads, name, dtype):  # noqa: F811
+    """Those of the matrices are torch's products, which may differ with the threads."""
+    arguments = PARTS[name].build(dtype, "cpu", 0)
+    incoming = torch.randn(arguments["x"].shape, generator=torch.Generator().manual_seed(0))
+    threads(1)
+    together, out = half_gradients(name, arguments, incoming)
+    for n in (2, 3):
+        threads(n)
+        again, same = half_gradients(name, arguments, incoming)
+        assert torch.equal(same, out)
+        assert all(torch.equal(again[key], g) for key, g in together.items() if key == "x" or g.ndim == 1)
+    start, end = 71, 150  # the last sequence
+    part = {**arguments, "x": arguments["x"][start:end]}
+    if "cu_seqlens" in arguments:
+        part |= {"cu_seqlens": torch.tensor([0, end - start], dtype=torch.int32), "max_seqlen": end - start}
+    alone, same = half_gradients(name, part, incoming[start:end])
+    assert torch.equal(same, out[start:end]) and torch.equal(alone["x"], together["x"][start:end])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_frozen_matrices_plain_or_packed(name):
+    """As under adapters, or where only a representation is to be changed: what is frozen gets no gradient."""
+    arguments = PARTS[name].build(torch.float32, "cpu", 0)
+    matrices = [key for key in arguments if key.endswith("_weight") and arguments[key].ndim == 2]
+    incoming = torch.randn(arguments["x"].shape, generator=torch.Generator().manual_seed(0))
+    expected, out = half_gradients(name, arguments, incoming)
+    for frozen in (lambda matrix: matrix, PackedWeight.pack):
+        x = arguments["x"].clone().requires_grad_()
+        fixed = {key: frozen(arguments[key]) for key in matrices}
+        got = OPS[name](**{**arguments, **fixed, "x": x}, backend="cpu")
+        got.backward(incoming)
+        assert torch.equal(got, out) and torch.equal(x.grad, expected["x"])
+    fixed = {key: Int8Weight.pack(arguments[key]) for key in matrices}
+    with pytest.raises(RuntimeError, match="8-bit weights have no gradients"):
+        OPS[name](**{**arguments, **fixed, "x": x}, backend="cpu")
+
+
 def test_nan_stays_in_its_own_sequence_and_head(isa):  # noqa: F811
     for dtype in HALF_AND_FULL:
         arguments = LONG.build(dtype, "cpu", 0)
@@ -92,6 +156,11 @@ def test_no_rows_and_no_sequences(isa):  # noqa: F811
 def test_chosen_unasked_with_gradients(isa):  # noqa: F811
     request = registry.Request("cpu", None, torch.bfloat16, 64, True)
     ours = "reference" if isa == "base" else "cpu"
-    for name, expected in {"attention_varlen": ours, "pre_ln_attention": ours, "pool": "reference"}.items():
+    for name, expected in {
+        "gelu_ffn": ours,
+        "attention_varlen": ours,
+        "pre_ln_attention": ours,
+        "pool": "reference",
+    }.items():
         able = [backend for backend, reasons in registry.explain(name, request) if not reasons]
         assert able[0] == expected

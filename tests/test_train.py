@@ -1,6 +1,7 @@
 """The training loop: the curve of a plain loop over fair-esm's model, of several processes, and of a run cut off."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from esm_fast.data import Policy
 from esm_fast.models.esm1 import Config
 from esm_fast.packing import pack_padded
 from esm_fast.train import checkpoint
+from esm_fast.train.environment import SETTINGS
 from esm_fast.train.loop import Trainer
 from esm_fast.train.model import new_model
 from esm_fast.train.prepare import prepare
@@ -403,3 +405,23 @@ def test_recipe_numbers_without_a_dot(tmp_path):
     )
     read = read_recipe(tmp_path / "r.yaml")
     assert read.learning_rate == 1e-4 and read.clip == 1 and read.masking.share == 0.15
+
+
+def test_the_environment_is_set_before_torch_reads_it():
+    code = """if True:
+        import os, sys
+        from esm_fast.cli import main
+        from esm_fast.train import environment
+        prepare = environment.prepare
+        environment.prepare = lambda: (print("torch" in sys.modules), prepare())
+        main(["pretrain", "nowhere.yaml"])
+        print(*(os.environ[name] for name in environment.SETTINGS))"""
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environ, "GOMP_SPINCOUNT": "7"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.split() == ["False", "7", SETTINGS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]], done.stderr

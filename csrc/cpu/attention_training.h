@@ -1,5 +1,5 @@
-// What surrounds attention in a layer's first half, in training: LN and the projections before it, the projection and the
-// residual after it, forward and backward. As in ffn_training.h, but that rows meet in attention in between.
+// What surrounds attention in a layer's first half, in training: LN and the projections before it, the projection and
+// the residual after it, forward and backward. As in ffn_training.h, but that rows meet in attention in between.
 #pragma once
 
 #include "gradient_rows.h"
@@ -18,17 +18,30 @@ const A* own_rows(const void* tensor, int width, int64_t first, int64_t last) {
     return rows;
 }
 
+Vectors<5> vectors_of(const InputsCall& call) {
+    const int width = call.width;
+    return {call.type,
+            {call.ln_weight, call.ln_bias, call.bias[0], call.bias[1], call.bias[2]},
+            {width, width, width, width, width}};
+}
+
+template <class W>
+void pack_inputs(const InputsCall& call, bool transposed, const W* (&packed)[3]) {
+    const int width = call.width;
+    const void* const(&plain)[3] = call.weight;
+    pack_matrices<W, 3>({{plain[0], width, width}, {plain[1], width, width}, {plain[2], width, width}}, transposed,
+                        packed);
+}
+
 template <class W>
 void attention_inputs_of(const InputsCall& call) {
     typedef typename ActivationOf<W>::type A;
     const int width = call.width;
     const size_t ld = leading<A>(width);
-    const Vectors<5> vectors(call.type, {call.ln_weight, call.ln_bias, call.bias[0], call.bias[1], call.bias[2]},
-                             {width, width, width, width, width});
+    const Vectors<5> vectors = vectors_of(call);
     const Norm norm{call.x, width, vectors[0], vectors[1], call.eps};
     const W* packed[3];
-    pack_matrices<W, 3>({{call.weight[0], width, width}, {call.weight[1], width, width}, {call.weight[2], width, width}},
-                        false, packed);
+    pack_inputs(call, false, packed);
     each_block(call.rows, [&](int64_t first, int64_t last) {
         A* normed = buffer<A>(kOwnRows, last - first, ld);
         norm(first, last, normed, ld);
@@ -44,14 +57,10 @@ void attention_inputs_backward_of(const InputsGradientCall& call) {
     const InputsCall& forward = call.forward;
     const int width = forward.width;
     const size_t ld = leading<A>(width), ld_sums = leading<float>(width);
-    const Vectors<5> vectors(forward.type,
-                             {forward.ln_weight, forward.ln_bias, forward.bias[0], forward.bias[1], forward.bias[2]},
-                             {width, width, width, width, width});
+    const Vectors<5> vectors = vectors_of(forward);
     const Norm norm{forward.x, width, vectors[0], vectors[1], forward.eps};
     const W* packed[3];
-    pack_matrices<W, 3>(
-        {{forward.weight[0], width, width}, {forward.weight[1], width, width}, {forward.weight[2], width, width}}, true,
-        packed);
+    pack_inputs(forward, true, packed);
     each_part_of_sums(forward.rows, vectors, call.dvectors, [&](int64_t first, int64_t last, float* const* sums) {
         float* dnormed = buffer<float>(kOwnGradient, kSummedTogether, ld_sums);
         std::memset(dnormed, 0, size_t(last - first) * ld_sums * sizeof *dnormed);
@@ -60,8 +69,8 @@ void attention_inputs_backward_of(const InputsGradientCall& call) {
             add_rows(rows, width, last - first, ld, sums[2 + i]);
             gemm(rows, ld, last - first, packed[i], width, 0, panels_of(width), Accumulate{dnormed, ld_sums});
         }
-        NormGradient<W>{norm, static_cast<W*>(call.normed), call.beside, call.dx, sums[0], sums[1]}(first, last, dnormed,
-                                                                                                 ld_sums);
+        NormGradient<W>{norm, static_cast<W*>(call.normed), call.beside, call.dx, sums[0], sums[1]}(
+            first, last, dnormed, ld_sums);
     });
 }
 

@@ -234,8 +234,8 @@ void attention_output_backward(Address dout, int64_t rows, int width, const std:
 FfnTrainingCall ffn_call(Address x, int64_t rows, int width, int hidden, float eps, const std::string& dtype,
                          const std::array<Address, 6>& weights, Address middle, Address result) {
     const auto weight = [&](size_t i) { return read_at(weights[i]); };
-    return {floats(x), rows,      width,     hidden,    eps,       type_of(dtype),   weight(0),
-            weight(1), weight(2), weight(3), weight(4), weight(5), write_at(middle), static_cast<float*>(write_at(result))};
+    return {floats(x), rows, width, hidden, eps, type_of(dtype), weight(0), weight(1), weight(2), weight(3), weight(4),
+            weight(5), write_at(middle), static_cast<float*>(write_at(result))};
 }
 
 void ffn_training(Address x, int64_t rows, int width, int hidden, float eps, const std::string& dtype,

@@ -25,7 +25,8 @@ struct GeluKeeping {
     }
 };
 
-// From the gradient of GELU's result to that of what it was given, which goes to `out` as well as to `dmiddle`.
+// From the gradient of GELU's result to that of what it was given, which goes to `dmiddle`, and with zeros up to whole
+// panels to `out`.
 template <class W, class A>
 struct GeluGradient {
     const W* middle;
@@ -36,19 +37,23 @@ struct GeluGradient {
     int columns;
 
     ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
-        each_vector(column, columns, [&](int v, int left) {
+        for (int v = 0; v < kPanel; v += N) {
+            const int left = columns - column - v;
             F total = {};
             for (int r = 0; r < height; ++r) {
-                const size_t at = (row + r) * columns + column + v;
-                const GeluAndSlope gelu(load_most(middle + at, left));
-                const F d = load(c + r * kPanel + v) * gelu.slope;
-                store_most(activated + at, gelu.value, left);
-                store_most(dmiddle + at, d, left);
+                F d = {};
+                if (left > 0) {
+                    const size_t at = (row + r) * columns + column + v;
+                    const GeluAndSlope gelu(load_most(middle + at, left));
+                    d = load(c + r * kPanel + v) * gelu.slope;
+                    store_most(activated + at, gelu.value, left);
+                    store_most(dmiddle + at, d, left);
+                }
                 store(out + (row + r) * ld + column + v, d);
                 total += d;
             }
             store(sums + column + v, load(sums + column + v) + total);
-        });
+        }
     }
 };
 
@@ -59,14 +64,15 @@ class FfnTraining {
 
   public:
     explicit FfnTraining(const FfnTrainingCall& call)
-        : call_(&call), width_(call.width), hidden_(call.hidden), ld_(leading<A>(width_)), ld_wide_(leading<A>(hidden_)),
+        : call_(&call), width_(call.width), hidden_(call.hidden), ld_(leading<A>(width_)),
+          ld_wide_(leading<A>(hidden_)),
           vectors_(call.type, {call.ln_weight, call.ln_bias, call.fc2_bias, call.fc1_bias},
                    {width_, width_, width_, hidden_}),
           norm_{call.x, width_, vectors_[kGain], vectors_[kLnBias], call.eps} {}
 
     void forward() const {
         const W* packed[2];
-        pack_matrices<W, 2>({{call_->fc1_weight, hidden_, width_}, {call_->fc2_weight, width_, hidden_}}, false, packed);
+        pack(false, packed);
         each_block(call_->rows, [&](int64_t first, int64_t last) {
             const int64_t rows = last - first, at = first * width_;
             A* normed = buffer<A>(kOwnRows, rows, ld_);
@@ -81,7 +87,7 @@ class FfnTraining {
 
     void backward(const FfnGradientCall& to) const {
         const W* packed[2];
-        pack_matrices<W, 2>({{call_->fc1_weight, hidden_, width_}, {call_->fc2_weight, width_, hidden_}}, true, packed);
+        pack(true, packed);
         const size_t ld_sums = leading<float>(width_);
         each_part_of_sums(call_->rows, vectors_, to.dvectors, [&](int64_t first, int64_t last, float* const* sums) {
             const int64_t rows = last - first;
@@ -100,6 +106,10 @@ class FfnTraining {
     }
 
   private:
+    void pack(bool transposed, const W* (&packed)[2]) const {
+        pack_matrices<W, 2>({{call_->fc1_weight, hidden_, width_}, {call_->fc2_weight, width_, hidden_}}, transposed,
+                            packed);
+    }
     W* hidden_row(void* tensor, int64_t row) const { return static_cast<W*>(tensor) + row * hidden_; }
 
     const FfnTrainingCall* call_;

@@ -1,4 +1,4 @@
-// What the halves of a layer share in training: matrices packed for one call, sums over rows, the layer norm's gradient.
+// What a layer's halves share in training: matrices packed for one call, sums over rows, the layer norm's gradient.
 #pragma once
 
 #include "edges.h"
@@ -59,17 +59,17 @@ struct Matrix {
 
 // Packs what multiplies rows from the right, or `transposed` what multiplies the gradients of such products.
 template <class W, int Count>
-void pack_matrices(const Matrix (&matrices)[Count], bool transposed, const W* (&packed)[Count]) {
+void pack_matrices(Matrix (&&matrices)[Count], bool transposed, const W* (&packed)[Count]) {
     size_t offset[Count + 1] = {};
     for (int i = 0; i < Count; ++i) {
-        const int out = transposed ? matrices[i].in : matrices[i].out, in = transposed ? matrices[i].out : matrices[i].in;
-        offset[i + 1] = offset[i] + panels_of(out) * panel_size(packed[i], in);
+        if (transposed) matrices[i] = {matrices[i].plain, matrices[i].in, matrices[i].out};
+        offset[i + 1] = offset[i] + panels_of(matrices[i].out) * panel_size(packed[i], matrices[i].in);
     }
     W* memory = buffer<W>(kMatricesSlot, 1, offset[Count]);
     for (int i = 0; i < Count; ++i) {
         const W* plain = static_cast<const W*>(matrices[i].plain);
         W* to = memory + offset[i];
-        const int out = transposed ? matrices[i].in : matrices[i].out, in = transposed ? matrices[i].out : matrices[i].in;
+        const int out = matrices[i].out, in = matrices[i].in;
         each_panel(panels_of(out), [&](int begin, int end) {
             for (int panel = begin; panel < end; ++panel) {
                 W* at = to + panel * panel_size(to, in);
@@ -83,7 +83,7 @@ void pack_matrices(const Matrix (&matrices)[Count], bool transposed, const W* (&
 // Rows whose gradients of biases and gains are summed up together: always as many, whatever the number of threads.
 constexpr int kSummedTogether = 64;
 
-// body(first row, one past the last, sums) for each part; out: the sums of all parts in order, a vector after the other.
+// body(first row, one past the last, sums) for each part; out: the sums of all parts in order, vector after vector.
 template <int Count, class Body>
 void each_part_of_sums(int64_t rows, const Vectors<Count>& vectors, float* out, const Body& body) {
     const int64_t parts = (rows + kSummedTogether - 1) / kSummedTogether;
@@ -108,7 +108,8 @@ void each_part_of_sums(int64_t rows, const Vectors<Count>& vectors, float* out, 
 
 // Rows of a gradient in fp32: to `wide`, with zeros up to whole panels; to `narrow` unless it is null; and to the sums.
 template <class W, class A>
-void take_gradient(const float* from, int width, int64_t first, int64_t last, A* wide, size_t ld, W* narrow, float* sums) {
+void take_gradient(const float* from, int width, int64_t first, int64_t last, A* wide, size_t ld, W* narrow,
+                   float* sums) {
     for (int64_t row = first; row < last; ++row, wide += ld) {
         copy_row(from + row * width, width, wide);
         each_part(from + row * width, width, [&](int i, F x, int left) {
@@ -138,8 +139,8 @@ struct Store {
     }
 };
 
-// From the gradient of a layer norm's result, rows `ld` apart and padded with zeros, and that of the stream beside it to
-// that of x. The result itself is computed again.
+// From the gradient of a layer norm's result, rows `ld` apart and padded with zeros, and that of the stream beside it
+// to that of x. The result itself is computed again.
 template <class W>
 struct NormGradient {
     Norm norm;

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..train.environment import prepare
+from ..train import environment
 from .common import DEMO, InputError, is_random, positive, warn_random
 
 NAME = "finetune"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    prepare()
+    environment.prepare()
     import torch
     from tqdm import tqdm
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..train.environment import prepare
+from ..train import environment
 from .common import InputError, positive
 
 NAME = "pretrain"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    prepare()
+    environment.prepare()
     import torch
 
     from ..train.loop import Trainer
