@@ -20,6 +20,15 @@ ATTENTION = OPS["attention_varlen"]
 LONG = _case("long", [200, 1, 65], 2, 16)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Cases this small are slower on two, much slower where other processes have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def gradients(arguments, seed=0):
     """Those of a random projection of the output, by our kernel."""
     leaves = {name: arguments[name].detach().clone().requires_grad_() for name in "qkv"}
