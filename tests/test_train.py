@@ -270,15 +270,15 @@ def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
         trainer = Trainer(recipe(store, output, recompute=recompute, precision=precision, steps=3), store, ALONE)
         masked, sizes = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0), []
 
-        def keep(tensor, sizes=sizes):
-            sizes.append(tensor.nbytes)
+        def keep(tensor, rows=len(masked.batch.tokens), sizes=sizes):
+            sizes.extend([tensor.nbytes] * (tensor.shape[:1] == (rows,)))  # no parameters
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.model(masked)
         kept[recompute] = sum(sizes)
         trainer.train()
-    assert kept[True] < kept[False] / 2
+    assert 0 < kept[True] < kept[False] / 3
     assert curve(tmp_path / "True") == curve(tmp_path / "False")
     assert curve(tmp_path / "True", "gradient_norm") == curve(tmp_path / "False", "gradient_norm")
 

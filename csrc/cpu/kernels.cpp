@@ -57,13 +57,15 @@ void attention_inputs(const InputsCall& call) {
     call.type == Type::kFloat32 ? attention_inputs_of<float>(call) : attention_inputs_of<bf16>(call);
 }
 void attention_inputs_backward(const InputsGradientCall& call) {
-    call.forward.type == Type::kFloat32 ? attention_inputs_backward_of<float>(call) : attention_inputs_backward_of<bf16>(call);
+    call.forward.type == Type::kFloat32 ? attention_inputs_backward_of<float>(call)
+                                        : attention_inputs_backward_of<bf16>(call);
 }
 void attention_output(const OutputCall& call) {
     call.type == Type::kFloat32 ? attention_output_of<float>(call) : attention_output_of<bf16>(call);
 }
 void attention_output_backward(const OutputGradientCall& call) {
-    call.forward.type == Type::kFloat32 ? attention_output_backward_of<float>(call) : attention_output_backward_of<bf16>(call);
+    call.forward.type == Type::kFloat32 ? attention_output_backward_of<float>(call)
+                                        : attention_output_backward_of<bf16>(call);
 }
 void ffn_training(const FfnTrainingCall& call) {
     call.type == Type::kFloat32 ? ffn_training_of<float>(call) : ffn_training_of<bf16>(call);
