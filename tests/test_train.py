@@ -269,8 +269,9 @@ def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
         output = tmp_path / str(recompute)
         trainer = Trainer(recipe(store, output, recompute=recompute, precision=precision, steps=3), store, ALONE)
         masked, sizes = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0), []
+        rows = len(masked.batch.tokens)
 
-        def keep(tensor, rows=len(masked.batch.tokens), sizes=sizes):
+        def keep(tensor, rows=rows, sizes=sizes):
             sizes.extend([tensor.nbytes] * (tensor.shape[:1] == (rows,)))  # no parameters
             return tensor
 

@@ -1,7 +1,7 @@
 """masked_softmax: padded attention scores -> attention maps. Only where a caller wants the maps themselves.
 
-The sums of the average-product correction are not made here but in `contact_map`, which is the only op that needs them:
-contacts come from queries and keys even where the maps are returned beside them, so no stored map is ever read for them.
+The sums of the average-product correction are not made here but in `contact_map`, the only op that needs them: contacts
+come from queries and keys even where the maps are returned beside them, so no stored map is ever read for them.
 """
 
 import torch
