@@ -145,6 +145,23 @@ MUTANTS = {
         RACES,
         RACE,
     ),
+    "contacts_gradient_kept": Mutant(
+        "contact_map_backward", "shared.rows[kOther + c] != 0.0f ? gradient", "true ? gradient", CONTACTS
+    ),
+    "contacts_gradient_delta": Mutant("contact_map_backward", "step.dp.at[j] - own_delta", "step.dp.at[j]", CONTACTS),
+    "contacts_gradient_end": Mutant("contact_map_backward", "length && column + lane < length;", "length;", CONTACTS),
+    "contacts_gradient_barrier": Mutant(
+        "contact_map_backward", BARRIER + "    load_rows<kDim>(k", "    load_rows<kDim>(k", CONTACTS, RACES, RACE
+    ),
+    "mirror_left_out": Mutant("mirror", "+ back[c * kStride + lane]", "", CONTACTS),
+    "mirror_barrier": Mutant(
+        "mirror",
+        BARRIER.replace("    ", 8 * " ") + "        for (int r = warp; r < kWarp && head",
+        "        for (int r = warp; r < kWarp && head",
+        CONTACTS,
+        RACES,
+        RACE,
+    ),
     "no_rescaling": Mutant(
         "attention", "sums[c].scale(shared.scratch + kFactors, kScratch);", "(void)sums;", ATTENTION
     ),

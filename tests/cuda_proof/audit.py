@@ -57,6 +57,7 @@ LIMITS = {
 }
 SM_REGISTERS = 65536
 _BY_TILES = ("attention_", "contact_map_")  # which attention.cuh lays out
+_OF_ONE_TILE = ("attention_forward_", "contact_map_lse_", "contact_map_backward_")  # of rows of the block's own
 
 
 class Facts(NamedTuple):
@@ -186,8 +187,7 @@ def _dynamic_shared(kernel: str, scalar: str) -> int:
 def _attention(kernel: str, scalar: str):
     """(dtype, columns, tiles of its own) of a kernel of attention or contacts."""
     dtype = {name: dtype for dtype, name in SCALARS.items()}[scalar]
-    name, _, columns = kernel.rpartition("_")
-    return dtype, int(columns), 1 if name in ("attention_forward", "contact_map_lse") else 2
+    return dtype, int(kernel.rpartition("_")[2]), 1 if kernel.startswith(_OF_ONE_TILE) else 2
 
 
 def _launched(kernel: str, unit) -> bool:
