@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import torch
 from building import ROOT
-from cuda_proof import audit
+from cuda_proof import audit, loops
 from esm_fast.kernels.cuda import driver
 
 from esm_fast.ops.registry import BackendError, Request, select
@@ -46,6 +46,38 @@ def test_problems_are_named():
     assert "spills 8" in facts._replace(spilled=8).problems()
     assert "3 blocks fit on an SM, 4 are promised" in facts._replace(blocks=3).problems()
     assert "has no tensor-core instruction" in facts.problems(uses_wmma=True)
+
+
+def test_tensor_cores_share_of_the_inner_loop():
+    """On sm_70, of attention in fp16: a tenth of the loop's instructions is the floor."""
+    table = {loop.kernel: loop for loop in loops.read_table()}
+    assert {loop.key for loop in table.values()} == {audit.key_of(loops.unit())}, (
+        "run python -m cuda_proof.loops in tests/"
+    )
+    hmma = {f.kernel: f.hmma for f in audit.read_table() if f.key == audit.key_of(loops.unit())}
+    assert {kernel: loop.hmma for kernel, loop in table.items()} == hmma
+    assert all(loop.share > 0.10 for loop in table.values()), table
+
+
+LOOP = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDS R2, [R1] ;
+        /*0020*/                   FADD R3, R2, R2 ;
+        /*0030*/              @P1  BRA 0x10 ;
+        /*0040*/                   HMMA.884.F32.F32.STEP0 R4, R2, R3, R4 ;
+        /*0050*/              @!P0 BRA 0x10 ;
+        /*0060*/               @P2 BRA 0x0 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_an_inner_loop_is_found():
+    """The smallest around the tensor cores; no loop where they stand outside, and one that is diluted has less."""
+    assert loops.inner_loop(LOOP) == (5, 1)
+    assert loops.inner_loop(LOOP.replace("BRA 0x10 ;\n        /*0060*/               @P2 BRA 0x0", "NOP ;")) == (0, 0)
+    assert loops.inner_loop(LOOP.replace("HMMA.884", "FFMA")) == (0, 0)
+    diluted = LOOP.replace("        /*0050*/", "        /*0048*/   FADD R3, R2, R2 ;\n" * 20 + "        /*0050*/")
+    assert loops.inner_loop(diluted) == (25, 1) and not loops.Loop("", "", 25, 1).share > 0.10
 
 
 @pytest.mark.parametrize(

@@ -205,17 +205,25 @@ def blocks_per_sm(registers: int, shared: int, threads: int, limits: Architectur
 
 def disassemble(cubin: bytes) -> tuple[dict[str, dict[str, int]], dict[str, list[str]]]:
     """(resource usage, instructions with their modifiers), by kernel."""
+    usage = {
+        name: {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", numbers)}
+        for name, numbers in re.findall(r"Function (\w+):\n(.*)", _read(cubin, "-res-usage"))
+    }
+    pattern = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+    return usage, {name: pattern.findall(code) for name, code in listing(cubin).items()}
+
+
+def listing(cubin: bytes) -> dict[str, str]:
+    """Each kernel's machine code, with addresses."""
+    bodies = re.split(r"Function : (\w+)", _read(cubin, "-sass"))[1:]
+    return dict(zip(bodies[::2], bodies[1::2], strict=True))
+
+
+def _read(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        used, code = (_tool(*command, file.name) for command in (("cuobjdump", "-res-usage"), ("cuobjdump", "-sass")))
-    usage = {
-        name: {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", numbers)}
-        for name, numbers in re.findall(r"Function (\w+):\n(.*)", used)
-    }
-    bodies = re.split(r"Function : (\w+)", code)[1:]
-    pattern = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
-    return usage, {name: pattern.findall(body) for name, body in zip(bodies[::2], bodies[1::2], strict=True)}
+        return _tool("cuobjdump", what, file.name)
 
 
 def tools() -> Path | None:
