@@ -29,6 +29,7 @@ proof: .venv/test
 	$(BIN)/python tests/triton_proof/audit.py
 	$(BIN)/python tests/triton_proof/matrix.py
 	$(BIN)/python tests/cuda_proof/audit.py
+	PYTHONPATH=tests $(BIN)/python -m cuda_proof.loops
 
 # For whoever has a GPU: tests and times everything on it, and writes gpu-report.md and gpu-report.json.
 # `make gpu-report REPORT=--dry-run` shows without a GPU that it works.

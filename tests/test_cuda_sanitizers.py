@@ -75,6 +75,7 @@ BARRIER = "    __syncthreads();\n"
 MUTANTS = {
     "barrier_column_sums": Mutant("column_sums", BARRIER, "", "layer_norm", RACES, RACE),
     "barrier_block_sums": Mutant("layer_norm", BARRIER, "", "layer_norm", RACES, RACE),
+    "barrier_norm": Mutant("layer_norm", "        }\n        __syncthreads();", "        }", "layer_norm", RACES, RACE),
     "one_buffer_for_two_turns": Mutant("layer_norm", "turn ^= 1", "turn ^= 0", "layer_norm", RACES, RACE),
     "barrier_gather_sum": Mutant("gather_sum", BARRIER, "", "embedding-primes", RACES, RACE),
     "barrier_pool": Mutant("pool", BARRIER, "", "pool-primes", RACES, RACE),
@@ -84,7 +85,7 @@ MUTANTS = {
     "next_rows_logits": Mutant(
         "cross_entropy", "shared + r * voc", "shared + (r + 56) * voc", "masked_lm_head-masked_rows", BOUNDS, OVERFLOW
     ),
-    "guard_rows": Mutant("embedding", "    if (row >= rows) return;\n", "", "embedding-primes"),
+    "guard_rows": Mutant("embedding", "row < rows;", "row <= rows;", "embedding-primes"),
     "guard_columns": Mutant("gather_sum", "!inside || factor", "factor", "embedding-primes"),
     "mask_of_sum": Mutant("masked_softmax", "column < valid ? expf", "column >= 0 ? expf", "masked_softmax-ragged"),
     "mask_of_rows": Mutant("masked_softmax", "row % size < length ? length : 0", "length", "masked_softmax-ragged"),

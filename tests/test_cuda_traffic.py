@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_emulator.emulator import Emulator, figures
-from esm_fast.kernels.cuda import data
+from esm_fast.kernels.cuda import contact_map, data
 from esm_fast.kernels.cuda.attention_varlen import attend, attend_backward
 from esm_fast.kernels.cuda.bias_gelu import bias_gelu, bias_gelu_grads
 from esm_fast.kernels.cuda.common import executed_by
@@ -54,6 +54,13 @@ def calls() -> dict:
     loss = torch.ones(1)
     q, k, v, out, grad = torch.randn(5, 256, 4, 64).half()
     one, lse = torch.tensor([0, 256], dtype=torch.int32), torch.zeros(4, 256)
+    keep, weight, sums, maps = (
+        torch.ones(256, dtype=torch.bool),
+        torch.randn(4),
+        torch.rand(4, 256),
+        torch.randn(256**2),
+    )
+    contacts = (q, k, one, keep, weight, 0.125)
     residues = torch.full((64 * 320,), ord("A"), dtype=torch.uint8)
     offsets = torch.arange(0, len(residues) + 1, 320)
     return {
@@ -61,6 +68,11 @@ def calls() -> dict:
         "attention backward": (
             lambda: attend_backward(q, k, v, out, lse, grad, one, 256, 0.125),
             *(q, k, v, out, lse, grad),
+        ),
+        "contact_map": (lambda: contact_map._train(*contacts)[0], *contacts[:2], keep),
+        "contact_map backward": (
+            lambda: tuple(contact_map._backward(contacts, (lse, sums), (maps,))),
+            *(*contacts[:2], keep, maps),
         ),
         "layer_norm": (lambda: layer_norm(x, gain, bias, 1e-5), x, gain, bias),
         "layer_norm backward": (
@@ -80,10 +92,11 @@ def calls() -> dict:
     }
 
 
-# Above 1.3 here: the norm's gain and bias are asked for again by every row, which the caches serve; and with few rows
-# the shares of its backward pass's blocks weigh more than with the thousands of a batch. Each of the four tiles of
-# attention asks for all keys and values, and its backward pass consists of two that read the same.
-CACHED = {"layer_norm", "embedding", "layer_norm backward", "attention", "attention backward"}
+# Above 1.3 here: with few rows the shares of the blocks of the norm's backward pass weigh more than with the thousands
+# of a batch. Each of the four tiles of attention asks for all keys and values, and its backward pass consists of two
+# that read the same; so do contacts, in several passes each way.
+CACHED = {"layer_norm backward", "attention", "attention backward", "contact_map", "contact_map backward"}
+DISTINCT = {"attention backward": 1.6, "layer_norm backward": 1.9, "contact_map": 2.2, "contact_map backward": 3.3}
 
 
 @pytest.mark.parametrize("name", calls())
@@ -92,4 +105,4 @@ def test_traffic(name, cuda_library):
     print(name, figure)
     assert figure.sectors > 0.93
     assert figure.requested < 1.3 or name in CACHED
-    assert figure.distinct < (1.6 if name == "attention backward" else 1.3) or name == "layer_norm backward"
+    assert figure.distinct < DISTINCT.get(name, 1.3)

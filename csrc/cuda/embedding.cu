@@ -1,5 +1,5 @@
 // The input embedding, LN(factor * E[token] + P[position]), and what its backward pass adds up.
-#include "rows.cuh"
+#include "norm.cuh"
 
 namespace esm {
 
@@ -20,18 +20,36 @@ KERNEL(kRowThreads, 4, embedding_factors,
 
 template <int V>
 __device__ __forceinline__ void embed(Global<const scalar> token, Global<const scalar> position, float factor,
-                                      Global<const scalar> gain, Global<const scalar> bias, Global<float> out,
-                                      int width, float eps) {
+                                      const Affine<V>& affine, bool normed, Global<float> out, int width,
+                                      float eps) {
     const auto row = make_row<V>([=](int p) {
         const Floats<V> e = to_floats(load_pack<V>(token, p)), at = to_floats(load_pack<V>(position, p));
         Floats<V> x;
         for (int j = 0; j < V; ++j) x.at[j] = (factor == 0.0f ? 0.0f : factor * e.at[j]) + at.at[j];
         return x;
     }, width);
-    if (gain)
-        normalise(row, gain, bias, out, width, eps);
+    if (normed)
+        normalise(row, affine, out, width, eps);
     else
         row.each([&](int p, const Floats<V>& x) { store_pack(out, p, from_floats<float>(x)); });
+}
+
+struct Tables {
+    Global<const int> tokens, positions;
+    Global<const float> factors;
+    Global<const scalar> token, position;
+};
+
+template <int V>
+__device__ __forceinline__ void embed_rows(const Tables& tables, Global<const scalar> gain, Global<const scalar> bias,
+                                           scalar* shared, Global<float> out, int rows, int width, float eps) {
+    const Affine<V> affine(gain, bias, shared, width);
+    for (int row = warp_row(); row < rows; row += int(gridDim.x) * kRowsPerBlock) {
+        const auto token = tables.token + size_t(tables.tokens[row]) * width;
+        const auto position = tables.position + size_t(tables.positions[row]) * width;
+        const float factor = tables.factors ? float(tables.factors[row]) : 1.0f;
+        embed<V>(token, position, factor, affine, bool(gain), out + size_t(row) * width, width, eps);
+    }
 }
 
 // factors may be null, for 1; gain and bias too, for no norm. Ids and positions must lie within the tables.
@@ -39,15 +57,12 @@ KERNEL(kRowThreads, 3, embedding_forward,
        (Global<const int> tokens, Global<const int> positions, Global<const float> factors,
         Global<const scalar> token_table, Global<const scalar> position_table, Global<const scalar> gain,
         Global<const scalar> bias, Global<float> out, int rows, int width, float eps)) {
-    const int row = warp_row();
-    if (row >= rows) return;
-    const auto token = token_table + size_t(tokens[row]) * width;
-    const auto position = position_table + size_t(positions[row]) * width;
-    const float factor = factors ? float(factors[row]) : 1.0f;
+    SHARED(scalar, shared, 2 * kSharedColumns);
+    const Tables tables = {tokens, positions, factors, token_table, position_table};
     if (width % 4)
-        embed<1>(token, position, factor, gain, bias, out + size_t(row) * width, width, eps);
+        embed_rows<1>(tables, gain, bias, shared, out, rows, width, eps);
     else
-        embed<4>(token, position, factor, gain, bias, out + size_t(row) * width, width, eps);
+        embed_rows<4>(tables, gain, bias, shared, out, rows, width, eps);
 }
 
 }  // namespace esm

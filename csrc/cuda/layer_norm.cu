@@ -1,34 +1,34 @@
 // Layer norm over the rows of a matrix, statistics in fp32, into the dtype of the GEMM that follows. The input is the
 // fp32 residual stream or, for the kernels called narrow, a matrix of that dtype itself.
-#include "rows.cuh"
+#include "norm.cuh"
 
 namespace esm {
 
 // statistics (rows, 2) keeps the mean and 1 / deviation for the backward pass; it may be null.
-template <typename T>
-__device__ __forceinline__ void forward(Global<const T> x, Global<const scalar> gain, Global<const scalar> bias,
-                                        Global<scalar> y, Global<float> statistics, int rows, int width, float eps) {
-    const int row = warp_row();
-    if (row >= rows) return;  // a whole warp, and there is no barrier
-    const size_t start = size_t(row) * width;
-    const Statistics s =
-        width % 4 ? normalise(make_row<1>(loader<1, T>(x + start), width), gain, bias, y + start, width, eps)
-                  : normalise(make_row<4>(loader<4, T>(x + start), width), gain, bias, y + start, width, eps);
-    if (statistics && threadIdx.x % kWarp == 0)
-        store_pack(statistics, size_t(row), Pack<float, 2>{s.mean, s.inverse_deviation});
+template <int V, typename T>
+__device__ __forceinline__ void forward(Global<const T> x, const Affine<V>& affine, Global<scalar> y,
+                                        Global<float> statistics, int rows, int width, float eps) {
+    for (int row = warp_row(); row < rows; row += int(gridDim.x) * kRowsPerBlock) {
+        const size_t start = size_t(row) * width;
+        const Statistics s = normalise(make_row<V>(loader<V, T>(x + start), width), affine, y + start, width, eps);
+        if (statistics && threadIdx.x % kWarp == 0)
+            store_pack(statistics, size_t(row), Pack<float, 2>{s.mean, s.inverse_deviation});
+    }
 }
 
-KERNEL(kRowThreads, 4, layer_norm_forward,
-       (Global<const float> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,
-        Global<float> statistics, int rows, int width, float eps)) {
-    forward<float>(x, gain, bias, y, statistics, rows, width, eps);
-}
+#define FORWARD(name, T)                                                                                             \
+    KERNEL(kRowThreads, 4, name,                                                                                     \
+           (Global<const T> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,               \
+            Global<float> statistics, int rows, int width, float eps)) {                                             \
+        SHARED(scalar, shared, 2 * kSharedColumns);                                                                  \
+        if (width % 4)                                                                                               \
+            forward<1, T>(x, Affine<1>(gain, bias, shared, width), y, statistics, rows, width, eps);                 \
+        else                                                                                                         \
+            forward<4, T>(x, Affine<4>(gain, bias, shared, width), y, statistics, rows, width, eps);                 \
+    }
 
-KERNEL(kRowThreads, 4, layer_norm_forward_narrow,
-       (Global<const scalar> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,
-        Global<float> statistics, int rows, int width, float eps)) {
-    forward<scalar>(x, gain, bias, y, statistics, rows, width, eps);
-}
+FORWARD(layer_norm_forward, float)
+FORWARD(layer_norm_forward_narrow, scalar)
 
 // ---- Backward: a block takes rows blockIdx.x, + gridDim.x, ...; a thread has the same columns in all of them, so that
 // the sums for gain and bias stay in its registers. Their order depends on the grid alone.

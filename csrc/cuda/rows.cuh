@@ -64,30 +64,4 @@ __device__ __forceinline__ auto loader(Global<const T> row) {
     return [row](int p) { return to_floats(load_pack<V>(row, p)); };
 }
 
-struct Statistics {
-    float mean, inverse_deviation;
-};
-
-// In two passes over the row: the mean first, so that nothing cancels.
-template <int V, typename Load>
-__device__ __forceinline__ Statistics statistics_of(const Row<V, Load>& row, int width, float eps) {
-    const float mean = row.template reduce<Sum>(0.0f, [](float x, int) { return x; }) / float(width);
-    const float squares = row.template reduce<Sum>(0.0f, [=](float x, int) { return (x - mean) * (x - mean); });
-    return {mean, rsqrtf(squares / float(width) + eps)};
-}
-
-// y = (x - mean) / deviation * gain + bias.
-template <int V, typename Load, typename T>
-__device__ __forceinline__ Statistics normalise(const Row<V, Load>& row, Global<const scalar> gain,
-                                                Global<const scalar> bias, Global<T> y, int width, float eps) {
-    const Statistics s = statistics_of(row, width, eps);
-    row.each([&](int p, const Floats<V>& x) {
-        const Floats<V> g = to_floats(load_pack<V>(gain, p)), b = to_floats(load_pack<V>(bias, p));
-        Floats<V> out;
-        for (int j = 0; j < V; ++j) out.at[j] = (x.at[j] - s.mean) * s.inverse_deviation * g.at[j] + b.at[j];
-        store_pack(y, p, from_floats<T>(out));
-    });
-    return s;
-}
-
 }  // namespace esm

@@ -84,9 +84,9 @@ def launch(source: str, name: str, dtype: torch.dtype, grid, block: int, *argume
         _executor.launch(Launch(source, f"{source}_{name}", dtype, grid, block, arguments, shared))
 
 
-def row_grid(rows: int) -> tuple[int, int]:
-    """(blocks, threads a block) of a kernel that gives a warp to each row."""
-    return ceil_div(rows, _ROWS_PER_BLOCK), _ROWS_PER_BLOCK * _WARP
+def row_grid(rows: int, each: int = 1) -> tuple[int, int]:
+    """(blocks, threads a block) of a kernel that gives a warp to each row, or to so many rows each."""
+    return ceil_div(rows, each * _ROWS_PER_BLOCK), _ROWS_PER_BLOCK * _WARP
 
 
 def ceil_div(n: int, step: int) -> int:

@@ -9,6 +9,8 @@ from .common import implements, launch, of_dtype, require_one_dtype, row_grid
 from .layer_norm import layer_norm, layer_norm_grads
 from .sums import scatter_sum
 
+_ROWS_EACH = 8  # of a warp: a block reads the norm's gain and bias once
+
 
 def _factors(tokens, cu_seqlens, token_dropout, scale):
     """(n,) what multiplies each token's embedding, or None for 1."""
@@ -27,7 +29,7 @@ def _rows(tokens, positions, factors, tables, norm, eps):
     rows, width = len(tokens), tables[0].shape[1]
     out = torch.empty(rows, width, device=tokens.device)
     tensors = tokens, positions, factors, *tables, *norm, out
-    launch("embedding", "forward", tables[0].dtype, *row_grid(rows), *tensors, rows, width, eps)
+    launch("embedding", "forward", tables[0].dtype, *row_grid(rows, _ROWS_EACH), *tensors, rows, width, eps)
     return out
 
 

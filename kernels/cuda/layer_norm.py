@@ -6,6 +6,7 @@ from .common import launch, round_up, row_grid, vector_width
 from .sums import column_sums
 
 _THREADS, _SLOTS, _WARP = 512, 4, 32  # layer_norm.cu
+_ROWS_EACH = 2  # of a warp, forward: a block reads gain and bias once
 _BLOCKS = 256  # of the backward pass: enough for any GPU, and the same on all, so that the bits are
 
 
@@ -15,7 +16,7 @@ def layer_norm(x, gain, bias, eps: float, keep_statistics: bool = False):
     y = torch.empty(rows, width, dtype=gain.dtype, device=x.device)
     statistics = torch.empty(rows, 2, device=x.device) if keep_statistics else None
     name = "forward" if x.dtype == torch.float32 else "forward_narrow"
-    launch("layer_norm", name, gain.dtype, *row_grid(rows), x, gain, bias, y, statistics, rows, width, eps)
+    launch("layer_norm", name, gain.dtype, *row_grid(rows, _ROWS_EACH), x, gain, bias, y, statistics, rows, width, eps)
     return y, statistics
 
 
