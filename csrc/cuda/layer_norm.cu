@@ -31,7 +31,7 @@ FORWARD(layer_norm_forward, float)
 FORWARD(layer_norm_forward_narrow, scalar)
 
 // ---- Backward: a block takes rows blockIdx.x, + gridDim.x, ...; a thread has the same columns in all of them, so that
-// the sums for gain and bias stay in its registers. Their order depends on the grid alone.
+// the gain and the sums for gain and bias stay in its registers. Their order depends on the grid alone.
 
 constexpr int kBackwardThreads = 512, kSlots = 4;  // packs a thread may have
 
@@ -62,6 +62,12 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
     SHARED(float, buffers, 2 * 2 * kBackwardThreads / kWarp);
     const int packs = width / V, step = blockDim.x;
     Floats<V> dgain[kSlots] = {}, dbias[kSlots] = {};
+    Pack<scalar, V> gains[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+        const int p = int(threadIdx.x) + i * step;
+        if (p < packs) gains[i] = load_pack<V>(gain, p);
+    }
     int turn = 0;
     for (int row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
         const size_t start = size_t(row) * width;
@@ -72,7 +78,7 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
         for (int i = 0; i < kSlots; ++i) {
             const int p = int(threadIdx.x) + i * step;
             if (p >= packs) break;
-            const Floats<V> in = to_floats(load_pack<V>(x + start, p)), g = to_floats(load_pack<V>(gain, p));
+            const Floats<V> in = to_floats(load_pack<V>(x + start, p)), g = to_floats(gains[i]);
             const Floats<V> d = to_floats(load_pack<V>(dy + start, p));
             for (int j = 0; j < V; ++j) {
                 normal[i].at[j] = (in.at[j] - s.at[0]) * s.at[1];

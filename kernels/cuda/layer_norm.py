@@ -2,12 +2,13 @@
 
 import torch
 
-from .common import launch, round_up, row_grid, vector_width
+from .common import ceil_div, launch, round_up, row_grid, vector_width
 from .sums import column_sums
 
 _THREADS, _SLOTS, _WARP = 512, 4, 32  # layer_norm.cu
 _ROWS_EACH = 2  # of a warp, forward: a block reads gain and bias once
-_BLOCKS = 256  # of the backward pass: enough for any GPU, and the same on all, so that the bits are
+_BLOCK_ROWS = 8  # at least, backward: a block writes its shares of the sums, 8 bytes a column
+_BLOCKS = 256  # at most: enough for any GPU, and the same on all, so that the bits are
 
 
 def layer_norm(x, gain, bias, eps: float, keep_statistics: bool = False):
@@ -27,7 +28,7 @@ def layer_norm_grads(x, gain, dy, statistics, along=None):
     if packs > _THREADS * _SLOTS:
         raise ValueError(f"the CUDA layer norm's gradient takes widths up to {4 * _THREADS * _SLOTS}, this is {width}")
     threads = min(_THREADS, round_up(packs, _WARP))
-    blocks = min(rows, _BLOCKS)
+    blocks = min(ceil_div(rows, _BLOCK_ROWS), _BLOCKS)
     dx = torch.empty_like(x)
     shares = torch.empty(blocks, 2 * width, device=x.device)
     name = "backward" if dy.dtype == gain.dtype else "backward_wide"
