@@ -1,0 +1,193 @@
+"""A data set beside the model alone: what planning, reading, checking and writing cost, in one run.
+
+    python benches/bench_dataset.py
+    python benches/bench_dataset.py --fasta uniprot.fasta.gz --proteins 600 --dtype bfloat16
+    python benches/bench_dataset.py --layers 4 --width 1280     # random weights: a wider model, which weighs more
+    python benches/bench_dataset.py --tiny                      # seconds: shows that it runs, its numbers mean nothing
+
+The data set: all of `esm-fast embed -o OUT/` after the model is loaded, to the last file. The model alone: its forward
+passes and the pooling over the very same packed batches, which were made before; nothing is read, kept or written, and
+its numbers are compared with the data set's. They take turns, since a shared machine's speed drifts.
+
+Where it drifts too much for their ratio, the data set's own clocks still tell what it adds: the seconds outside the
+model. CPU seconds are of all threads, so those of reading and writing, which run beside the model, are in them.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from bench_peers import SAMPLE
+from common import Job
+from machine import machine
+from proteins import choose, read
+from report import facts
+from tables import markdown
+from tqdm import tqdm
+
+from esm_fast import engine, weights
+from esm_fast.cli import parser
+from esm_fast.cli.embed_dataset import exact, loader, make_plan
+from esm_fast.dataset.compute import Computer
+from esm_fast.dataset.verify import finish
+from esm_fast.dataset.work import work
+from esm_fast.models.esm1 import ESM1, Config
+
+PARTS = ("planning", "units", "verifying")
+INSIDE = "units: in the model"
+COLUMNS = {"run": "{}"} | {f"{how} {unit}": "{:.3f}" for unit in ("s", "CPU s") for how in ("median", "min")}
+COLUMNS |= {"the model alone": "{:.1%}", "of the data set": "{:.2%}"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    header = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job.write(choose(read(args.fasta), 0, args.proteins, 4096), Path(folder, "in.fasta"))
+        command = ["embed", str(job.fasta), "-o", f"{folder}/0", "--dtype", args.dtype]
+        command += ["--unit-residues", str(args.unit_residues), "--model", model_of(args, Path(folder))]
+        dataset = Dataset(parser().parse_args(command), Path(folder))
+        residues = sum(len(residues) for _, residues in job.proteins)
+        header |= {
+            "model": f"{args.layers} layers x {args.width}, random" if args.layers else "esm1b_t6_demo",
+            "work": f"{len(job.proteins)} proteins of {args.fasta.name}, {residues} residues, units of "
+            f"{args.unit_residues} at most, {args.dtype}",
+            "rounds": str(args.rounds),
+        }
+        print("\n".join(f"{name}: {value}" for name, value in header.items()), flush=True)
+        rows = compare(dataset, args.rounds)
+    table = markdown(rows, COLUMNS)
+    print(f"\n{table}\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "dataset.md").write_text(f"{table}\n\n{facts(header)}\n")
+    (args.out / "dataset.json").write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+    return 0
+
+
+def parse(argv) -> argparse.Namespace:
+    options = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--fasta", type=Path, default=SAMPLE, help="proteins to embed (default: the sample in examples/)")
+    add("--proteins", type=int, default=200, help="how many of them, of mixed lengths (default 200)")
+    add("--unit-residues", type=int, default=1 << 15, help="residues in a shard (default 32768: some shards)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--layers", type=int, help="a random model of so many layers in place of the shipped one")
+    add("--width", type=int, default=1280, help="its width, in heads of 64 (default 1280)")
+    add("--rounds", type=int, default=5)
+    add("--tiny", action="store_true", help="a toy model: only to see that everything runs")
+    add("--out", type=Path, default=Path("out/dataset"), help="folder of the results (default out/dataset)")
+    args = options.parse_args(argv)
+    if args.tiny:
+        args.layers, args.width = 1, 64
+    return args
+
+
+def model_of(args, folder: Path) -> str:
+    if not args.layers:
+        return "esm1b_t6_demo"
+    torch.manual_seed(0)
+    path = folder / "random.safetensors"
+    weights.save(ESM1(Config(args.layers, args.width, 4 * args.width, args.width // 64)), path)
+    return str(path)
+
+
+class Dataset:
+    """Makes the same data set again and again, each time in a new folder; knows the batches that the model saw."""
+
+    def __init__(self, command: argparse.Namespace, folder: Path):
+        self.command, self.folder, self.count = command, folder, 0
+        self.load = loader(command)
+        self.model = self.load(dtype=command.dtype)
+        with calls() as batches:
+            self.make()
+        self.batches, self.expected, _ = zip(*batches, strict=True)
+
+    def make(self) -> dict[str, np.ndarray]:
+        """(seconds, CPU seconds) of each part."""
+        out, self.count = self.folder / str(self.count), self.count + 1
+        begin = clocks()
+        plan = make_plan(out, self.command, self.model, self.command.dtype)
+        planned, done = clocks(), []
+        with calls() as batches:
+            work(plan, list(range(plan.units)), Computer(self.model, plan.fields, exact(plan, self.load)), done.append)
+        worked = clocks()
+        _, found = finish(out)
+        end = clocks()
+        if found.problems or found.failed or len(done) != plan.units:
+            raise AssertionError(f"the data set is not complete: {found.problems}, {dict(found.status)}")
+        parts = dict(zip(PARTS, (planned - begin, worked - planned, end - worked), strict=True))
+        return parts | {INSIDE: sum(seconds for _, _, seconds in batches)}
+
+    def model_alone(self) -> np.ndarray:
+        begin = clocks()
+        made = [engine._forward(*given) for given in self.batches]
+        seconds = clocks() - begin
+        for ours, expected in zip(made, self.expected, strict=True):
+            np.testing.assert_array_equal(ours, expected)
+        return seconds
+
+
+@contextmanager
+def calls():
+    """Yields the list of what the engine is given and makes, batch by batch, and the seconds it takes."""
+    batches, forward = [], engine._forward
+
+    def noting(*given):
+        begin = clocks()
+        made = forward(*given)
+        batches.append((given, made, clocks() - begin))
+        return made
+
+    engine._forward = noting
+    try:
+        yield batches
+    finally:
+        engine._forward = forward
+
+
+def clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def compare(dataset: Dataset, rounds: int) -> list[dict]:
+    times = {name: [] for name in ("model alone", "data set", *PARTS, INSIDE)}
+
+    def make():
+        parts = dataset.make()
+        parts["data set"] = sum(parts[name] for name in PARTS)
+        for name, seconds in parts.items():
+            times[name].append(seconds)
+
+    def model_alone():
+        times["model alone"].append(dataset.model_alone())
+
+    for turn in tqdm(range(rounds), unit="round"):
+        for run in (make, model_alone) if turn % 2 == 0 else (model_alone, make):
+            run()
+    times = {name: np.array(seconds) for name, seconds in times.items()}
+    return [row(name, times) for name in times]
+
+
+def row(name: str, times: dict[str, np.ndarray]) -> dict:
+    """A line of the table; the shares are medians over rounds of the ratio within a round."""
+    seconds, line = times[name], {"run": name}
+    for i, unit in enumerate(("s", "CPU s")):
+        line |= {f"median {unit}": median(seconds[:, i]), f"min {unit}": min(seconds[:, i])}
+    if name == "data set":
+        line["the model alone"] = median(times["model alone"][:, 0] / seconds[:, 0])
+    if name in (*PARTS, INSIDE):
+        line["of the data set"] = median(seconds[:, 0] / times["data set"][:, 0])
+    return line | {"seconds": seconds.tolist()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
