@@ -437,7 +437,9 @@ def test_an_error_in_any_thread_ends_the_run(planned, monkeypatch, where):
 # ---- parts
 
 
-def test_seen_finds_what_was_added():
+@pytest.mark.parametrize("few", [1, 200, 1 << 18])
+def test_seen_finds_what_was_added(monkeypatch, few):
+    monkeypatch.setattr("esm_fast.dataset.seen._FEW", few)
     rng, seen, numbers = random.Random(3), Seen(), {}
     for _ in range(60):
         texts = list({str(rng.randrange(4000)) for _ in range(rng.randrange(90))})
@@ -446,7 +448,9 @@ def test_seen_finds_what_was_added():
         fresh = [text for text in texts if text not in numbers]
         numbers.update({text: len(numbers) + i for i, text in enumerate(fresh)})
         seen.add(keys_of_texts(fresh), np.array([numbers[text] for text in fresh], dtype=np.int64))
-    assert len(seen._runs) < 16 and sum(map(len, seen._runs)) == len(numbers)
+    assert len(seen._runs) < 16 and sum(map(len, seen._runs + seen._parts)) == len(numbers)
+    latest = sum(map(len, seen._runs))
+    assert latest <= max(few, len(numbers) // 16) and (latest == len(numbers)) == (few > 4000)
 
 
 def test_ids_are_given_as_the_writers_give_names():
