@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
 
 import numpy as np
@@ -108,7 +109,8 @@ def test_killed_at_random_times_it_goes_on_to_the_same_bytes(forks, command, cle
 
 
 @pytest.mark.parametrize(
-    ("function", "number"), [("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EDQUOT)]
+    ("function", "number"),
+    [("open", errno.EROFS), ("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EDQUOT)],
 )
 def test_every_failing_call_is_an_error_and_commits_nothing_half(
     command, clean, tmp_path, monkeypatch, capsys, function, number
@@ -344,6 +346,48 @@ def test_a_signal_while_the_input_is_read(command, tmp_path, monkeypatch):
     )
     assert main(command(tmp_path / "o")) == 75
     assert contents(tmp_path / "o") == {}
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGTERM] * 2])
+def test_signals_at_random_times_end_it_in_order_and_it_goes_on(forks, command, clean, tmp_path, numbers):
+    rng, wanted = random.Random(7), contents(clean)
+    ends = {0, 75, 128 + numbers[0], -numbers[0]}  # the last two for a second one, or for one after the work is done
+    for run in range(FAULTS // 4 or 1):
+        out, log = tmp_path / f"run-{run}", tmp_path / f"log-{run}"
+        pid = forks.start(command(out), log=log)
+        until = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < until:
+            time.sleep(0.002)
+        for number in numbers:
+            time.sleep(rng.uniform(0, 0.2 / len(numbers)))
+            os.kill(pid, number)
+        assert forks.wait(pid) in ends
+        assert "Traceback" not in log.read_text()
+        assert forks.run(command(out)) == 0
+        assert contents(out) == wanted
+
+
+def test_two_interrupts_from_the_keyboard(command, clean, tmp_path, monkeypatch, capsys):
+    """The second comes while the first waits for the thread that writes."""
+    real, calls = os.fsync, []
+
+    def fsync(handle):
+        if threading.current_thread() is not threading.main_thread() and not calls:
+            calls.append(1)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(command(tmp_path / "o")) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    for thread in threading.enumerate():
+        if thread.name.startswith("write"):
+            thread.join()
+    assert calls and contents(tmp_path / "o").items() <= contents(clean).items()
+    assert main(command(tmp_path / "o")) == 0
+    assert contents(tmp_path / "o") == contents(clean)
 
 
 # ---- memory, and numbers that are none

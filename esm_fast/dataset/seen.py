@@ -97,7 +97,8 @@ class Ids:
 
     def give(self, wanted: list[str], *, rename: bool) -> list[str | None]:
         """The ids of the next records; without `rename`, None for those whose id was there before."""
-        before = self._seen.find(keys_of_texts(wanted)) >= 0
+        keys = keys_of_texts(wanted)
+        before = self._seen.find(keys) >= 0
         fresh: dict[str, None] = {}
         given: list[str | None] = []
         for text, is_old in zip(wanted, before, strict=True):
@@ -107,7 +108,10 @@ class Ids:
             if name is not None:
                 fresh[name] = None
             given.append(name)
-        self._seen.add(keys_of_texts(fresh), np.zeros(len(fresh), dtype=np.int64))
+        own = [name == text for name, text in zip(given, wanted, strict=True)]
+        renamed = [name for name, is_own in zip(given, own, strict=True) if name is not None and not is_own]
+        keys = np.concatenate([keys[own], keys_of_texts(renamed)])
+        self._seen.add(keys, np.zeros(len(keys), dtype=np.int64))
         return given
 
     def _next(self, text: str, fresh: dict[str, None]) -> str:
