@@ -98,13 +98,14 @@ class Ids:
     def give(self, wanted: list[str], *, rename: bool) -> list[str | None]:
         """The ids of the next records; without `rename`, None for those whose id was there before."""
         keys = keys_of_texts(wanted)
-        before = self._seen.find(keys) >= 0
+        again = self._again(wanted, keys)
+        free = self._free([text for text, is_old in zip(wanted, again, strict=True) if is_old]) if rename else set()
         fresh: dict[str, None] = {}
         given: list[str | None] = []
-        for text, is_old in zip(wanted, before, strict=True):
+        for text, is_old in zip(wanted, again, strict=True):
             name: str | None = text
             if is_old or text in fresh:
-                name = self._next(text, fresh) if rename else None
+                name = self._next(text, fresh, free) if rename else None
             if name is not None:
                 fresh[name] = None
             given.append(name)
@@ -114,9 +115,25 @@ class Ids:
         self._seen.add(keys, np.zeros(len(keys), dtype=np.int64))
         return given
 
-    def _next(self, text: str, fresh: dict[str, None]) -> str:
+    def _again(self, wanted: list[str], keys: np.ndarray) -> list[bool]:
+        """Which of them were there before, or are further up in the list."""
+        first = {text: i for i, text in reversed(list(enumerate(wanted)))}
+        before = self._seen.find(keys) >= 0
+        return [is_old or first[text] < i for i, (text, is_old) in enumerate(zip(wanted, before.tolist(), strict=True))]
+
+    def _free(self, texts: list[str]) -> set[str]:
+        """Names that nobody had before, among those likely to be given to them: looked up together, which is quick."""
+        last = {text: self._given.get(text, 1) for text in texts}
+        names = []
+        for text in texts:
+            last[text] += 1
+            names.append(f"{text}_{last[text]}")
+        found = self._seen.find(keys_of_texts(names))
+        return {name for name, number in zip(names, found.tolist(), strict=True) if number < 0}
+
+    def _next(self, text: str, fresh: dict[str, None], free: set[str]) -> str:
         while True:
             self._given[text] = self._given.get(text, 1) + 1
             name = f"{text}_{self._given[text]}"
-            if name not in fresh and self._seen.find(keys_of_texts([name]))[0] < 0:
+            if name not in fresh and (name in free or self._seen.find(keys_of_texts([name]))[0] < 0):
                 return name
