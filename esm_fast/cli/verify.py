@@ -31,14 +31,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(folder: Path, how) -> int:
-    with progress(None) as bar:
+    from ..dataset.plan import load
+
+    with progress(load(folder).info["residues"]) as bar:
+        bar.set_description("verifying")
         plan, found = how(folder, bar.update)
     for problem in found.problems:
         print(f"wrong     {problem}", file=sys.stderr)
     if found.problems:
+        count = f"{len(found.problems)} problem{'s' * (len(found.problems) > 1)}"
         print(
-            f"{folder} is not complete: {len(found.problems)} problems. Remove the files named and run the same embed "
-            "command again",
+            f"{folder} is not complete: {count}. Remove the files named and run the same embed command again",
             file=sys.stderr,
         )
         return 1
