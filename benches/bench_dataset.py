@@ -7,10 +7,9 @@
 
 The data set: all of `esm-fast embed -o OUT/` after the model is loaded, to the last file. The model alone: its forward
 passes and the pooling over the very same packed batches, which were made before; nothing is read, kept or written, and
-its numbers are compared with the data set's. They take turns, since a shared machine's speed drifts.
-
-Where it drifts too much for their ratio, the data set's own clocks still tell what it adds: the seconds outside the
-model. CPU seconds are of all threads, so those of reading and writing, which run beside the model, are in them.
+its numbers are compared with the data set's. They take turns, since a shared machine's speed drifts, and the model's
+times are taken batch by batch, over the rounds, and then added up: a disturbance spoils a batch and not the round. CPU
+seconds are of all threads: those of reading and writing, which run beside the model, are in its lines.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -40,10 +38,10 @@ from esm_fast.dataset.verify import finish
 from esm_fast.dataset.work import work
 from esm_fast.models.esm1 import ESM1, Config
 
-PARTS = ("planning", "units", "verifying")
-INSIDE = "units: in the model"
+ALONE, WITHIN, REST, TOTAL = "model alone", "model, in the data set", "units, beside the model", "data set"
+PARTS = (WITHIN, "planning", REST, "verifying")
 COLUMNS = {"run": "{}"} | {f"{how} {unit}": "{:.3f}" for unit in ("s", "CPU s") for how in ("median", "min")}
-COLUMNS |= {"the model alone": "{:.1%}", "of the data set": "{:.2%}"}
+COLUMNS |= {"of the data set": "{:.1%}"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +110,7 @@ class Dataset:
         self.batches, self.expected, _ = zip(*batches, strict=True)
 
     def make(self) -> dict[str, np.ndarray]:
-        """(seconds, CPU seconds) of each part."""
+        """(seconds, CPU seconds) of each part; of the model's, a row a batch."""
         out, self.count = self.folder / str(self.count), self.count + 1
         begin = clocks()
         plan = make_plan(out, self.command, self.model, self.command.dtype)
@@ -124,16 +122,17 @@ class Dataset:
         end = clocks()
         if found.problems or found.failed or len(done) != plan.units:
             raise AssertionError(f"the data set is not complete: {found.problems}, {dict(found.status)}")
-        parts = dict(zip(PARTS, (planned - begin, worked - planned, end - worked), strict=True))
-        return parts | {INSIDE: sum(seconds for _, _, seconds in batches)}
+        within = np.array([seconds for _, _, seconds in batches])
+        rest = worked - planned - within.sum(0)
+        return dict(zip(PARTS, (within, planned - begin, rest, end - worked), strict=True))
 
     def model_alone(self) -> np.ndarray:
-        begin = clocks()
-        made = [engine._forward(*given) for given in self.batches]
-        seconds = clocks() - begin
-        for ours, expected in zip(made, self.expected, strict=True):
-            np.testing.assert_array_equal(ours, expected)
-        return seconds
+        with calls() as batches:
+            for given in self.batches:
+                engine._forward(*given)
+        for (_, made, _), expected in zip(batches, self.expected, strict=True):
+            np.testing.assert_array_equal(made, expected)
+        return np.array([seconds for _, _, seconds in batches])
 
 
 @contextmanager
@@ -159,34 +158,34 @@ def clocks() -> np.ndarray:
 
 
 def compare(dataset: Dataset, rounds: int) -> list[dict]:
-    times = {name: [] for name in ("model alone", "data set", *PARTS, INSIDE)}
+    times = {name: [] for name in (ALONE, *PARTS)}
 
     def make():
-        parts = dataset.make()
-        parts["data set"] = sum(parts[name] for name in PARTS)
-        for name, seconds in parts.items():
-            times[name].append(seconds)
+        for name, seconds in dataset.make().items():
+            times[name].append(seconds.reshape(-1, 2))
 
     def model_alone():
-        times["model alone"].append(dataset.model_alone())
+        times[ALONE].append(dataset.model_alone())
 
     for turn in tqdm(range(rounds), unit="round"):
         for run in (make, model_alone) if turn % 2 == 0 else (model_alone, make):
             run()
-    times = {name: np.array(seconds) for name, seconds in times.items()}
-    return [row(name, times) for name in times]
+    rows = [row(name, np.array(seconds)) for name, seconds in times.items()]
+    total = {"run": TOTAL} | {
+        key: sum(row[key] for row in rows[1:]) for key in COLUMNS if key in rows[0] and key != "run"
+    }
+    for line in rows:
+        line["of the data set"] = line["median s"] / total["median s"]
+    return [*rows, total]
 
 
-def row(name: str, times: dict[str, np.ndarray]) -> dict:
-    """A line of the table; the shares are medians over rounds of the ratio within a round."""
-    seconds, line = times[name], {"run": name}
+def row(name: str, times: np.ndarray) -> dict:
+    """A line of the table, of (rounds, batches, 2) seconds and CPU seconds."""
+    line = {"run": name}
     for i, unit in enumerate(("s", "CPU s")):
-        line |= {f"median {unit}": median(seconds[:, i]), f"min {unit}": min(seconds[:, i])}
-    if name == "data set":
-        line["the model alone"] = median(times["model alone"][:, 0] / seconds[:, 0])
-    if name in (*PARTS, INSIDE):
-        line["of the data set"] = median(seconds[:, 0] / times["data set"][:, 0])
-    return line | {"seconds": seconds.tolist()}
+        by_batch = times[:, :, i]
+        line |= {f"median {unit}": np.median(by_batch, axis=0).sum(), f"min {unit}": by_batch.min(axis=0).sum()}
+    return line | {"rounds": times.sum(1).tolist()}
 
 
 if __name__ == "__main__":
