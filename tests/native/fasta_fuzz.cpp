@@ -3,7 +3,7 @@
 //   SECONDS SEED  mutates the corpus for that long; prints the number of inputs, or the first that went wrong
 //   swallow       loses a line end at each cut, which must be found
 //   overrun       says that a piece is a byte longer than it is, which AddressSanitizer must find
-// libFuzzer can drive the same function: -fsanitize=fuzzer,address -DLIBFUZZER.
+// libFuzzer can drive the same function: clang++ -fsanitize=fuzzer,address,undefined -DLIBFUZZER, and csrc/fasta.cpp.
 #include <chrono>
 #include <cstdio>
 #include <random>
