@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cpu import HALF_AND_FULL, isa, kernel, relaxed, threads  # noqa: F401  (fixtures)
+from test_cpu_edges import changed
 
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.attention_varlen import _case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
+from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.pre_ln_attention import _case as block_case
 from esm_fast.packed import PackedWeight
 from esm_fast.quantized import Int8Weight
@@ -46,6 +48,8 @@ def test_every_case_at_every_level(isa, dtype):  # noqa: F811
 
 # More rows than are summed up together, and not their multiple.
 PARTS = {"pre_ln_attention": block_case("parts", [70, 1, 79], 2, 20), "gelu_ffn": ffn_case("parts", 150, 40, 37)}
+HEAD = OPS["masked_lm_head"]
+HEAD_PARTS = head_case("parts", 200, 40, masked=150)  # some rows more than once
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
@@ -53,6 +57,16 @@ PARTS = {"pre_ln_attention": block_case("parts", [70, 1, 79], 2, 20), "gelu_ffn"
 def test_every_case_of_a_layers_halves(isa, name, dtype):  # noqa: F811
     for case in [*OPS[name].cases(), PARTS[name]]:
         for check in verify.gradients(OPS[name], kernel(name), case, dtype, "cpu"):
+            assert check.ok, (case.name, check)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_every_case_of_the_head(isa, dtype):  # noqa: F811
+    ignored = changed(HEAD_PARTS, targets=lambda a: a["targets"].index_fill(0, torch.arange(0, 150, 4), -100))
+    only_logits = changed(HEAD_PARTS, targets=None, rows=torch.tensor([-1, 3, 3, -5, 0, 150]))
+    some = changed(head_case("some", 40, 24), rows=torch.arange(40) % 3 == 0)
+    for case in [*HEAD.cases(), HEAD_PARTS, ignored, only_logits, some]:
+        for check in verify.gradients(HEAD, kernel("masked_lm_head"), case, dtype, "cpu"):
             assert check.ok, (case.name, check)
 
 
@@ -126,6 +140,47 @@ def test_a_halfs_gradients_have_the_same_bits_in_any_batch(isa, threads, name, d
     assert torch.equal(same, out[start:end]) and torch.equal(alone["x"], together["x"][start:end])
 
 
+def head_gradients(arguments, use):
+    """{argument: gradient} of what `use` makes of logits and loss, and these two."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in arguments.items() if verify.differentiable(t)}
+    logits, loss = HEAD(**{**arguments, **leaves}, backend="cpu")
+    found = torch.autograd.grad(use(logits, loss), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True)), logits.detach(), loss.detach()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_the_heads_gradients_have_the_same_bits_on_any_number_of_threads(isa, threads, dtype):  # noqa: F811
+    arguments = HEAD_PARTS.build(dtype, "cpu", 0)
+    threads(1)
+    expected, *outputs = head_gradients(arguments, lambda logits, loss: loss / 150)
+    for n in (2, 3):
+        threads(n)
+        again, *same = head_gradients(arguments, lambda logits, loss: loss / 150)
+        assert all(map(torch.equal, same, outputs))
+        assert all(torch.equal(again[key], g) for key, g in expected.items() if key == "x" or g.ndim == 1)
+    assert all(map(torch.equal, HEAD(**arguments, backend="cpu"), outputs))  # as without gradients
+
+
+def test_gradients_of_logits_and_loss_add_up():
+    arguments = HEAD_PARTS.build(torch.float32, "cpu", 0)
+    both, loss, logits = (
+        head_gradients(arguments, use)[0]
+        for use in (lambda a, b: a.sum() + 3 * b, lambda a, b: 3 * b, lambda a, b: a.sum())
+    )
+    for key, gradient in both.items():
+        torch.testing.assert_close(loss[key] + logits[key], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_a_head_whose_matrices_are_frozen_plain_or_packed():
+    arguments = HEAD_PARTS.build(torch.float32, "cpu", 0)
+    expected = head_gradients(arguments, lambda logits, loss: loss)[0]["x"]
+    for frozen in (lambda matrix: matrix, PackedWeight.pack):
+        x = arguments["x"].clone().requires_grad_()
+        fixed = {key: frozen(arguments[key]) for key in ("dense_weight", "token_table")}
+        HEAD(**{**arguments, **fixed, "x": x}, backend="cpu")[1].backward()
+        assert torch.equal(x.grad, expected)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_frozen_matrices_plain_or_packed(name):
     """As under adapters, or where only a representation is to be changed: what is frozen gets no gradient."""
@@ -169,6 +224,7 @@ def test_chosen_unasked_with_gradients(isa):  # noqa: F811
         "gelu_ffn": ours,
         "attention_varlen": ours,
         "pre_ln_attention": ours,
+        "masked_lm_head": ours,
         "pool": "reference",
     }.items():
         able = [backend for backend, reasons in registry.explain(name, request) if not reasons]

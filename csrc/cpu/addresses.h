@@ -31,5 +31,26 @@ inline const int32_t* offsets(Address cu_seqlens, int64_t sequences, int64_t row
     return ends;
 }
 
+// Ids are used as places in memory: one out of range must never get that far.
+inline const int64_t* places(Address ids, int64_t n, int64_t size, const char* what) {
+    const int64_t* begin = static_cast<const int64_t*>(read_at(ids));
+    const auto wrong = std::find_if(begin, begin + n, [=](int64_t id) { return id < 0 || id >= size; });
+    if (wrong != begin + n)
+        throw pybind11::index_error(std::string(what) + " " + std::to_string(*wrong) + " (number " +
+                              std::to_string(wrong - begin) + ") is not in the table, which has rows 0 to " +
+                              std::to_string(size - 1));
+    return begin;
+}
+
+// Null where there are none.
+inline const int64_t* targets_at(Address targets, int64_t rows, int64_t tokens) {
+    const int64_t* first = static_cast<const int64_t*>(read_at(targets));
+    if (first)
+        std::for_each(first, first + rows, [&](const int64_t& target) {
+            if (target != kIgnored) places(Address(&target), 1, tokens, "target");
+        });
+    return first;
+}
+
 }  // namespace cpu
 }  // namespace esm

@@ -148,17 +148,6 @@ void contact_map(Address q, Address k, const std::string& dtype, int64_t rows, A
                           static_cast<float*>(write_at(result))});
 }
 
-// Ids are used as places in memory: one out of range must never get that far.
-const int64_t* places(Address ids, int64_t n, int64_t size, const char* what) {
-    const int64_t* begin = static_cast<const int64_t*>(read_at(ids));
-    const auto wrong = std::find_if(begin, begin + n, [=](int64_t id) { return id < 0 || id >= size; });
-    if (wrong != begin + n)
-        throw py::index_error(std::string(what) + " " + std::to_string(*wrong) + " (number " +
-                              std::to_string(wrong - begin) + ") is not in the table, which has rows 0 to " +
-                              std::to_string(size - 1));
-    return begin;
-}
-
 void embedding(Address tokens, Address positions, Address cu_seqlens, int64_t rows, int64_t sequences,
                Address token_table, int64_t n_tokens, Address position_table, int64_t n_positions, Address ln_weight,
                Address ln_bias, const std::string& dtype, int width, bool token_dropout, int64_t mask, float kept,
@@ -189,15 +178,8 @@ void masked_lm_head(Address x, int64_t rows_of_x, Address row_of, int64_t rows, 
                     Address bias, Address logits, Address loss) {
     require_type(dense.packed().type, {&table});
     if (dense.packed().type == Type::kInt8) throw py::value_error("the language-model head has no 8-bit weights");
-    const int64_t *chosen = nullptr, *wanted = nullptr;
-    if (row_of) chosen = places(row_of, rows, rows_of_x, "row");
-    if (targets) {
-        const int64_t* first = static_cast<const int64_t*>(read_at(targets));
-        std::for_each(first, first + rows, [&](const int64_t& target) {
-            if (target != kIgnored) places(Address(&target), 1, table.packed().out, "target");
-        });
-        wanted = first;
-    }
+    const int64_t* chosen = row_of ? places(row_of, rows, rows_of_x, "row") : nullptr;
+    const int64_t* wanted = targets_at(targets, rows, table.packed().out);
     py::gil_scoped_release release;
     active().masked_lm_head({floats(x), rows, chosen, wanted, eps, read_at(dense_bias), read_at(ln_weight),
                              read_at(ln_bias), read_at(bias), dense.packed(), table.packed(), write_at(logits),

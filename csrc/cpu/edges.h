@@ -71,13 +71,26 @@ void embedding_of(const EmbeddingCall& call) {
     });
 }
 
-// Cross-entropy of a row of logits in fp32, which is overwritten.
-float cross_entropy(float* logits, int count, int64_t target) {
+// Cross-entropy of a row of logits in fp32, which is overwritten; and its gradient, where that is wanted.
+float cross_entropy(float* logits, int count, int64_t target, float* gradient = nullptr) {
+    if (gradient) std::memset(gradient, 0, size_t(count) * sizeof *gradient);
     if (target == kIgnored) return 0;
     const float wanted = logits[target];
     float best = logits[0];
     for (int i = 1; i < count; ++i) best = logits[i] > best ? logits[i] : best;
-    return __builtin_logf(softmax_weights(logits, count, 1.0f, logits)) + (best - wanted);
+    const float total = softmax_weights(logits, count, 1.0f, logits);
+    if (gradient) {
+        const float inverse = 1.0f / total;
+        each_part(logits, count, [&](int i, F x, int left) { store_first(gradient + i, x * inverse, left); });
+        gradient[target] -= 1;
+    }
+    return __builtin_logf(total) + (best - wanted);
+}
+
+float total_of(const float* losses, int64_t rows) {
+    double total = 0;
+    for (int64_t row = 0; row < rows; ++row) total += losses[row];
+    return float(total);
 }
 
 template <class W>
@@ -137,10 +150,7 @@ void masked_lm_head_of(const HeadCall& call) {
             finish(first, last, logits);
         });
     }
-    if (!call.targets) return;
-    double total = 0;
-    for (int64_t row = 0; row < call.rows; ++row) total += losses[row];
-    *call.loss = float(total);
+    if (call.targets) *call.loss = total_of(losses, call.rows);
 }
 
 template <class W>

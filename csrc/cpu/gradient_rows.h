@@ -139,8 +139,8 @@ struct Store {
     }
 };
 
-// From the gradient of a layer norm's result, rows `ld` apart and padded with zeros, and that of the stream beside it
-// to that of x. The result itself is computed again.
+// From the gradient of a layer norm's result, rows `ld` apart and padded with zeros, and that of the stream beside it,
+// if there is one, to that of x, whose place it may take. The result itself is computed again.
 template <class W>
 struct NormGradient {
     Norm norm;
@@ -170,7 +170,7 @@ struct NormGradient {
         each_part(x, width, [&](int i, F value, int left) {
             const F standard = (value - row.mean) * row.scale, g = load(dnormed + i) * load(norm.gain + i);
             const F d = (g - mean - standard * slope) * row.scale;
-            store_first(dx + at + i, load_most(beside + at + i, left) + d, left);
+            store_first(dx + at + i, beside ? load_most(beside + at + i, left) + d : d, left);
         });
     }
 };

@@ -3,6 +3,7 @@
 #include "contacts.h"
 #include "edges.h"
 #include "ffn_training.h"
+#include "head_training.h"
 #include "layers.h"
 #include "training.h"
 #include "work.h"
@@ -73,6 +74,12 @@ void ffn_training(const FfnTrainingCall& call) {
 void ffn_backward(const FfnGradientCall& call) {
     call.forward.type == Type::kFloat32 ? ffn_backward_of<float>(call) : ffn_backward_of<bf16>(call);
 }
+void head_training(const HeadTrainingCall& call) {
+    call.type == Type::kFloat32 ? head_training_of<float>(call) : head_training_of<bf16>(call);
+}
+void head_backward(const HeadGradientCall& call) {
+    call.forward.type == Type::kFloat32 ? head_backward_of<float>(call) : head_backward_of<bf16>(call);
+}
 void contact_map(const ContactCall& call) {
     call.type == Type::kFloat32 ? contact_map_of<float>(call) : contact_map_of<bf16>(call);
 }
@@ -118,6 +125,8 @@ const Table ESM_JOIN(kernels_, ESM_LEVEL) = {
     attention_output_backward,
     ffn_training,
     ffn_backward,
+    head_training,
+    head_backward,
     contact_map,
     embedding,
     masked_lm_head,

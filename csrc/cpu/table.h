@@ -182,6 +182,34 @@ struct HeadCall {
     float* loss;
 };
 
+// masked_lm_head in training. x: (rows, width), the selected ones; the matrices are plain, as above. middle: what GELU
+// is given; wrong: (rows, tokens), softmax less the one-hot targets; both are kept for the gradients. targets, wrong and
+// loss are null where no loss is wanted.
+struct HeadTrainingCall {
+    const float* x;
+    int64_t rows;
+    int width, tokens;
+    float eps;
+    Type type;
+    const void *dense_weight, *dense_bias, *ln_weight, *ln_bias, *token_table, *bias;
+    const int64_t* targets;
+    void* middle;
+    float* wrong;
+    void* logits;
+    float* loss;
+};
+// From the gradients of the loss and, (rows, tokens) of `type`, of the logits; of `forward`, x, targets and the results
+// are not read. dvectors: those of ln_weight, ln_bias,
+// dense_bias and bias, one after the other; normed, dmiddle and dscores, that of the logits from both: the factors of
+// the matrices' gradients.
+struct HeadGradientCall {
+    HeadTrainingCall forward;
+    float dloss;
+    const void* dlogits;
+    float *dx, *dvectors;
+    void *normed, *dmiddle, *dscores;
+};
+
 // scores: (batch, heads, size, size) of `type`; lengths: (batch,), read as lying in [0, size]; result as scores.
 struct SoftmaxCall {
     const void* scores;
@@ -213,6 +241,8 @@ struct Table {
     void (*attention_output_backward)(const OutputGradientCall&);
     void (*ffn_training)(const FfnTrainingCall&);
     void (*ffn_backward)(const FfnGradientCall&);
+    void (*head_training)(const HeadTrainingCall&);
+    void (*head_backward)(const HeadGradientCall&);
     void (*contact_map)(const ContactCall&);
     void (*embedding)(const EmbeddingCall&);
     void (*masked_lm_head)(const HeadCall&);

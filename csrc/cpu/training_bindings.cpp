@@ -114,6 +114,38 @@ void ffn_backward(Address x, int64_t rows, int width, int hidden, float eps, con
                            write_at(activated), write_at(dresult)});
 }
 
+// Addresses in the order of the call's members.
+HeadTrainingCall head_call(Address x, int64_t rows, int width, int tokens, float eps, const std::string& dtype,
+                           const std::array<Address, 6>& weights, Address targets, Address middle, Address wrong,
+                           Address logits, Address loss) {
+    const auto weight = [&](size_t i) { return read_at(weights[i]); };
+    return {floats(x), rows, width, tokens, eps, type_of(dtype), weight(0), weight(1), weight(2), weight(3), weight(4),
+            weight(5), targets_at(targets, rows, tokens), write_at(middle), static_cast<float*>(write_at(wrong)),
+            write_at(logits), static_cast<float*>(write_at(loss))};
+}
+
+void head_training(Address x, int64_t rows, int width, int tokens, float eps, const std::string& dtype,
+                   const std::array<Address, 6>& weights, Address targets, Address middle, Address wrong,
+                   Address logits, Address loss) {
+    const HeadTrainingCall call =
+        head_call(x, rows, width, tokens, eps, dtype, weights, targets, middle, wrong, logits, loss);
+    py::gil_scoped_release release;
+    const Session session;
+    active().head_training(call);
+}
+
+void head_backward(int64_t rows, int width, int tokens, float eps, const std::string& dtype,
+                   const std::array<Address, 6>& weights, Address middle, Address wrong, float dloss, Address dlogits,
+                   Address dx, Address dvectors, Address normed, Address dmiddle, Address dscores) {
+    const HeadTrainingCall forward =
+        head_call(0, rows, width, tokens, eps, dtype, weights, 0, middle, wrong, 0, 0);
+    py::gil_scoped_release release;
+    const Session session;
+    active().head_backward({forward, dloss, read_at(dlogits), static_cast<float*>(write_at(dx)),
+                            static_cast<float*>(write_at(dvectors)), write_at(normed), write_at(dmiddle),
+                            write_at(dscores)});
+}
+
 }  // namespace
 
 void bind_training(py::module_& module) {
@@ -125,6 +157,8 @@ void bind_training(py::module_& module) {
     module.def("attention_output_backward", &attention_output_backward);
     module.def("ffn_training", &ffn_training);
     module.def("ffn_backward", &ffn_backward);
+    module.def("head_training", &head_training);
+    module.def("head_backward", &head_backward);
 }
 
 }  // namespace cpu

@@ -8,7 +8,8 @@ from esm_fast.ops.embedding import KEPT_IN_TRAINING
 from esm_fast.ops.registry import implements
 from esm_fast.packed import NAMES
 
-from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, vectors_of, why_not, yields
+from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, unproven, vectors_of, why_not, yields
+from .head import checked_targets, chosen_rows, head_backward, head_train
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -53,19 +54,16 @@ def embedding(
     return result
 
 
-@implements("masked_lm_head", backend=BACKEND, why_not=why_not, yields=yields)
+@implements(
+    "masked_lm_head", backend=BACKEND, why_not=why_not, yields=unproven, train=head_train, backward=head_backward
+)
 def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
     """See `esm_fast.ops.masked_lm_head`."""
     follow_torch()
     require_one_dtype(dense_weight, token_table)
-    stream = stream_of(x)
-    if rows is not None:
-        rows = torch.arange(len(x))[rows]  # negative rows and masks mean what they mean to torch
-    if targets is not None:
-        targets = targets.long().contiguous()
+    stream, rows = stream_of(x), chosen_rows(x, rows)
     wanted = len(x) if rows is None else len(rows)
-    if targets is not None and targets.shape != (wanted,):
-        raise ValueError(f"targets must be one for each of the {wanted} rows, not {tuple(targets.shape)}")
+    targets = checked_targets(targets, wanted)
     logits = dense_weight.new_empty(wanted, len(token_table), requires_grad=False)
     loss = None if targets is None else torch.empty(())
     dense_bias, gain, ln_bias, bias = vectors_of(dense_weight, dense_bias, ln_weight, ln_bias, bias)
