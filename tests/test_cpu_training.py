@@ -168,7 +168,9 @@ def test_gradients_of_logits_and_loss_add_up():
         for use in (lambda a, b: a.sum() + 3 * b, lambda a, b: 3 * b, lambda a, b: a.sum())
     )
     for key, gradient in both.items():
-        torch.testing.assert_close(loss[key] + logits[key], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            loss[key] + logits[key], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())
+        )
 
 
 def test_a_head_whose_matrices_are_frozen_plain_or_packed():
@@ -224,7 +226,7 @@ def test_chosen_unasked_with_gradients(isa):  # noqa: F811
         "gelu_ffn": ours,
         "attention_varlen": ours,
         "pre_ln_attention": ours,
-        "masked_lm_head": ours,
+        "masked_lm_head": "reference",  # ours by name: no faster there
         "pool": "reference",
     }.items():
         able = [backend for backend, reasons in registry.explain(name, request) if not reasons]

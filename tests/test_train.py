@@ -357,6 +357,19 @@ def test_a_log_continues_after_a_cut(tmp_path):
     assert read_log(log.path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5.5}, {"step": 3, "loss": None}]
 
 
+def test_tensorboard_gets_what_the_log_gets(store, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
+    )
+    train(store, tmp_path, steps=3, valid_every=3, tensorboard=True)
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    entries = read_log(tmp_path / "log.jsonl")
+    assert {"loss", "perplexity"} < set(board.Tags()["scalars"]) == {name for e in entries for name in e} - {"step"}
+    for name in board.Tags()["scalars"]:
+        wanted = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [(s, pytest.approx(v)) for s, v in wanted]
+
+
 def test_recipes_that_ship():
     paths = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
     recipes = {path.stem: read_recipe(path) for path in paths}

@@ -47,8 +47,14 @@ void pack_panel(const W* matrix, int out, int in, int panel, W* to) {
             for (int i = start; i < end; ++i)
                 for (int o = 0; o < count; ++o) to[place(i, o)] = matrix[size_t(i) * out + first + o];
         else
-            for (int o = 0; o < count; ++o)
-                for (int i = start; i < end; ++i) to[place(i, o)] = matrix[size_t(first + o) * in + i];
+            for (int i = start; i < end; i += kTogether)
+                for (int o = 0; o < count; ++o) {
+                    const W* from = matrix + size_t(first + o) * in + i;
+                    if (i + kTogether <= in)
+                        std::memcpy(to + place(i, o), from, kTogether * sizeof(W));
+                    else
+                        to[place(i, o)] = *from;
+                }
     }
 }
 

@@ -183,8 +183,8 @@ struct HeadCall {
 };
 
 // masked_lm_head in training. x: (rows, width), the selected ones; the matrices are plain, as above. middle: what GELU
-// is given; wrong: (rows, tokens), softmax less the one-hot targets; both are kept for the gradients. targets, wrong and
-// loss are null where no loss is wanted.
+// is given; wrong: (rows, tokens), softmax less the one-hot targets; both are kept for the gradients. targets, wrong
+// and loss are null where no loss is wanted.
 struct HeadTrainingCall {
     const float* x;
     int64_t rows;
@@ -199,9 +199,8 @@ struct HeadTrainingCall {
     float* loss;
 };
 // From the gradients of the loss and, (rows, tokens) of `type`, of the logits; of `forward`, x, targets and the results
-// are not read. dvectors: those of ln_weight, ln_bias,
-// dense_bias and bias, one after the other; normed, dmiddle and dscores, that of the logits from both: the factors of
-// the matrices' gradients.
+// are not read. dvectors: those of ln_weight, ln_bias, dense_bias and bias, one after the other; normed, dmiddle and
+// dscores, that of the logits from both: the factors of the matrices' gradients.
 struct HeadGradientCall {
     HeadTrainingCall forward;
     float dloss;

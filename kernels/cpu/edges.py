@@ -8,8 +8,8 @@ from esm_fast.ops.embedding import KEPT_IN_TRAINING
 from esm_fast.ops.registry import implements
 from esm_fast.packed import NAMES
 
-from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, unproven, vectors_of, why_not, yields
-from .head import checked_targets, chosen_rows, head_backward, head_train
+from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, vectors_of, why_not, yields
+from .head import checked_targets, chosen_rows, head_backward, head_train, head_yields
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -55,7 +55,7 @@ def embedding(
 
 
 @implements(
-    "masked_lm_head", backend=BACKEND, why_not=why_not, yields=unproven, train=head_train, backward=head_backward
+    "masked_lm_head", backend=BACKEND, why_not=why_not, yields=head_yields, train=head_train, backward=head_backward
 )
 def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
     """See `esm_fast.ops.masked_lm_head`."""

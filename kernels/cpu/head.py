@@ -3,10 +3,16 @@
 import torch
 
 from esm_fast import _C
+from esm_fast.ops.registry import Request
 from esm_fast.packed import NAMES
 
-from .common import follow_torch, require_one_dtype, stream_of, vectors_of
+from .common import follow_torch, require_one_dtype, stream_of, unproven, vectors_of
 from .training import plain_matrix
+
+
+def head_yields(request: Request) -> list[str]:
+    """Few rows and many weights, packed anew in each call: see docs/cpu.md."""
+    return ["only by name with gradients: no faster than torch for few rows"] * request.grad + unproven(request)
 
 
 def chosen_rows(x, rows):
@@ -21,11 +27,6 @@ def checked_targets(targets, count):
     if targets.shape != (count,):
         raise ValueError(f"targets must be one for each of the {count} rows, not {tuple(targets.shape)}")
     return targets.long().contiguous()
-
-
-def _selected(x, rows):
-    chosen = chosen_rows(x, rows)
-    return stream_of(x) if chosen is None else stream_of(x)[chosen]
 
 
 def _run(kernel, before, count, weights, eps, *tensors):
@@ -53,21 +54,22 @@ def _argument(value):
 
 
 def head_train(x, *weights_and_more):
-    """(logits, loss), and for the backward pass what GELU is given and softmax less the one-hot targets."""
+    """(logits, loss), and for the backward pass the rows, what GELU is given and softmax less the one-hot targets."""
     *weights, rows, targets, eps = weights_and_more
-    selected, dtype, tokens = _selected(x, rows), weights[0].dtype, len(weights[4])
+    chosen, dtype, tokens = chosen_rows(x, rows), weights[0].dtype, len(weights[4])
+    selected = stream_of(x) if chosen is None else stream_of(x).index_select(0, chosen)
     count = len(selected)
     targets = checked_targets(targets, count)
     middle, logits = torch.empty(selected.shape, dtype=dtype), torch.empty(count, tokens, dtype=dtype)
     wrong, loss = (None, None) if targets is None else (torch.empty(count, tokens), torch.empty(()))
     _run(_C.head_training, [selected.data_ptr()], count, weights, eps, targets, middle, wrong, logits, loss)
-    return (logits, loss), (middle, wrong)
+    return (logits, loss), (selected.to(dtype), middle, wrong)
 
 
 def head_backward(arguments, kept, grad_outputs):
     x, *weights, rows, _, eps = arguments
     dlogits, dloss = grad_outputs
-    middle, wrong = (*kept, None)[:2]
+    selected, middle, wrong = (*kept, None)[:3]
     dense, table = weights[0], weights[4]
     (count, width), tokens = middle.shape, len(table)
     dselected, dvectors = torch.empty(count, width), torch.empty(3 * width + tokens)
@@ -78,7 +80,7 @@ def head_backward(arguments, kept, grad_outputs):
     dgain, dln_bias, ddense_bias, dbias = dvectors.split([width, width, width, tokens])
     chosen = chosen_rows(x, rows)
     dx = dselected if chosen is None else torch.zeros(x.shape).index_add_(0, chosen, dselected)
-    ddense = dmiddle.T @ _selected(x, rows).to(dense.dtype) if dense.requires_grad else None
+    ddense = dmiddle.T @ selected if dense.requires_grad else None
     dtable = dscores.T @ normed if table.requires_grad else None
     gradients = (dx, ddense, ddense_bias, dgain, dln_bias, dtable, dbias)
     found = zip(gradients, arguments[:7], strict=True)
