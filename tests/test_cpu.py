@@ -284,7 +284,8 @@ def test_unasked_only_where_it_was_measured_faster(isa):
         ours = kernel(name)
         assert not ours.why_not(request) and bool(ours.yields(request)) is not chosen
         with_gradients = "".join(ours.yields(request._replace(grad=True)))
-        assert ("gradients" in with_gradients) == (ours.backward is None and ours.differentiable is None)
+        slower = name == "masked_lm_head" or (ours.backward is None and ours.differentiable is None)
+        assert ("gradients" in with_gradients) == slower
         assert "even head_dim" in "".join(ours.why_not(request._replace(head_dim=17)))
         assert "float16" in "".join(ours.why_not(request._replace(dtype=torch.float16)))
 
