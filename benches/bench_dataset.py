@@ -13,7 +13,6 @@ seconds are of all threads: those of reading and writing, which run beside the m
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,8 +25,7 @@ from bench_peers import SAMPLE
 from common import Job
 from machine import machine
 from proteins import choose, read
-from report import facts
-from tables import markdown
+from report import write_table
 from tqdm import tqdm
 
 from esm_fast import engine, weights
@@ -61,11 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         print("\n".join(f"{name}: {value}" for name, value in header.items()), flush=True)
         rows = compare(dataset, args.rounds)
-    table = markdown(rows, COLUMNS)
-    print(f"\n{table}\n")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "dataset.md").write_text(f"{table}\n\n{facts(header)}\n")
-    (args.out / "dataset.json").write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+    write_table(rows, COLUMNS, header, args.out, "dataset")
     return 0
 
 

@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{name}: {value}" for name, value in header.items()), flush=True)
         if args.memory:
             rows = memory_use.memory(args.peers, (size, args.seed, args.batch_tokens, calibration), job)
-            report.write_memory(rows, header, args.out)
+            print("\nMB")
+            report.write_table(rows, memory_use.COLUMNS, header, args.out, "memory")
         else:
             setup = Setup(size, random_state(size, args.seed), args.batch_tokens, calibration)
             results, speeds = compare(setup, job, args.peers, args.rounds, warm=args.latency is not None)

@@ -10,7 +10,6 @@ shared machine's speed drifts. Tokens are counted without padding.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -26,8 +25,7 @@ from bench_peers import SAMPLE
 from common import token_counts
 from machine import machine
 from proteins import choose, padding, read
-from report import facts
-from tables import markdown
+from report import write_table
 from tqdm import tqdm
 from train_peers import HF_BATCH, PEERS, Outcome, Task, run
 
@@ -57,11 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             for task in tasks if turn % 2 == 0 else tasks[::-1]:
                 outcomes[task.peer, task.recipe.precision].append(in_a_process(task))
     rows = [row(*key, outcomes) for key in outcomes]
-    table = markdown(rows, COLUMNS)
-    print(f"\n{table}\n")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "train.md").write_text(f"{table}\n\n{facts(header)}\n")
-    (args.out / "train.json").write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+    write_table(rows, COLUMNS, header, args.out, "train")
     return 0
 
 

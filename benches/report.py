@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import memory_use
 from breakdown import gemm_share, table
 from common import Job, Size, token_counts
 from peers import OURS
@@ -72,14 +71,14 @@ def write(rows: list[dict], header: dict[str, str], speeds: Speeds, out: Path, p
     print(f"written: {', '.join(str(path) for path in sorted(out.glob('peers.*')))}")
 
 
-def write_memory(rows: list[dict], header: dict[str, str], out: Path) -> None:
-    """Print the table of `memory_use` and write it with the header."""
-    text = markdown(rows, memory_use.COLUMNS)
-    print(f"\nMB\n\n{text}\n")
+def write_table(rows: list[dict], columns: dict[str, str], header: dict[str, str], out: Path, name: str) -> None:
+    """Print a table; write it with the header (Markdown), and all numbers (JSON)."""
+    table = markdown(rows, columns)
+    print(f"\n{table}\n")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.md").write_text(f"{text}\n\n{facts(header)}\n")
-    (out / "memory.json").write_text(json.dumps({"header": header, "rows": rows}, indent=1))
-    print(f"written: {', '.join(str(path) for path in sorted(out.glob('memory.*')))}")
+    (out / f"{name}.md").write_text(f"{table}\n\n{facts(header)}\n")
+    (out / f"{name}.json").write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+    print(f"written: {', '.join(str(path) for path in sorted(out.glob(f'{name}.*')))}")
 
 
 def facts(header: dict[str, str]) -> str:

@@ -29,6 +29,15 @@ def forks():
         yield forks
 
 
+@pytest.fixture
+def one_thread():
+    """Torch's threads are one, and as many as before when the test is over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cuda_library():
     """The CUDA kernels, built for the emulator."""

@@ -22,13 +22,8 @@ ATTENTION = OPS["attention_varlen"]
 LONG = _case("long", [200, 1, 65], 2, 16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Cases this small are slower on two, much slower where other processes have the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Cases this small are slower on two, much slower where other processes have the cores.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients(arguments, seed=0):

@@ -36,13 +36,8 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 MODEL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, max_positions=48)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on two, and a process that waits for a core holds the other up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Models this small are slower on two, and a process that waits for a core holds the other up.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
