@@ -19,7 +19,7 @@ _PAGE = 4096
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes a model's tensors, of which some are PackedWeights."""
     packed = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, PackedWeight)}
     entries = [(key + SUFFIX, "U8", [tensor.weights.nbytes], tensor) for key, tensor in packed.items()]

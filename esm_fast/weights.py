@@ -23,6 +23,7 @@ from .memory import MappedFiles, without_values
 from .models.esm1 import ESM1, Config
 from .packed import PackedWeight, plain
 from .quantized import Int8Weight
+from .writers.files import atomic
 
 CONTACT_KEYS = {"contact_head.regression.weight", "contact_head.regression.bias"}
 FORMAT = "esm_fast"
@@ -128,15 +129,14 @@ def save(model: ESM1, path: str | Path) -> str:
         tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
     config = json.dumps(asdict(model.config))
     metadata = {"format": FORMAT, "version": "1", "config": config, "sha256": checksum(tensors)}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     kinds = {tensor.weights.dtype for tensor in tensors.values() if isinstance(tensor, PackedWeight)}
     if kinds:
         metadata |= {"packed": kinds.pop(), "layout": str(_C.LAYOUT), "sha256_start": _start_checksum(config, tensors)}
-        packed_file.write(partial, tensors, metadata)
+        write = packed_file.write
     else:
-        save_file(tensors, partial, metadata)
-    partial.replace(path)
+        write = save_file
+    with atomic(Path(path), durable=False) as temporary:
+        write(tensors, temporary, metadata)
     return metadata["sha256"]
 
 

@@ -107,7 +107,7 @@ def test_our_own_file_goes_round(fair_checkpoint, tmp_path, dtype):
     again, _ = esm_fast.load(tmp_path / "own.safetensors", dtype=dtype)
     assert again.config == model.config and len(digest) == 64
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_saving_a_model_leaves_its_changed_weights_alone(fair_checkpoint, tmp_path):

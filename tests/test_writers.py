@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from esm_fast.writers.files import atomic
 from esm_fast.writers.hdf5 import HDF5Writer
@@ -116,7 +117,9 @@ def test_atomic_files_have_the_users_permissions(tmp_path):
     (tmp_path / "plain").write_text("x")
     with atomic(tmp_path / "a") as temporary:
         temporary.write_text("x")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with atomic(tmp_path / "b") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)  # its own file, under its own name, for its owner alone
+    assert len({(tmp_path / name).stat().st_mode for name in ("plain", "a", "b")}) == 1
 
 
 def write_hdf5(path, layers, arrays, store="float32"):

@@ -49,9 +49,10 @@ def save(folder: Path, step: int, parameters: dict, optimizer_state: dict, state
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote has left."""
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink()
+    """Removes what a process that was killed while it wrote has left, by our hand or by safetensors' own."""
+    for pattern in (".*.partial", ".tmp??????"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
 
 
 def paths(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from torch import nn
 from .. import ops, weights
 from ..models.esm1 import ESM1
 from ..packing import PackedBatch, pack, plan
+from ..writers.files import atomic
 from . import adapters
 from .examples import LEVELS, SPLITS, TASKS, Example, Targets, encode
 
@@ -97,7 +98,8 @@ class Predictor(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(self.esm, folder / _MODEL)
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
-        save_file(head, folder / _HEAD)
+        with atomic(folder / _HEAD, durable=False) as temporary:
+            save_file(head, temporary)
         (folder / _ABOUT).write_text(json.dumps({"targets": asdict(self.targets)} | (about or {}), indent=1) + "\n")
 
 

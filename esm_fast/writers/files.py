@@ -17,7 +17,10 @@ def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{os.getpid()}-{next(_numbers)}.partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
         if durable:
             sync(temporary)
         temporary.replace(path)
