@@ -36,7 +36,7 @@ def test_the_key_changes_with_source_headers_and_target(tmp_path):
     header = tmp_path / "rows.cuh"
     header.write_text(header.read_text() + "\n// a comment\n")
     assert audit.key_of(copy) == audit.key_of(unit)
-    header.write_text(header.read_text().replace("kHeld = 10", "kHeld = 9"))
+    header.write_text(header.read_text().replace("kRowsPerBlock = 4", "kRowsPerBlock = 8"))
     assert len(keys | {audit.key_of(copy)}) == 4
 
 

@@ -115,7 +115,7 @@ MUTANTS = {
     "lane_left_out": Mutant(
         "layer_norm", "a = warp_reduce(a);", "if (threadIdx.x % 32) a = warp_reduce(a);", "layer_norm"
     ),
-    "aligned_pack": Mutant("bias_gelu", "if (width % kWide)", "if (width % 1)", "gelu_ffn-odd_hidden"),
+    "aligned_pack": Mutant("bias_gelu", "width % 4 ? 1 : 4", "4", "gelu_ffn-odd_hidden"),
     "gradient_of_gelu": Mutant("bias_gelu", "expf(-0.5f * x * x)", "expf(-0.4f * x * x)", "gelu_ffn-rows_33"),
     "two_blocks_one_share": Mutant("bias_gelu", "shares + size_t(blockIdx.y) * width", "shares", "gelu_ffn-rows_33"),
     "no_deviation": Mutant("layer_norm", "slope) * s.at[1];", "slope);", "gelu_ffn-prime_rows"),

@@ -1,5 +1,5 @@
 // gelu(h + bias), exact by erf, after a GEMM that made h; and its backward pass with the sums for the bias.
-#include "common.cuh"
+#include "packs.cuh"
 
 namespace esm {
 
@@ -18,21 +18,18 @@ __device__ __forceinline__ void forward(Global<const scalar> h, Global<const sca
                                         int width) {
     const int p = int(blockIdx.x) * kThreads + int(threadIdx.x);
     if (p >= width / V) return;
-    const Floats<V> b = to_floats(load_pack<V>(bias, p));
+    const Floats<V> b = load_floats<V>(bias, p);
     for (int row = blockIdx.y; row < rows; row += gridDim.y) {
         const size_t start = size_t(row) * width;
-        Floats<V> x = to_floats(load_pack<V>(h + start, p));
+        Floats<V> x = load_floats<V>(h + start, p);
         for (int j = 0; j < V; ++j) x.at[j] = gelu(x.at[j] + b.at[j]);
-        store_pack(y + start, p, from_floats<scalar>(x));
+        store_floats(y + start, p, x);
     }
 }
 
 KERNEL(kThreads, 8, bias_gelu_forward,
        (Global<const scalar> h, Global<const scalar> bias, Global<scalar> y, int rows, int width)) {
-    if (width % kWide)
-        forward<1>(h, bias, y, rows, width);
-    else
-        forward<kWide>(h, bias, y, rows, width);
+    BY_ELEMENTS(width, forward<V>(h, bias, y, rows, width))
 }
 
 // dh = dy gelu'(h + bias); shares (gridDim.y, width): the sums of the rows a thread had, for the bias.
@@ -41,33 +38,25 @@ __device__ __forceinline__ void backward(Global<const scalar> h, Global<const sc
                                          Global<scalar> dh, Global<float> shares, int rows, int width) {
     const int p = int(blockIdx.x) * kThreads + int(threadIdx.x);
     if (p >= width / V) return;
-    const Floats<V> b = to_floats(load_pack<V>(bias, p));
+    const Floats<V> b = load_floats<V>(bias, p);
     Floats<V> sums = {};
     for (int row = blockIdx.y; row < rows; row += gridDim.y) {
         const size_t start = size_t(row) * width;
-        const Floats<V> x = to_floats(load_pack<V>(h + start, p));
-        Floats<V> d = to_floats(load_pack<V>(dy + start, p));
+        const Floats<V> x = load_floats<V>(h + start, p);
+        Floats<V> d = load_floats<V>(dy + start, p);
         for (int j = 0; j < V; ++j) {
             d.at[j] *= gelu_slope(x.at[j] + b.at[j]);
             sums.at[j] += d.at[j];
         }
-        store_pack(dh + start, p, from_floats<scalar>(d));
+        store_floats(dh + start, p, d);
     }
-    constexpr int kPart = V < 4 ? V : 4;  // floats that a lane moves at once
-    for (int part = 0; part < V / kPart; ++part) {
-        Pack<float, kPart> share;
-        for (int j = 0; j < kPart; ++j) share.at[j] = sums.at[part * kPart + j];
-        store_pack(shares + size_t(blockIdx.y) * width, p * (V / kPart) + part, share);
-    }
+    store_floats(shares + size_t(blockIdx.y) * width, p, sums);
 }
 
 KERNEL(kThreads, 6, bias_gelu_backward,
        (Global<const scalar> h, Global<const scalar> bias, Global<const scalar> dy, Global<scalar> dh,
         Global<float> shares, int rows, int width)) {
-    if (width % kWide)
-        backward<1>(h, bias, dy, dh, shares, rows, width);
-    else
-        backward<kWide>(h, bias, dy, dh, shares, rows, width);
+    BY_ELEMENTS(width, backward<V>(h, bias, dy, dh, shares, rows, width))
 }
 
 }  // namespace esm

@@ -23,7 +23,7 @@ __device__ __forceinline__ void embed(Global<const scalar> token, Global<const s
                                       const Affine<V>& affine, bool normed, Global<float> out, int width,
                                       float eps) {
     const auto row = make_row<V>([=](int p) {
-        const Floats<V> e = to_floats(load_pack<V>(token, p)), at = to_floats(load_pack<V>(position, p));
+        const Floats<V> e = load_floats<V>(token, p), at = load_floats<V>(position, p);
         Floats<V> x;
         for (int j = 0; j < V; ++j) x.at[j] = (factor == 0.0f ? 0.0f : factor * e.at[j]) + at.at[j];
         return x;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void embed(Global<const scalar> token, Global<const s
     if (normed)
         normalise(row, affine, out, width, eps);
     else
-        row.each([&](int p, const Floats<V>& x) { store_pack(out, p, from_floats<float>(x)); });
+        row.each([&](int p, const Floats<V>& x) { store_floats(out, p, x); });
 }
 
 struct Tables {
@@ -59,10 +59,7 @@ KERNEL(kRowThreads, 3, embedding_forward,
         Global<const scalar> bias, Global<float> out, int rows, int width, float eps)) {
     SHARED(scalar, shared, 2 * kSharedColumns);
     const Tables tables = {tokens, positions, factors, token_table, position_table};
-    if (width % 4)
-        embed_rows<1>(tables, gain, bias, shared, out, rows, width, eps);
-    else
-        embed_rows<4>(tables, gain, bias, shared, out, rows, width, eps);
+    BY_ELEMENTS(width, embed_rows<V>(tables, gain, bias, shared, out, rows, width, eps))
 }
 
 }  // namespace esm

@@ -21,10 +21,7 @@ __device__ __forceinline__ void forward(Global<const T> x, const Affine<V>& affi
            (Global<const T> x, Global<const scalar> gain, Global<const scalar> bias, Global<scalar> y,               \
             Global<float> statistics, int rows, int width, float eps)) {                                             \
         SHARED(scalar, shared, 2 * kSharedColumns);                                                                  \
-        if (width % 4)                                                                                               \
-            forward<1, T>(x, Affine<1>(gain, bias, shared, width), y, statistics, rows, width, eps);                 \
-        else                                                                                                         \
-            forward<4, T>(x, Affine<4>(gain, bias, shared, width), y, statistics, rows, width, eps);                 \
+        BY_ELEMENTS(width, forward<V, T>(x, Affine<V>(gain, bias, shared, width), y, statistics, rows, width, eps))  \
     }
 
 FORWARD(layer_norm_forward, float)
@@ -33,7 +30,7 @@ FORWARD(layer_norm_forward_narrow, scalar)
 // ---- Backward: a block takes rows blockIdx.x, + gridDim.x, ...; a thread has the same columns in all of them, so that
 // the gain and the sums for gain and bias stay in its registers. Their order depends on the grid alone.
 
-constexpr int kBackwardThreads = 512, kSlots = 4;  // packs a thread may have
+constexpr int kBackwardThreads = 512;
 
 // Both sums over the block, in every thread. `buffer` is another one at the next call, which saves a barrier.
 __device__ __forceinline__ float2 block_sums(float a, float b, float* buffer) {
@@ -60,6 +57,7 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
                                          Global<const float> statistics, Global<const float> along, Global<T> dx,
                                          Global<float> shares, int rows, int width) {
     SHARED(float, buffers, 2 * 2 * kBackwardThreads / kWarp);
+    constexpr int kSlots = V == 8 ? 2 : 4;  // packs a thread may have
     const int packs = width / V, step = blockDim.x;
     Floats<V> dgain[kSlots] = {}, dbias[kSlots] = {};
     Pack<scalar, V> gains[kSlots];
@@ -78,8 +76,8 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
         for (int i = 0; i < kSlots; ++i) {
             const int p = int(threadIdx.x) + i * step;
             if (p >= packs) break;
-            const Floats<V> in = to_floats(load_pack<V>(x + start, p)), g = to_floats(gains[i]);
-            const Floats<V> d = to_floats(load_pack<V>(dy + start, p));
+            const Floats<V> in = load_floats<V>(x + start, p), g = to_floats(gains[i]);
+            const Floats<V> d = load_floats<V>(dy + start, p);
             for (int j = 0; j < V; ++j) {
                 normal[i].at[j] = (in.at[j] - s.at[0]) * s.at[1];
                 dnormal[i].at[j] = d.at[j] * g.at[j];
@@ -96,10 +94,10 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
             const int p = int(threadIdx.x) + i * step;
             if (p >= packs) break;
             Floats<V> out = {};
-            if (along) out = to_floats(load_pack<V>(along + start, p));
+            if (along) out = load_floats<V>(along + start, p);
             for (int j = 0; j < V; ++j)
                 out.at[j] += (dnormal[i].at[j] - mean - normal[i].at[j] * slope) * s.at[1];
-            store_pack(dx + start, p, from_floats<T>(out));
+            store_floats(dx + start, p, out);
         }
     }
     const size_t share = 2 * size_t(blockIdx.x) * width;
@@ -107,8 +105,8 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
     for (int i = 0; i < kSlots; ++i) {
         const int p = int(threadIdx.x) + i * step;
         if (p >= packs) break;
-        store_pack(shares + share, p, from_floats<float>(dgain[i]));
-        store_pack(shares + (share + width), p, from_floats<float>(dbias[i]));
+        store_floats(shares + share, p, dgain[i]);
+        store_floats(shares + (share + width), p, dbias[i]);
     }
 }
 
@@ -116,10 +114,7 @@ __device__ __forceinline__ void backward(Global<const T> x, Global<const scalar>
     KERNEL(kBackwardThreads, 1, name,                                                                                \
            (Global<const T> x, Global<const scalar> gain, Global<const D> dy, Global<const float> statistics,        \
             Global<const float> along, Global<T> dx, Global<float> shares, int rows, int width)) {                   \
-        if (width % 4)                                                                                               \
-            backward<1>(x, gain, dy, statistics, along, dx, shares, rows, width);                                    \
-        else                                                                                                         \
-            backward<4>(x, gain, dy, statistics, along, dx, shares, rows, width);                                    \
+        BY_ELEMENTS(width, backward<V>(x, gain, dy, statistics, along, dx, shares, rows, width))                     \
     }
 
 BACKWARD(layer_norm_backward, float, scalar)

@@ -26,20 +26,17 @@ __device__ __forceinline__ void forward(Global<const scalar> scores, Global<floa
     row.each([&](int p, const Floats<V>& x) {
         Floats<V> out;
         for (int j = 0; j < V; ++j) out.at[j] = p * V + j < valid ? expf(x.at[j] - largest) / sum : 0.0f;
-        store_pack(weights, p, from_floats<float>(out));
+        store_floats(weights, p, out);
     });
 }
 
 // rows = batch * heads * size; lengths (batch,).
-KERNEL(kRowThreads, 6, masked_softmax_forward,
+KERNEL(kRowThreads, 5, masked_softmax_forward,
        (Global<const scalar> scores, Global<const int> lengths, Global<float> weights, int rows, int heads, int size)) {
     const int row = warp_row();
     if (row >= rows) return;
     const Place at = place_of(row, lengths, heads, size);
-    if (size % 4)
-        forward<1>(scores + at.start, weights + at.start, size, at.valid);
-    else
-        forward<4>(scores + at.start, weights + at.start, size, at.valid);
+    BY_ELEMENTS(size, forward<V>(scores + at.start, weights + at.start, size, at.valid))
 }
 
 // dscores = weights (dweights - the row's sum of weights dweights); what lies in the padding is not looked at.
@@ -47,17 +44,17 @@ template <int V>
 __device__ __forceinline__ void backward(Global<const float> weights, Global<const float> dweights,
                                          Global<scalar> dscores, int size, int valid) {
     const auto product = make_row<V>([=](int p) {
-        const Floats<V> w = to_floats(load_pack<V>(weights, p)), d = to_floats(load_pack<V>(dweights, p));
+        const Floats<V> w = load_floats<V>(weights, p), d = load_floats<V>(dweights, p);
         Floats<V> result;
         for (int j = 0; j < V; ++j) result.at[j] = p * V + j < valid ? w.at[j] * d.at[j] : 0.0f;
         return result;
     }, size);
     const float sum = product.template reduce<Sum>(0.0f, [](float x, int) { return x; });
     product.each([&](int p, const Floats<V>& wd) {
-        const Floats<V> w = to_floats(load_pack<V>(weights, p));
+        const Floats<V> w = load_floats<V>(weights, p);
         Floats<V> out;
         for (int j = 0; j < V; ++j) out.at[j] = p * V + j < valid ? wd.at[j] - w.at[j] * sum : 0.0f;
-        store_pack(dscores, p, from_floats<scalar>(out));
+        store_floats(dscores, p, out);
     });
 }
 
@@ -67,10 +64,7 @@ KERNEL(kRowThreads, 4, masked_softmax_backward,
     const int row = warp_row();
     if (row >= rows) return;
     const Place at = place_of(row, lengths, heads, size);
-    if (size % 4)
-        backward<1>(weights + at.start, dweights + at.start, dscores + at.start, size, at.valid);
-    else
-        backward<4>(weights + at.start, dweights + at.start, dscores + at.start, size, at.valid);
+    BY_ELEMENTS(size, backward<V>(weights + at.start, dweights + at.start, dscores + at.start, size, at.valid))
 }
 
 }  // namespace esm

@@ -5,7 +5,7 @@
 
 namespace esm {
 
-constexpr int kSharedPacks = 10 * kWarp, kSharedColumns = 4 * kSharedPacks;  // as many as a warp holds of a row
+constexpr int kSharedColumns = 1280;  // as many as a warp holds of a row
 
 // Gain and bias in shared memory, 2 kSharedColumns elements; what rows have beyond that stays where it is.
 template <int V>
@@ -14,21 +14,22 @@ class Affine {
     // By every thread of the block. Without gain there is no norm, and nothing to read.
     __device__ __forceinline__ Affine(Global<const scalar> gain, Global<const scalar> bias, scalar* shared, int width)
         : gain_(gain), bias_(bias), shared_(shared) {
-        const int packs = gain ? min(width / V, kSharedPacks) : 0;
+        const int packs = gain ? min(width / V, kPacks) : 0;
         for (int p = threadIdx.x; p < packs; p += blockDim.x) {
             at(p) = load_pack<V>(gain, p);
-            at(kSharedPacks + p) = load_pack<V>(bias, p);
+            at(kPacks + p) = load_pack<V>(bias, p);
         }
         __syncthreads();
     }
     __device__ __forceinline__ Floats<V> gain(int p) const {
-        return to_floats(p < kSharedPacks ? at(p) : load_pack<V>(gain_, p));
+        return to_floats(p < kPacks ? at(p) : load_pack<V>(gain_, p));
     }
     __device__ __forceinline__ Floats<V> bias(int p) const {
-        return to_floats(p < kSharedPacks ? at(kSharedPacks + p) : load_pack<V>(bias_, p));
+        return to_floats(p < kPacks ? at(kPacks + p) : load_pack<V>(bias_, p));
     }
 
   private:
+    static constexpr int kPacks = kSharedColumns / V;
     __device__ __forceinline__ Pack<scalar, V>& at(int p) const {
         return reinterpret_cast<Pack<scalar, V>*>(shared_)[p];
     }
@@ -58,7 +59,7 @@ __device__ __forceinline__ Statistics normalise(const Row<V, Load>& row, const A
         const Floats<V> g = affine.gain(p), b = affine.bias(p);
         Floats<V> out;
         for (int j = 0; j < V; ++j) out.at[j] = (x.at[j] - s.mean) * s.inverse_deviation * g.at[j] + b.at[j];
-        store_pack(y, p, from_floats<T>(out));
+        store_floats(y, p, out);
     });
     return s;
 }

@@ -1,7 +1,7 @@
 // A row of a matrix in the registers of one warp: read once, passed over as often as a norm or a softmax needs.
 #pragma once
 
-#include "common.cuh"
+#include "packs.cuh"
 
 namespace esm {
 
@@ -13,9 +13,9 @@ __device__ __forceinline__ int warp_row() {
     return int(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
 }
 
-// Pack i of lane l is pack 32 i + l of the row, so that the warp's accesses are whole lines. A pack has V elements: 4
-// where the width is a multiple of it, else 1. `load(p)` gives pack p in fp32; what a row has beyond the packs that
-// are held (of 4: 1,280 elements) is loaded again at every pass.
+// Pack i of lane l is pack 32 i + l of the row, so that the warp's accesses are whole lines. A pack has V elements, see
+// elements_of. `load(p)` gives pack p in fp32; what a row has beyond the packs that are held (1,280 elements, or 320
+// single ones) is loaded again at every pass.
 template <int V, typename Load>
 class Row {
   public:
@@ -45,7 +45,7 @@ class Row {
     }
 
   private:
-    static constexpr int kHeld = 10;
+    static constexpr int kHeld = V == 8 ? 5 : 10;
     static __device__ __forceinline__ int pack(int i) { return kWarp * i + int(threadIdx.x) % kWarp; }
 
     Load load_;
@@ -61,7 +61,7 @@ __device__ __forceinline__ Row<V, Load> make_row(Load load, int width) {
 // What `make_row` takes for a row in memory.
 template <int V, typename T>
 __device__ __forceinline__ auto loader(Global<const T> row) {
-    return [row](int p) { return to_floats(load_pack<V>(row, p)); };
+    return [row](int p) { return load_floats<V>(row, p); };
 }
 
 }  // namespace esm

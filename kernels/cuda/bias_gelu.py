@@ -5,7 +5,7 @@ import torch
 from .common import ceil_div, launch, vector_width
 from .sums import column_sums
 
-_THREADS, _WIDEST_BYTES = 128, 16  # bias_gelu.cu
+_THREADS = 128  # bias_gelu.cu
 _CHUNKS = 256  # blocks that share the rows, at most: enough for any GPU, and the same on all, so that the bits are
 _ROWS = 8  # of a block, at least, for which it reads the bias once
 
@@ -27,5 +27,5 @@ def bias_gelu_grads(h, bias, dy):
 
 def _grid(h) -> tuple[int, int]:
     rows, width = h.shape
-    packs = width // vector_width(width, _WIDEST_BYTES // h.element_size())
+    packs = width // vector_width(width, h.dtype)
     return ceil_div(packs, _THREADS), min(ceil_div(rows, _ROWS), _CHUNKS)

@@ -97,9 +97,11 @@ def round_up(n: int, step: int) -> int:
     return ceil_div(n, step) * step
 
 
-def vector_width(width: int, widest: int = 4) -> int:
-    """Elements that a lane moves at once: as many as the kernels take where the width is a multiple of it, else one."""
-    return 1 if width % widest else widest
+def vector_width(width: int, dtype: torch.dtype = torch.float32) -> int:
+    """Elements that a lane moves at once of rows whose narrower side has this dtype: `elements_of` of packs.cuh."""
+    if dtype.itemsize == 2 and width % 16 == 0:
+        return 8
+    return 1 if width % 4 else 4
 
 
 def require_one_dtype(*weights: torch.Tensor) -> None:

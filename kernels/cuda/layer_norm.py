@@ -5,7 +5,8 @@ import torch
 from .common import ceil_div, launch, round_up, row_grid, vector_width
 from .sums import column_sums
 
-_THREADS, _SLOTS, _WARP = 512, 4, 32  # layer_norm.cu
+_THREADS, _WARP = 512, 32  # layer_norm.cu
+_SLOTS = {8: 2, 4: 4, 1: 4}  # packs a thread may have in the backward pass, by their elements
 _ROWS_EACH = 2  # of a warp, forward: a block reads gain and bias once
 _BLOCK_ROWS = 8  # at least, backward: a block writes its shares of the sums, 8 bytes a column
 _BLOCKS = 256  # at most: enough for any GPU, and the same on all, so that the bits are
@@ -24,9 +25,11 @@ def layer_norm(x, gain, bias, eps: float, keep_statistics: bool = False):
 def layer_norm_grads(x, gain, dy, statistics, along=None):
     """(dx in x's dtype, dgain, dbias); `along`: an fp32 gradient of x that passes beside the norm."""
     rows, width = x.shape
-    packs = width // vector_width(width)
-    if packs > _THREADS * _SLOTS:
-        raise ValueError(f"the CUDA layer norm's gradient takes widths up to {4 * _THREADS * _SLOTS}, this is {width}")
+    vector = vector_width(width, gain.dtype)
+    packs = width // vector
+    most = _THREADS * _SLOTS[vector]
+    if packs > most:
+        raise ValueError(f"the CUDA layer norm's gradient takes widths up to {vector * most} here, this is {width}")
     threads = min(_THREADS, round_up(packs, _WARP))
     blocks = min(ceil_div(rows, _BLOCK_ROWS), _BLOCKS)
     dx = torch.empty_like(x)

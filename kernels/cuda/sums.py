@@ -11,7 +11,7 @@ def column_sums(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(columns,) of an fp32 matrix."""
     rows, columns = x.shape
     out = torch.empty(columns, dtype=dtype, device=x.device)
-    grid = ceil_div(columns, _WARP)
+    grid = ceil_div(columns // vector_width(columns), _WARP)
     launch("column_sums", "forward", dtype, grid, _COLUMN_WARPS * _WARP, x, out, rows, columns)
     return out
 
