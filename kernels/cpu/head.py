@@ -7,7 +7,7 @@ from esm_fast.ops.registry import Request
 from esm_fast.packed import NAMES
 
 from .common import follow_torch, require_one_dtype, stream_of, unproven, vectors_of
-from .training import plain_matrix
+from .training import plain_matrix, product_of_rows
 
 
 def head_yields(request: Request) -> list[str]:
@@ -80,8 +80,8 @@ def head_backward(arguments, kept, grad_outputs):
     dgain, dln_bias, ddense_bias, dbias = dvectors.split([width, width, width, tokens])
     chosen = chosen_rows(x, rows)
     dx = dselected if chosen is None else torch.zeros(x.shape).index_add_(0, chosen, dselected)
-    ddense = dmiddle.T @ selected if dense.requires_grad else None
-    dtable = dscores.T @ normed if table.requires_grad else None
+    ddense = product_of_rows(dmiddle, selected) if dense.requires_grad else None
+    dtable = product_of_rows(dscores, normed) if table.requires_grad else None
     gradients = (dx, ddense, ddense_bias, dgain, dln_bias, dtable, dbias)
     found = zip(gradients, arguments[:7], strict=True)
     return *(None if g is None else g.to(v.dtype) for g, v in found), None, None, None

@@ -9,7 +9,7 @@ from esm_fast.ops.pre_ln_attention import rotate
 from esm_fast.packed import NAMES
 
 from .common import BACKEND, follow_torch, require_one_dtype, stream_of, vectors_of
-from .training import plain_matrix
+from .training import plain_matrix, product_of_rows
 
 
 def attention_with_gradients(
@@ -66,7 +66,10 @@ class _Inputs(torch.autograd.Function):
         outgoing = stream_of(beside), dx, dvectors, normed
         _inputs(_C.attention_inputs_backward, stream, ctx.eps, tensors, gradients, *outgoing)
         dgain, dln_bias, *dbiases = dvectors
-        dmatrices = [g.T @ normed if w.requires_grad else None for g, w in zip(gradients, tensors[2:5], strict=True)]
+        dmatrices = [
+            product_of_rows(g, normed) if w.requires_grad else None
+            for g, w in zip(gradients, tensors[2:5], strict=True)
+        ]
         found = zip((dx, dgain, dln_bias, *dmatrices, *dbiases), (x, *tensors), strict=True)
         dx, *others = (None if g is None else g.to(t.dtype) for g, t in found)
         return dx, None, *others
@@ -122,5 +125,5 @@ class _Output(torch.autograd.Function):
             dmixed.data_ptr(),
             0 if dresult is dout else dresult.data_ptr(),
         )
-        dweight = dresult.T @ mixed if weight.requires_grad else None
+        dweight = product_of_rows(dresult, mixed) if weight.requires_grad else None
         return incoming, dmixed, dweight, dbias.to(bias.dtype)

@@ -58,6 +58,17 @@ def plain_matrix(weight):
     return weight.unpack() if isinstance(weight, PackedWeight) else weight.detach().contiguous()
 
 
+_ROWS = 64
+
+
+def product_of_rows(a, b):
+    """a.T @ b. In bf16 rows of zeros fill both up, because oneDNN makes code for every number of rows and keeps it."""
+    missing = -len(a) % _ROWS
+    if missing and a.dtype != torch.float32:
+        a, b = (torch.nn.functional.pad(matrix, (0, 0, 0, missing)) for matrix in (a, b))
+    return a.T @ b
+
+
 def _ffn(kernel, x, weights, eps, middle, *tensors):
     follow_torch()
     gain, ln_bias, fc1, bias1, fc2, bias2 = weights
@@ -98,7 +109,7 @@ def ffn_backward(arguments, kept, grad_outputs):
     _ffn(_C.ffn_backward, stream, weights, eps, middle, dout, dx, dvectors, normed, dmiddle, activated, dresult)
     dgain, dln_bias, dbias2, dbias1 = dvectors.split([width, width, width, hidden])
     dresult = dout if dresult is None else dresult
-    dfc1 = dmiddle.T @ normed if fc1.requires_grad else None
-    dfc2 = dresult.T @ activated if fc2.requires_grad else None
+    dfc1 = product_of_rows(dmiddle, normed) if fc1.requires_grad else None
+    dfc2 = product_of_rows(dresult, activated) if fc2.requires_grad else None
     gradients = (dx, dgain, dln_bias, dfc1, dbias1, dfc2, dbias2)
     return *(None if g is None else g.to(v.dtype) for g, v in zip(gradients, arguments[:-1], strict=True)), None
