@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from esm_fast.kernels.cpu.training import filled_up, product_of_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cpu import HALF_AND_FULL, isa, kernel, relaxed, threads  # noqa: F401  (fixtures)
@@ -226,3 +227,11 @@ def test_chosen_unasked_with_gradients(isa):  # noqa: F811
     }.items():
         able = [backend for backend, reasons in registry.explain(name, request) if not reasons]
         assert able[0] == expected
+
+
+def test_products_meet_few_numbers_of_rows():
+    sizes = [filled_up(rows) for rows in range(1, 4097)]
+    assert len(set(sizes[2048:])) == 16 and len(set(sizes)) < 60
+    assert all(rows <= size < rows + max(64, rows / 16) for rows, size in enumerate(sizes, start=1))
+    a, b = torch.randn(100, 8).bfloat16(), torch.randn(100, 4).bfloat16()
+    torch.testing.assert_close(product_of_rows(a, b), a.T @ b)

@@ -126,6 +126,17 @@ def test_the_curve_and_gradients_of_a_plain_loop_over_fair_esm(store, tmp_path):
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.1  # it learned: the curves are not flat
 
 
+def test_rows_that_fill_the_selected_ones_up_count_nothing(store, tmp_path):
+    trainer = Trainer(recipe(store, tmp_path), store, ALONE)
+    masked, sizes = trainer.masker.batch(trainer.steps.records[:20], 0), []
+    trainer.esm.lm_head.register_forward_pre_hook(lambda head, arguments: sizes.append(len(arguments[1])))
+    loss = trainer.model(masked)
+    x = trainer.esm.forward_packed(masked.batch, layers=(2,)).representations[2]
+    _, expected = trainer.esm.lm_head(x, masked.rows, masked.targets, backend="reference")
+    torch.testing.assert_close(loss, expected)
+    assert len(masked.rows) % 128 and sizes == [-(-len(masked.rows) // 128) * 128, len(masked.rows)]
+
+
 # ---- resume
 
 
@@ -179,19 +190,20 @@ def test_kill_at_any_moment(store, tmp_path):
 
 def test_a_checkpoint_that_was_cut_off_is_none(store, tmp_path, monkeypatch):
     train(store, tmp_path, steps=4)
-    for name in (".1-0.partial", ".tmpA7b9Zq"):  # the second is what safetensors leaves
-        (tmp_path / "checkpoints" / name).write_bytes(b"half of it")
+    checkpoints = tmp_path / "checkpoints"
+    partial = checkpoints / ".step_000000003.partial"
+    partial.mkdir()
+    (partial / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half of it")
 
-    def cut_off(tensors, path, metadata):
-        path.write_bytes(b"half of it")
+    def full(*_):
         raise OSError("the disk is full")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
-        patched.setattr(checkpoint, "save_file", cut_off)
+    with monkeypatch.context() as patched, pytest.raises(checkpoint.CheckpointError, match="step_000000008.*is full"):
+        patched.setattr(os, "fsync", full)  # of torch's writer, when a file is nearly whole
         train(store, tmp_path, steps=8)
-    assert checkpoint.newest(tmp_path / "checkpoints").state["step"] == 4
+    assert checkpoint.newest(checkpoints, ALONE).state["step"] == 4
     train(store, tmp_path, steps=8)
-    assert [path.name[-6:] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["ensors"] * 2
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000000004", "step_000000008"]
 
 
 def test_another_run_is_not_continued(store, tmp_path):
@@ -204,14 +216,29 @@ def test_another_run_is_not_continued(store, tmp_path):
 def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
     train(store, tmp_path, steps=4)
     path = checkpoint.paths(tmp_path / "checkpoints")[-1]
-    content = bytearray(path.read_bytes())
+    (file,) = path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
     content[-5] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match="does not match its checksum; delete it"):
-        train(store, tmp_path)
-    path.write_bytes(content[:1000])
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-        train(store, tmp_path)
+    for damage, problem in (
+        (lambda: file.write_bytes(content), f"{file.name} does not match its checksum; delete it"),
+        (lambda: file.write_bytes(content[:1000]), "does not match"),
+        (file.unlink, f"{file.name} is missing"),
+        ((path / "checkpoint.json").unlink, "damaged.*checkpoint.json"),
+    ):
+        damage()
+        with pytest.raises(checkpoint.CheckpointError, match=problem):
+            train(store, tmp_path)
+
+
+def test_a_large_checkpoint_is_several_files(store, tmp_path, monkeypatch):
+    """So that a process that writes never has more than one of them in memory; read by one with another limit."""
+    train(store, tmp_path / "whole")
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 4096)
+    train(store, tmp_path / "pieces", steps=8)
+    assert len(list(checkpoint.paths(tmp_path / "pieces" / "checkpoints")[-1].glob("*.safetensors"))) > 3
+    monkeypatch.undo()
+    train(store, tmp_path / "pieces")
+    assert curve(tmp_path / "pieces") == curve(tmp_path / "whole")
 
 
 # ---- several processes

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from .common import Maker, accumulate_dtype, gelu, layer_norm, require
 from .registry import Case, Cost, op
 
+IGNORED = -100  # the target of a row that adds nothing to the loss, as for torch's cross-entropy
+
 
 def check(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
     width = x.shape[-1]
@@ -69,7 +71,7 @@ def masked_lm_head(
         x: (n, width), the final representation.
         dense_weight (width, width), dense_bias, ln_weight, ln_bias (width,), token_table (vocabulary, width), bias.
         rows: (m,) int64, the rows to compute; None for all.
-        targets: (m,) int64, the right token of each of these rows.
+        targets: (m,) int64, the right token of each of these rows, or IGNORED.
 
     Returns:
         (logits, loss): logits (m or n, vocabulary) in the weights' dtype; loss the SUM of the cross-entropies in fp32

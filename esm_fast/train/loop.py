@@ -196,16 +196,12 @@ class Trainer:
     # ---- checkpoints
 
     def _save(self) -> None:
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            self.optimizer.consolidate_state_dict(to=0)
-        if self.processes.first:
-            state = {"step": self.step, "updates": self.updates, "best": self.best, "recipe": as_dict(self.recipe)}
-            state["store"] = self.store.identity
-            if self.scale:
-                state["scale"] = vars(self.scale)
-            moments = self.optimizer.state_dict()["state"]
-            checkpoint.save(self._checkpoints, self.step, self.parameters, moments, state, self.recipe.keep)
-        self.processes.wait()
+        state = {"step": self.step, "updates": self.updates, "best": self.best, "recipe": as_dict(self.recipe)}
+        state["store"] = self.store.identity
+        if self.scale:
+            state["scale"] = vars(self.scale)
+        holders = self.parameters, self.optimizer
+        checkpoint.save(self._checkpoints, self.step, *holders, state, self.recipe.keep, self.processes)
 
     @property
     def _checkpoints(self) -> Path:
@@ -217,7 +213,8 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_partial(self._checkpoints)
             checkpoint.remove_partial(self.output)
-        saved = checkpoint.newest(self._checkpoints)
+        self.processes.wait()
+        saved = checkpoint.newest(self._checkpoints, self.processes)
         if saved is not None:
             self._restore(saved)
         if self.processes.first:

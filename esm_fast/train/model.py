@@ -3,10 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 from ..models.esm1 import ESM1, Config
+from ..ops.masked_lm_head import IGNORED
 from .masking import MaskedBatch
 
 
@@ -21,8 +23,18 @@ class MaskedLM(nn.Module):
     def forward(self, masked: MaskedBatch) -> torch.Tensor:
         depth = self.esm.config.layers
         x = self.esm.forward_packed(masked.batch, layers=(depth,)).representations[depth]
-        _, loss = self.esm.lm_head(x, masked.rows, masked.targets, backend=self.esm.backend)
+        _, loss = self.esm.lm_head(x, *_filled_up(masked.rows, masked.targets), backend=self.esm.backend)
         return loss
+
+
+_ROWS = 128
+
+
+def _filled_up(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """To a multiple of 128, with rows that count nothing: every batch selects another number, and libraries keep what
+    they make for each, oneDNN the code of bf16 products for good."""
+    missing = -len(rows) % _ROWS
+    return F.pad(rows, (0, missing)), F.pad(targets, (0, missing), value=IGNORED)
 
 
 class InPrecision(nn.Module):

@@ -28,6 +28,13 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value) -> list:
+        """Every process's value, in order of rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -58,12 +58,15 @@ def plain_matrix(weight):
     return weight.unpack() if isinstance(weight, PackedWeight) else weight.detach().contiguous()
 
 
-_ROWS = 64
+def filled_up(rows: int) -> int:
+    """To a number of five binary digits: there are 16 from one power of two to the next, and none below 64."""
+    unit = max(64, 1 << rows.bit_length() >> 5)
+    return -(-rows // unit) * unit
 
 
 def product_of_rows(a, b):
-    """a.T @ b. In bf16 rows of zeros fill both up, because oneDNN makes code for every number of rows and keeps it."""
-    missing = -len(a) % _ROWS
+    """a.T @ b. In bf16 zeros fill the rows up, because oneDNN makes code for every number of them and keeps it."""
+    missing = filled_up(len(a)) - len(a)
     if missing and a.dtype != torch.float32:
         a, b = (torch.nn.functional.pad(matrix, (0, 0, 0, missing)) for matrix in (a, b))
     return a.T @ b
