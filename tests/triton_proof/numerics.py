@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as the 16 raw bits in a uint16 array and calculates with those, so that most results are
 silently wrong; ml_dtypes' NumPy type rounds as the hardware does. It also multiplies fp32 exactly where a GPU would
-take tf32, which hides a `tl.dot` that forgot input_precision="ieee".
+take tf32, which hides a `tl.dot` that forgot input_precision="ieee", and leaves the order of sums to NumPy's BLAS,
+which may take another for some rows of a tile.
 """
 
 import ml_dtypes
@@ -15,7 +16,6 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _numpy_dtype = interpreter._get_np_dtype
-_dot = InterpreterBuilder.create_dot
 _known: dict[str, np.dtype] = {}
 
 
@@ -53,6 +53,9 @@ def _splat(self, block_type, scalar: TensorHandle) -> TensorHandle:
 
 
 def _dot_as_on_a_gpu(self, a, b, total, precision, max_imprecise):
-    if a.data.dtype == np.float32 and precision.name == "TF32":
-        a, b = (TensorHandle(to_tf32(operand.data), operand.dtype) for operand in (a, b))
-    return _dot(self, a, b, total, precision, max_imprecise)
+    """Row by row, so that all rows are summed alike."""
+    left, right = a.data, b.data
+    if left.dtype == np.float32 and precision.name == "TF32":
+        left, right = to_tf32(left), to_tf32(right)
+    product = np.matmul(left[..., None, :], right[..., None, :, :], dtype=total.data.dtype)[..., 0, :]
+    return TensorHandle(product + total.data, total.dtype.scalar)
