@@ -219,11 +219,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
     (file,) = path.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
+    info = path / "checkpoint.json"
+    assert '"updates": 4' in info.read_text()
     for damage, problem in (
         (lambda: file.write_bytes(content), f"{file.name} does not match its checksum; delete it"),
         (lambda: file.write_bytes(content[:1000]), "does not match"),
         (file.unlink, f"{file.name} is missing"),
-        ((path / "checkpoint.json").unlink, "damaged.*checkpoint.json"),
+        (lambda: info.write_text(info.read_text().replace('"updates": 4', '"updates": 5')), "its own checksum"),
+        (info.unlink, "damaged.*checkpoint.json"),
     ):
         damage()
         with pytest.raises(checkpoint.CheckpointError, match=problem):
@@ -258,8 +261,9 @@ def test_processes_share_a_run(store, tmp_path):
     values = dict(model=MODEL, store=str(store.path), output="", steps=12, step_tokens=2400, batch_tokens=300)
     values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=8, save_every=4, plot=False)
     path = tmp_path / "recipe.yaml"
-    for count, sharding, steps in ((2, "none", 4), (4, "zero1", 8)):
-        path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps)))
+    # At first each sequence is a batch, of which one process has one more than the other in some steps.
+    for count, sharding, steps, batch in ((2, "none", 4, 2), (4, "zero1", 8, 300)):
+        path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps, batch_tokens=batch)))
         launch(count, tmp_path, path, "several")
         assert len(curve(tmp_path / "several")) == steps
     for output in ("alone", "several"):  # the second goes on where the processes ended

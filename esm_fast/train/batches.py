@@ -49,22 +49,22 @@ class Steps:
 
 
 def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.ndarray]]:
-    """[rank][batch] -> indices: every one once, as many batches on each rank, and their tokens balanced.
+    """[rank][batch] -> indices: every one once, batches and ranks balanced by tokens, at least one batch on each rank.
 
-    Longest first, each into the emptiest batch. A batch is over batch_tokens only where a single sequence is.
+    Longest first, each into the emptiest batch. A batch is over batch_tokens only where a single sequence is. Where
+    most sequences fill a batch alone, some ranks have one batch more than others.
     """
-    limit = max(batch_tokens, int(lengths.max(initial=0)))
-    count = max(1, -(-int(lengths.sum()) // (ranks * batch_tokens)))
-    while True:
-        parts = _balanced(lengths, ranks * count)
-        if max(int(lengths[part].sum()) for part in parts) <= limit:
-            break
-        count += 1
-    if not all(len(part) for part in parts):
+    if len(lengths) < ranks:
         raise ValueError(
             f"a step of {len(lengths)} sequences is too small for {ranks} processes; raise step_tokens, or use fewer"
         )
-    return [parts[rank::ranks] for rank in range(ranks)]
+    limit = max(batch_tokens, int(lengths.max()))
+    count = max(1, -(-int(lengths.sum()) // (ranks * batch_tokens)))
+    while True:
+        parts = [part for part in _balanced(lengths, ranks * count) if len(part)]
+        if max(int(lengths[part].sum()) for part in parts) <= limit:
+            return [parts[rank::ranks] for rank in range(ranks)]
+        count += 1
 
 
 def _balanced(lengths: np.ndarray, parts: int) -> list[np.ndarray]:

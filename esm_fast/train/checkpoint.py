@@ -4,7 +4,6 @@ Every process writes and reads its share: parameters are divided, and Adam's mom
 number of processes reads what any other wrote, however they shared the optimiser.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from ..dataset.commit import DatasetError, read_json, sha256, write_json
 from ..writers.files import sync
 from .processes import Processes
-from .store import sha256
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_INFO = "checkpoint.json"  # the run's numbers, and the files' checksums
+_INFO = "checkpoint.json"  # the run's numbers, and the files' checksums and its own
 _FILE_BYTES = 2**30  # a process holds a file in memory while it writes it
 _ADVICE = "delete it to go on from the one before"
 
@@ -58,10 +57,7 @@ def save(folder: Path, step: int, parameters: dict, optimizer, state: dict, keep
     mine = {file.name: sha256(file) for file in sorted(partial.glob(f"shard-{processes.rank + 1:05d}-*"))}
     files = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
     if processes.first:
-        content = {"format": "esm_fast training", "version": 2, "state": state, "files": files}
-        (partial / _INFO).write_text(json.dumps(content, indent=2) + "\n")
-        for item in (partial / _INFO, partial):
-            sync(item)
+        write_json(partial / _INFO, {"format": "esm_fast training", "version": 2, "state": state, "files": files})
         partial.replace(path)
         sync(folder)
         for old in paths(folder)[:-keep]:
@@ -132,15 +128,15 @@ def newest(folder: Path, processes: Processes) -> Saved | None:
         return None
     path = found[-1]
     try:
-        info = json.loads((path / _INFO).read_text())
-        files, state = info["files"], info["state"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({_INFO}: {error}); {_ADVICE}") from None
+        info = read_json(path / _INFO)
+    except (OSError, DatasetError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_ADVICE}") from None
+    files = info["files"]
     mine = sorted(files)[processes.rank :: processes.world]
     problems = [problem for name in mine if (problem := _problem(path / name, files[name]))]
     if problems := sum(processes.gather(problems), []):
         raise CheckpointError(f"{path} is damaged: {', '.join(problems)}; {_ADVICE}")
-    return Saved(path, state)
+    return Saved(path, info["state"])
 
 
 def _problem(file: Path, digest: str) -> str | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..dataset.commit import sha256
+
 VERSION = 1
 FILES = {"tokens": "<u1", "offsets": "<i8", "valid": "<u1", "names.txt": None}
 
@@ -80,14 +82,6 @@ def describe(folder: Path, counts: dict) -> None:
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
     info = {"format": "esm_fast token store", "version": VERSION, "files": files, "counts": counts}
     (folder / "store.json").write_text(json.dumps(info, indent=2) + "\n")
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _mapped(file: Path, dtype: str) -> np.ndarray:
