@@ -101,6 +101,20 @@ def test_rows_that_were_not_asked_for_are_not_read(isa):
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_the_loss_of_no_rows_is_nothing(isa, dtype):
+    """As where no token of a batch was selected."""
+    arguments = head_case("none", 30, 40, masked=9).build(dtype, "cpu", 0)
+    arguments |= {name: arguments[name][:0] for name in ("rows", "targets")}
+    for grad in (False, True):
+        arguments["dense_weight"].requires_grad_(grad)
+        for _ in range(3):
+            logits, loss = HEAD(**arguments, backend="cpu")
+            assert logits.shape == (0, 33) and loss == 0
+    loss.backward()
+    assert not arguments["dense_weight"].grad.any()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
 def test_ignored_targets_add_nothing(isa, dtype):
     case = head_case("ignored", 30, 40, masked=9)
     check(HEAD, changed(case, targets=lambda a: a["targets"].index_fill(0, torch.tensor([0, 5]), -100)), dtype)

@@ -65,7 +65,7 @@ def masked_lm_head(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table,
     wanted = len(x) if rows is None else len(rows)
     targets = checked_targets(targets, wanted)
     logits = dense_weight.new_empty(wanted, len(token_table), requires_grad=False)
-    loss = None if targets is None else torch.empty(())
+    loss = None if targets is None else torch.zeros(())  # of no rows too, whose targets have no address
     dense_bias, gain, ln_bias, bias = vectors_of(dense_weight, dense_bias, ln_weight, ln_bias, bias)
     _C.masked_lm_head(
         stream.data_ptr(),

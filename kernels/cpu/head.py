@@ -61,7 +61,7 @@ def head_train(x, *weights_and_more):
     count = len(selected)
     targets = checked_targets(targets, count)
     middle, logits = torch.empty(selected.shape, dtype=dtype), torch.empty(count, tokens, dtype=dtype)
-    wrong, loss = (None, None) if targets is None else (torch.empty(count, tokens), torch.empty(()))
+    wrong, loss = (None, None) if targets is None else (torch.empty(count, tokens), torch.zeros(()))
     _run(_C.head_training, [selected.data_ptr()], count, weights, eps, targets, middle, wrong, logits, loss)
     return (logits, loss), (selected.to(dtype), middle, wrong)
 
