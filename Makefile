@@ -26,10 +26,10 @@ bench: .venv/bench
 # Compiles every Triton and CUDA kernel for every architecture and runs Triton's in its interpreter, without a GPU; after
 # a change to a kernel, this renews the tables that tests compare with. Tens of minutes if all has changed.
 proof: .venv/test
-	$(BIN)/python tests/triton_proof/audit.py
-	$(BIN)/python tests/triton_proof/matrix.py
-	$(BIN)/python tests/cuda_proof/audit.py
-	PYTHONPATH=tests $(BIN)/python -m cuda_proof.loops
+	$(BIN)/python tests/proof/triton_proof/audit.py
+	$(BIN)/python tests/proof/triton_proof/matrix.py
+	$(BIN)/python tests/proof/cuda_proof/audit.py
+	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m cuda_proof.loops
 
 # For whoever has a GPU: tests and times everything on it, and writes gpu-report.md and gpu-report.json.
 # `make gpu-report REPORT=--dry-run` shows without a GPU that it works.

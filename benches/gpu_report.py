@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_ops.py", "-k", "cuda or gpu")
-DRY_TESTS = ("tests/test_ops.py", "-k", "masked_softmax and triton")
+TESTS = ("tests/ops/test_ops.py", "-k", "cuda or gpu")
+DRY_TESTS = ("tests/ops/test_ops.py", "-k", "masked_softmax and triton")
 
 
 def main(argv: list[str] | None = None) -> int:

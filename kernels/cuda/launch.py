@@ -1,7 +1,7 @@
 """How a CUDA kernel is launched: a description that does not depend on what executes it.
 
-The driver executes it on a GPU (driver.py), the tests' emulator on the CPU (tests/cuda_emulator): both are an Executor,
-and both are handed the same kernel names, grids, blocks and arguments.
+The driver executes it on a GPU (driver.py), the tests' emulator on the CPU (tests/proof/cuda_emulator): both are an
+Executor, and both are handed the same kernel names, grids, blocks and arguments.
 """
 
 import ctypes

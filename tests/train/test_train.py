@@ -1,0 +1,471 @@
+"""The training loop: the curve of a plain loop over fair-esm's model, of several processes, and of a run cut off."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import esm_fast
+from esm_fast import weights
+from esm_fast.cli import main
+from esm_fast.data import Policy
+from esm_fast.models.esm1 import Config
+from esm_fast.packing import pack_padded
+from esm_fast.train import checkpoint
+from esm_fast.train.environment import SETTINGS
+from esm_fast.train.loop import Trainer
+from esm_fast.train.model import new_model
+from esm_fast.train.prepare import prepare
+from esm_fast.train.processes import Processes
+from esm_fast.train.recipe import ATTENTION, RecipeError, read_recipe, recipe_from
+from esm_fast.train.report import Log, read_log
+from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate
+from esm_fast.train.store import open_store
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+MODEL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, max_positions=48)
+
+
+# Models this small are slower on two, and a process that waits for a core holds the other up.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    generator = np.random.default_rng(0)
+    letters = np.array(list("LAGVSERTIDPKQNFYMHWCX"))
+    lengths = np.append(generator.integers(1, 90, 120), [1, 2, 46, 47, 300])
+    records = (f">p{i}\n{''.join(generator.choice(letters, n))}\n" for i, n in enumerate(lengths))
+    (folder / "in.fasta").write_text("".join(records))
+    prepare([folder / "in.fasta"], folder / "store", policy=Policy(overlength="window"), valid_share=0.2)
+    return open_store(folder / "store", verify=True)
+
+
+def recipe(store, output, **changes):
+    values = dict(model=MODEL, store=str(store.path), output=str(output), steps=12, step_tokens=1200, batch_tokens=500)
+    values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=6, save_every=4, plot=False, seed=3)
+    return recipe_from(values | changes)
+
+
+def curve(output, name="loss"):
+    return [entry[name] for entry in read_log(output / "log.jsonl") if name in entry]
+
+
+def train(store, output, **changes):
+    trainer = Trainer(recipe(store, output, **changes), store, ALONE)
+    trainer.train()
+    return trainer
+
+
+# ---- against fair-esm
+
+
+def padded(masked):
+    """The tokens of a packed batch, padded, and where its rows are in them."""
+    pieces = masked.batch.tokens.long().split(masked.batch.lengths.tolist())
+    tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=1)
+    return tokens, (tokens != 1).flatten().nonzero().flatten()[masked.rows]
+
+
+def fair_esm_twin(trainer):
+    esm = pytest.importorskip("esm", reason="fair-esm is not installed")
+    args = Namespace(arch="roberta_large", token_dropout=True, emb_layer_norm_before=True, **MODEL)
+    twin = esm.ProteinBertModel(args, esm.Alphabet.from_architecture("ESM-1b"))
+    twin.load_state_dict(trainer.esm.state_dict())
+    twin.lm_head.weight = twin.embed_tokens.weight
+    return twin
+
+
+def _quiet(store, output, steps):
+    return recipe(store, output, steps=steps, step_tokens=600, warmup=50, valid_every=steps, save_every=steps, clip=1.0)
+
+
+def test_the_curve_and_gradients_of_a_plain_loop_over_fair_esm(store, tmp_path):
+    """Same masks, 200 steps in fp32."""
+    steps = 200
+    trainer = Trainer(_quiet(store, tmp_path, steps), store, ALONE)
+    twin = fair_esm_twin(trainer)
+    parameters = {name: p for name, p in twin.named_parameters() if not name.startswith("contact_head")}
+    optimizer = torch.optim.Adam(parameters.values(), lr=3e-3)
+    losses = []
+
+    def plain_step(step, entry):
+        work = trainer._work(step - 1)
+        optimizer.zero_grad()
+        tokens, rows = zip(*(padded(masked) for masked in work.batches), strict=True)
+        targets = torch.cat([masked.targets for masked in work.batches])
+        logits = [twin(t)["logits"].flatten(0, 1)[r] for t, r in zip(tokens, rows, strict=True)]
+        loss = F.cross_entropy(torch.cat(logits), targets)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        if step <= 20:
+            for name, parameter in trainer.parameters.items():
+                wrong = (parameter.grad - parameters[name].grad).abs().max()
+                assert wrong < 1e-4, f"step {step}: {name} is {wrong} off"
+            assert entry["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min((step - 1) / 50, (50 / max(step - 1, 1)) ** 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+
+    trainer.train(plain_step)
+    ours = curve(tmp_path)
+    assert len(ours) == len(losses) == steps
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < 1e-3
+    assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.1  # it learned: the curves are not flat
+
+
+def test_rows_that_fill_the_selected_ones_up_count_nothing(store, tmp_path):
+    trainer = Trainer(recipe(store, tmp_path), store, ALONE)
+    masked, sizes = trainer.masker.batch(trainer.steps.records[:20], 0), []
+    trainer.esm.lm_head.register_forward_pre_hook(lambda head, arguments: sizes.append(len(arguments[1])))
+    loss = trainer.model(masked)
+    x = trainer.esm.forward_packed(masked.batch, layers=(2,)).representations[2]
+    _, expected = trainer.esm.lm_head(x, masked.rows, masked.targets, backend="reference")
+    torch.testing.assert_close(loss, expected)
+    assert len(masked.rows) % 128 and sizes == [-(-len(masked.rows) // 128) * 128, len(masked.rows)]
+
+
+# ---- resume
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(store, tmp_path):
+    train(store, tmp_path / "whole")
+    stopped = Trainer(recipe(store, tmp_path / "cut"), store, ALONE)
+
+    def stop(step, entry):
+        if step == 10:  # the last checkpoint is from step 8
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(stop)
+    train(store, tmp_path / "cut")
+    for name in ("loss", "learning_rate", "gradient_norm", "valid_loss"):
+        assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
+    whole, cut = (weights.read(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert whole.sha256 == cut.sha256
+    assert len(checkpoint.paths(tmp_path / "cut" / "checkpoints")) == 2
+
+
+COMMAND = (
+    "import torch; torch.set_num_threads(1); from esm_fast.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_kill_at_any_moment(store, tmp_path):
+    """The curve of a run killed again and again, wherever it is, equals bit for bit that of one left in peace."""
+    values = dict(model=MODEL, store=str(store.path), output="", steps=50, step_tokens=600, batch_tokens=300)
+    values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=20, save_every=2, plot=False)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    Trainer(recipe_from(values | dict(output=str(tmp_path / "whole"))), store, ALONE).train()
+
+    arguments = ["pretrain", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "cut")]
+    log, moments = tmp_path / "cut" / "log.jsonl", random.Random(0)
+    for at in (3, 25):
+        with subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < at):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.05))  # within a few steps, half of which write a checkpoint
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "it was over before"
+    assert len(curve(tmp_path / "cut")) < 50
+    Trainer(recipe_from(values | dict(output=str(tmp_path / "cut"))), store, ALONE).train()
+    for name in ("loss", "valid_loss"):
+        assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
+    assert not list((tmp_path / "cut").rglob(".*")), "leftovers"
+
+
+def test_a_checkpoint_that_was_cut_off_is_none(store, tmp_path, monkeypatch):
+    train(store, tmp_path, steps=4)
+    checkpoints = tmp_path / "checkpoints"
+    partial = checkpoints / ".step_000000003.partial"
+    partial.mkdir()
+    (partial / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half of it")
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched, pytest.raises(checkpoint.CheckpointError, match="step_000000008.*is full"):
+        patched.setattr(os, "fsync", full)  # of torch's writer, when a file is nearly whole
+        train(store, tmp_path, steps=8)
+    assert checkpoint.newest(checkpoints, ALONE).state["step"] == 4
+    train(store, tmp_path, steps=8)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000000004", "step_000000008"]
+
+
+def test_another_run_is_not_continued(store, tmp_path):
+    train(store, tmp_path, steps=4)
+    with pytest.raises(checkpoint.CheckpointError, match="learning_rate was 0.003, is 0.001"):
+        train(store, tmp_path, learning_rate=1e-3)
+    train(store, tmp_path, steps=6, batch_tokens=300)  # longer, and in smaller batches: the same run
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
+    train(store, tmp_path, steps=4)
+    path = checkpoint.paths(tmp_path / "checkpoints")[-1]
+    (file,) = path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    info = path / "checkpoint.json"
+    assert '"updates": 4' in info.read_text()
+    for damage, problem in (
+        (lambda: file.write_bytes(content), f"{file.name} does not match its checksum; delete it"),
+        (lambda: file.write_bytes(content[:1000]), "does not match"),
+        (file.unlink, f"{file.name} is missing"),
+        (lambda: info.write_text(info.read_text().replace('"updates": 4', '"updates": 5')), "its own checksum"),
+        (info.unlink, "damaged.*checkpoint.json"),
+    ):
+        damage()
+        with pytest.raises(checkpoint.CheckpointError, match=problem):
+            train(store, tmp_path)
+
+
+def test_a_large_checkpoint_is_several_files(store, tmp_path, monkeypatch):
+    """So that a process that writes never has more than one of them in memory; read by one with another limit."""
+    train(store, tmp_path / "whole")
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 4096)
+    train(store, tmp_path / "pieces", steps=8)
+    assert len(list(checkpoint.paths(tmp_path / "pieces" / "checkpoints")[-1].glob("*.safetensors"))) > 3
+    monkeypatch.undo()
+    train(store, tmp_path / "pieces")
+    assert curve(tmp_path / "pieces") == curve(tmp_path / "whole")
+
+
+# ---- several processes
+
+
+def launch(count, tmp_path, recipe_path, output):
+    script = tmp_path / "ranks.py"
+    script.write_text(COMMAND)
+    arguments = [str(script), "pretrain", str(recipe_path), "-o", str(tmp_path / output)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_share_a_run(store, tmp_path):
+    """As one process, to within the order of sums in fp32, whatever their number and the sharding along the way."""
+    values = dict(model=MODEL, store=str(store.path), output="", steps=12, step_tokens=2400, batch_tokens=300)
+    values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=8, save_every=4, plot=False)
+    path = tmp_path / "recipe.yaml"
+    # At first each sequence is a batch, of which one process has one more than the other in some steps.
+    for count, sharding, steps, batch in ((2, "none", 4, 2), (4, "zero1", 8, 300)):
+        path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps, batch_tokens=batch)))
+        launch(count, tmp_path, path, "several")
+        assert len(curve(tmp_path / "several")) == steps
+    for output in ("alone", "several"):  # the second goes on where the processes ended
+        Trainer(recipe_from(values | dict(output=str(tmp_path / output))), store, ALONE).train()
+    several, alone = curve(tmp_path / "several"), curve(tmp_path / "alone")
+    assert len(several) == len(alone) == 12
+    np.testing.assert_allclose(several, alone, rtol=2e-5)
+    valid = {name: curve(tmp_path / name, "valid_loss") for name in ("several", "alone")}
+    np.testing.assert_allclose(valid["several"][-2:], valid["alone"], rtol=2e-5)
+
+
+# ---- precision, and numbers that are none
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_as_fp32_does(store, tmp_path, precision):
+    train(store, tmp_path / "half", precision=precision, steps=30)
+    train(store, tmp_path / "full", steps=30)
+    half, full = curve(tmp_path / "half"), curve(tmp_path / "full")
+    assert full[-1] < full[0] - 0.1
+    np.testing.assert_allclose(half, full, atol=0.03)
+    assert half != full
+    assert weights.read(tmp_path / "half" / "model.safetensors").dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
+    kept = {}
+    for recompute in (False, True):
+        output = tmp_path / str(recompute)
+        trainer = Trainer(recipe(store, output, recompute=recompute, precision=precision, steps=3), store, ALONE)
+        masked, sizes = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0), []
+        rows = len(masked.batch.tokens)
+
+        def keep(tensor, rows=rows, sizes=sizes):
+            sizes.extend([tensor.nbytes] * (tensor.shape[:1] == (rows,)))  # no parameters
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            trainer.model(masked)
+        kept[recompute] = sum(sizes)
+        trainer.train()
+    assert 0 < kept[True] < kept[False] / 3
+    assert curve(tmp_path / "True") == curve(tmp_path / "False")
+    assert curve(tmp_path / "True", "gradient_norm") == curve(tmp_path / "False", "gradient_norm")
+
+
+def test_an_overflow_skips_a_step_and_halves_the_scale(store, tmp_path):
+    trainer = Trainer(recipe(store, tmp_path, precision="float16"), store, ALONE)
+    trainer.scale.scale = 2.0**40
+    before = trainer.esm.embed_tokens.weight.clone()
+    entry = trainer._step(trainer._work(0))
+    assert entry["gradient_norm"] is None and trainer.updates == 0
+    assert trainer.scale.scale == 2.0**39 and trainer.esm.embed_tokens.weight.equal(before)
+    while trainer.updates == 0:
+        trainer._step(trainer._work(0))
+    assert trainer.scale.scale < 2.0**39
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
+    trainer = Trainer(recipe(store, tmp_path), store, ALONE)
+    with torch.no_grad():
+        trainer.esm.layers[0].fc1.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+        trainer.train()
+
+
+def test_loss_scale():
+    scale = LossScale(scale=8.0, window=3, smallest=1.0)
+    for _ in range(3):
+        scale.update()
+    assert (scale.scale, scale.good) == (16.0, 0)
+    for wanted in (8.0, 4.0, 2.0, 1.0):
+        scale.overflow()
+        assert scale.scale == wanted
+    with pytest.raises(FloatingPointError, match="fell below"):
+        scale.overflow()
+
+
+def test_learning_rate():
+    rates = [learning_rate(n, 1e-4, 16_000) for n in (0, 1, 8_000, 16_000, 64_000)]
+    assert rates == pytest.approx([0, 1e-4 / 16_000, 5e-5, 1e-4, 5e-5])
+    assert learning_rate(0, 1e-4, 0) == 1e-4
+    assert [cooldown_factor(n, 10, 4) for n in (0, 6, 7, 9)] == [1, 1, 0.75, 0.25]
+
+
+# ---- what a run leaves
+
+
+def test_the_model_is_one_that_embed_reads(store, tmp_path):
+    trainer = train(store, tmp_path)
+    model, _ = esm_fast.load(tmp_path / "model.safetensors")
+    (_, layers), *_ = esm_fast.embed(model, ["MKTAYIAK"])
+    assert layers[-1].shape == (16,) and np.isfinite(layers[-1]).all()
+    for name, parameter in trainer.parameters.items():
+        assert parameter.equal(model.get_parameter(name)), name
+    assert weights.read(tmp_path / "best.safetensors").config == trainer.recipe.model
+
+
+def test_the_command(store, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {json.dumps(MODEL)}\nstore: {store.path}\noutput: {tmp_path / 'run'}\nsteps: 9\n")
+    assert main(["pretrain", str(path), "--fast-dev-run"]) == 0
+    run = tmp_path / "run" / "fast_dev_run"
+    assert len(curve(run)) == 3 and len(curve(run, "valid_perplexity")) == 1
+    assert (run / "curves.png").read_bytes()[1:4] == b"PNG"
+    path.write_text("steps: many\n")
+    assert main(["pretrain", str(path)]) == 1
+    assert "lacks model, store, output" in capsys.readouterr().err
+
+
+def test_a_log_continues_after_a_cut(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    log = Log(tmp_path, 1)
+    log.add(step=2, loss=5.5)
+    log.add(step=3, loss=float("nan"))  # of a step that overflowed
+    log.close()
+    assert read_log(log.path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5.5}, {"step": 3, "loss": None}]
+
+
+def test_tensorboard_gets_what_the_log_gets(store, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
+    )
+    train(store, tmp_path, steps=3, valid_every=3, tensorboard=True)
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    got = {(name, e.step): e.value for name in board.Tags()["scalars"] for e in board.Scalars(name)}
+    expected = {
+        (name, entry["step"]): pytest.approx(value)
+        for entry in read_log(tmp_path / "log.jsonl")
+        for name, value in entry.items()
+        if name != "step" and value is not None
+    }
+    assert {("loss", 1), ("valid_loss", 3)} < set(got) and got == expected
+
+
+def test_recipes_that_ship():
+    paths = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+    recipes = {path.stem: read_recipe(path) for path in paths}
+    assert list(recipes) == ["esm1b_650M_h100", "esm1b_650M_v100", "esm1b_t6_demo"]
+    card = recipes["esm1b_650M_v100"]
+    assert (card.steps, card.step_tokens, card.learning_rate, card.warmup) == (500_000, 131_072, 1e-4, 16_000)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("model: esm1b_t7\nstore: a\noutput: b\nsteps: 1", "choose from esm1b_t33"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nsteptokens: 3", "unknown entries: steptokens"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1.5", "steps is 1.5; expected int"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nprecision: fp8", "precision is 'fp8'"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nattention: near", "attention is 'near'"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nmasking: {specials: all}", "specials is 'all'"),
+        ("[", "is not YAML"),
+        ("3", "expected names and values"),
+    ],
+)
+def test_recipe_mistakes(tmp_path, text, problem):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=problem):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_attention_begins_at_neighbours():
+    """Two heads of layer l weigh the residues l before and l behind most, at any place; random ones none."""
+    config, size = Config(2, 96, 64, 3), 200
+    tokens = torch.cat([torch.tensor([0]), torch.randint(4, 24, (size,)), torch.tensor([2])])[None]
+    batch, _ = pack_padded(tokens)
+    for how in ATTENTION:
+        model = new_model(config, 0, 0.02, attention=how)
+        assert not model.embed_positions.weight[1].any()  # of padding
+        with torch.no_grad():
+            maps = model.forward_packed(batch, attentions=True).attentions[0][:, :2, 10:-10]
+        for layer, heads in enumerate(maps, start=1):
+            for head, offset in zip(heads, (-layer, layer), strict=True):
+                found = head.argmax(1) == torch.arange(10, 10 + len(head)) + offset
+                assert (found.float().mean() > 0.9) == (how == "neighbours")
+
+
+def test_recipe_numbers_without_a_dot(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nlearning_rate: 1e-4\nclip: 1"
+    )
+    read = read_recipe(tmp_path / "r.yaml")
+    assert read.learning_rate == 1e-4 and read.clip == 1 and read.masking.share == 0.15
+
+
+def test_the_environment_is_set_before_torch_reads_it():
+    code = """if True:
+        import os, sys
+        from esm_fast.cli import main
+        from esm_fast.train import environment
+        prepare = environment.prepare
+        environment.prepare = lambda: (print("torch" in sys.modules), prepare())
+        main(["pretrain", "nowhere.yaml"])
+        print(*(os.environ[name] for name in environment.SETTINGS))"""
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environ, "GOMP_SPINCOUNT": "7"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.split() == ["False", "7", SETTINGS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]], done.stderr
