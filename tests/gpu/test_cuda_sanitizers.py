@@ -80,7 +80,6 @@ MUTANTS = {
     "barrier_gather_sum": Mutant("gather_sum", BARRIER, "", "embedding-primes", RACES, RACE),
     "barrier_pool": Mutant("pool", BARRIER, "", "pool-primes", RACES, RACE),
     "barrier_loss": Mutant("cross_entropy", BARRIER, "", "masked_lm_head-masked_rows", RACES, RACE),
-    "barrier_table": Mutant("tokenize", BARRIER, "", "tokenize", RACES, RACE),
     "small_array": Mutant("pool", "kWarps * kWarp * V)", "kWarps * kWarp * V - 1)", "pool-primes", BOUNDS, OVERFLOW),
     "next_rows_logits": Mutant(
         "cross_entropy", "shared + r * voc", "shared + (r + 56) * voc", "masked_lm_head-masked_rows", BOUNDS, OVERFLOW
@@ -101,17 +100,8 @@ MUTANTS = {
     "next_sequence": Mutant(
         "pool", "row < cu_seqlens[blockIdx.x + 1]", "row <= cu_seqlens[blockIdx.x + 1]", "pool-tiny"
     ),
-    "sequence_too_early": Mutant("pack", "while (i >= end)", "while (i > end)", "pack"),
-    "last_residue": Mutant("pack", "i < end - 1", "i < end", "pack"),
     "poison_in_padding": Mutant("pack", "store_pack(to, p, Pack<scalar, V>{})", "(void)to", "unpack_rows-ragged"),
     "rows_not_searched": Mutant("pack", "low = middle + 1;", "low = high;", "unpack_rows-ragged"),
-    "one_too_many_masked": Mutant("mask", "rank < wanted", "rank <= wanted", "mask"),
-    "cls_masked": Mutant("mask", "p >= rules.ends && p", "p >= 0 && p", "mask"),
-    "same_letter_again": Mutant("mask", "among && chosen >= target", "among && chosen > target", "mask"),
-    "barrier_mask": Mutant(
-        "mask", BARRIER.replace("    ", 12 * " ") + "            chances", "            chances", "mask", RACES, RACE
-    ),
-    "longest_special": Mutant("tokenize", "kLongest = 8", "kLongest = 7", "tokenize"),
     "lane_left_out": Mutant(
         "layer_norm", "a = warp_reduce(a);", "if (threadIdx.x % 32) a = warp_reduce(a);", "layer_norm"
     ),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_emulator.emulator import Emulator, figures
-from esm_fast.kernels.cuda import contact_map, data
+from esm_fast.kernels.cuda import contact_map
 from esm_fast.kernels.cuda.attention_varlen import attend, attend_backward
 from esm_fast.kernels.cuda.bias_gelu import bias_gelu, bias_gelu_grads
 from esm_fast.kernels.cuda.common import executed_by
@@ -62,8 +62,6 @@ def calls() -> dict:
         torch.randn(256**2),
     )
     contacts = (q, k, one, 256, 256**2, keep, weight, 0.125)
-    residues = torch.full((64 * 320,), ord("A"), dtype=torch.uint8)
-    offsets = torch.arange(0, len(residues) + 1, 320)
     return {
         "attention": (lambda: attend(q, k, v, one, 256, 0.125), q, k, v),
         "attention backward": (
@@ -89,7 +87,6 @@ def calls() -> dict:
         ),
         "cross_entropy": (lambda: cross_entropy(logits, targets), logits, targets),
         "cross_entropy backward": (lambda: cross_entropy_grads(logits, targets, loss), logits, targets),
-        "tokenize": (lambda: tuple(data.tokenize(residues, offsets)), residues),
     }
 
 
