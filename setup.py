@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -54,19 +54,9 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[
-        "esm_fast",
-        "esm_fast.cli",
-        "esm_fast.compat",
-        "esm_fast.dataset",
-        "esm_fast.distributed",
+        *find_packages(include=["esm_fast", "esm_fast.*"]),
         "esm_fast.kernels",
-        "esm_fast.kernels.cpu",
-        "esm_fast.kernels.cuda",
-        "esm_fast.kernels.triton",
-        "esm_fast.models",
-        "esm_fast.ops",
-        "esm_fast.train",
-        "esm_fast.writers",
+        *(f"esm_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     # The kernels stand at the top level, beside csrc, and are imported as `esm_fast.kernels`.
     package_dir={"esm_fast": "esm_fast", "esm_fast.kernels": "kernels"},

@@ -1,0 +1,24 @@
+"""Checkpoints: fair-esm's .pt, Hugging Face folders and our own safetensors, told apart by content, read safely.
+
+Nothing is unpickled but tensors, plain containers and argparse.Namespace (which fair-esm stores its arguments in).
+Tensors stay memory-mapped where they need no conversion, so loading costs little more than the weights.
+"""
+
+from .builder import build
+from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
+from .huggingface import config_from_hf, from_hf_key
+from .native import FORMAT, checksum, save
+from .reader import read
+
+__all__ = [
+    "CONTACT_KEYS",
+    "FORMAT",
+    "Checkpoint",
+    "CheckpointError",
+    "build",
+    "checksum",
+    "config_from_hf",
+    "from_hf_key",
+    "read",
+    "save",
+]

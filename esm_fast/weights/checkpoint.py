@@ -1,0 +1,46 @@
+"""What every reader of weights returns: a model's tensors in canonical keys, and where they are from."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..models.esm1 import Config
+from ..packed import PackedWeight, plain
+from ..quantized import Int8Weight
+
+CONTACT_KEYS = {"contact_head.regression.weight", "contact_head.regression.bias"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, unsafe, incomplete or of another family; the message names file and key."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in fair-esm's canonical keys. kind: "fair-esm", "transformers" or "esm_fast".
+
+    sha256: what our own file says of itself.
+    """
+
+    source: Path
+    kind: str
+    config: Config
+    tensors: dict[str, torch.Tensor]
+    sha256: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it holds matrices as `esm-fast convert --pack` stores them."""
+        return any(isinstance(tensor, PackedWeight) for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `engine.load` takes it: int8 where the layers' matrices have 8 bits."""
+        if any(isinstance(tensor, Int8Weight) for tensor in self.tensors.values()):
+            return torch.int8
+        return self.tensors["embed_tokens.weight"].dtype
+
+    def unpacked(self) -> "Checkpoint":
+        """With plain matrices only, for training and for anything but the CPU kernels."""
+        return replace(self, tensors={key: plain(tensor) for key, tensor in self.tensors.items()})

@@ -1,0 +1,95 @@
+"""Our own files: safetensors with the configuration and a checksum, its matrices plain or prepacked."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .. import _C, packed_file
+from ..memory import MappedFiles
+from ..models.esm1 import ESM1, Config
+from ..packed import PackedWeight
+from ..writers.files import atomic
+from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
+from .huggingface import read_folder
+from .safe import read_safetensors, safetensors_errors
+
+FORMAT = "esm_fast"
+
+
+def save(model: ESM1, path: str | Path) -> str:
+    """Writes a model as our own safetensors (no pickle) with its configuration and checksum; returns the checksum.
+
+    The matrices of a packed model are stored packed.
+    """
+    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    if not bool(tensors["contact_head.regression.weight"].any()):
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
+    config = json.dumps(asdict(model.config))
+    metadata = {"format": FORMAT, "version": "1", "config": config, "sha256": checksum(tensors)}
+    kinds = {tensor.weights.dtype for tensor in tensors.values() if isinstance(tensor, PackedWeight)}
+    if kinds:
+        metadata |= {"packed": kinds.pop(), "layout": str(_C.LAYOUT), "sha256_start": _start_checksum(config, tensors)}
+        write = packed_file.write
+    else:
+        write = save_file
+    with atomic(Path(path), durable=False) as temporary:
+        write(tensors, temporary, metadata)
+    return metadata["sha256"]
+
+
+def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], None] = lambda tensor: None) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of the names; `after` gets each in turn."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(packed_file.content(tensor))
+        after(tensor)
+    return digest.hexdigest()
+
+
+def _start_checksum(config: str, tensors: dict[str, torch.Tensor]) -> str:
+    """What is checked each time a packed file is loaded: all but the panels, which are 99 % of it."""
+    rest = {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, PackedWeight)}
+    return hashlib.sha256((config + checksum(rest)).encode()).hexdigest()
+
+
+def read_file(path: Path, verify: bool) -> Checkpoint:
+    with safetensors_errors(path), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        if (path.parent / "config.json").exists():
+            return read_folder(path.parent)
+        raise CheckpointError(f"{path} was not written by 'esm-fast convert' and has no config.json beside it")
+    try:
+        config = Config(**json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration cannot be read ({error})") from None
+    tensors, forget = read_safetensors(path), MappedFiles().forget
+    if "packed" in metadata:
+        tensors, forget = _packed(path, config, tensors, metadata), lambda tensor: None
+    if ("packed" not in metadata or verify) and checksum(tensors, after=forget) != metadata.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
+    return Checkpoint(path, "esm_fast", config, tensors, metadata.get("sha256"))
+
+
+def _packed(path: Path, config: Config, stored: dict[str, torch.Tensor], metadata: dict[str, str]):
+    """The tensors of a file of `esm-fast convert --pack`; the panels stay unread."""
+    if metadata.get("layout") != str(_C.LAYOUT):
+        raise CheckpointError(
+            f"{path} holds packed weights in layout {metadata.get('layout')}, this version of esm_fast reads layout "
+            f"{_C.LAYOUT}; convert the original again"
+        )
+    try:
+        tensors = packed_file.view(stored, config, metadata["packed"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged or was rewritten: {error}; convert the original again") from None
+    if _start_checksum(metadata["config"], tensors) != metadata.get("sha256_start"):
+        raise CheckpointError(f"{path} is damaged: it does not match its checksum; convert or download it again")
+    return tensors
