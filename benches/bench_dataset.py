@@ -33,7 +33,7 @@ from esm_fast.cli import parser
 from esm_fast.cli.embed_dataset import exact, loader, make_plan
 from esm_fast.dataset.compute import Computer
 from esm_fast.dataset.verify import finish
-from esm_fast.dataset.work import work
+from esm_fast.dataset.worker import work
 from esm_fast.models.esm1 import ESM1, Config
 
 ALONE, WITHIN, REST, TOTAL = "model alone", "model, in the data set", "units, beside the model", "data set"

@@ -29,8 +29,8 @@ from report import write_table
 from tqdm import tqdm
 from train_peers import HF_BATCH, PEERS, Outcome, Task, run
 
-from esm_fast.data import Policy
 from esm_fast.models.esm1 import CONFIGS, Config
+from esm_fast.sequences.tokenize import Policy
 from esm_fast.train.environment import SETTINGS
 from esm_fast.train.prepare import prepare
 from esm_fast.train.recipe import Recipe

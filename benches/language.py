@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="also write PREFIX.json")
     args = parser.parse_args(argv)
     import esm_fast
-    from esm_fast.data import read_fasta
+    from esm_fast.sequences.fasta import read_fasta
 
     records = [record for group in read_fasta(args.fasta) for record in group]
     rows = []

@@ -9,7 +9,8 @@ MAX_RESIDUES = 1022
 
 def read(path: Path) -> Proteins:
     """Every protein of a FASTA file, cut to the longest ESM-1b takes."""
-    from esm_fast.data import identifier, read_fasta
+    from esm_fast.sequences.fasta import read_fasta
+    from esm_fast.sequences.names import identifier
 
     if not path.exists():
         raise SystemExit(f"{path} does not exist; give a FASTA file with --fasta")

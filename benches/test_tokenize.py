@@ -13,8 +13,9 @@ import pytest
 
 from esm_fast import _C
 from esm_fast.alphabet import PAD, TOKENS, Alphabet
-from esm_fast.data import Policy, Report, parse_definition, read_fasta, records_from, tokenize
 from esm_fast.packing import pack, plan
+from esm_fast.sequences.fasta import parse_definition, read_fasta, records_from
+from esm_fast.sequences.tokenize import Policy, Report, tokenize
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "uniprot_sample.fasta.gz"
 FASTA = gzip.decompress(SAMPLE.read_bytes())

@@ -10,13 +10,14 @@ import torch
 
 from . import hub, ops, quantized, weights
 from .compat.fair_esm import ProteinBertModel
-from .data import Policy, Records, Report, Tokens, read_fasta, records_from, tokenize
 from .memory import MappedFiles, without_values
 from .models.esm1 import CONFIGS, ESM1
 from .ops.common import spans
 from .ops.registry import require_backend
 from .packed import pack_model, why_not
 from .packing import pack, plan
+from .sequences.fasta import Records, read_fasta, records_from
+from .sequences.tokenize import Policy, Report, Tokens, tokenize
 
 POOLS = ("mean", "cls", "per_residue")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..writers.files import atomic
+from ..files.atomic import atomic
 from .common import (
     InputError,
     add_batch_tokens,
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     model.contact_head.require_fitted()
 
-    from ..data import Policy
     from ..engine import CONTACTS, token_budget
     from ..engine import run as run_model
-    from ..writers.names import file_name
+    from ..sequences.names import file_name
+    from ..sequences.tokenize import Policy
     from .source import Counts, Source
 
     budget = token_budget(model, args.batch_tokens)
@@ -97,7 +97,7 @@ def _output_folder(text: str, force: bool) -> Path:
 @contextmanager
 def _archive(path: Path):
     """add(name, contacts) for one file of all proteins."""
-    from ..writers.npz import NpzWriter
+    from ..files.npz import NpzWriter
 
     with atomic(path) as temporary, NpzWriter(temporary) as archive:
         yield archive.add
@@ -116,7 +116,7 @@ def _folder(folder: Path):
 
 
 def _draw(folder: Path, name: str, contacts, title: str) -> None:
-    from ..writers.png import write_map
+    from ..plots.contact_map import write_map
 
     folder.mkdir(exist_ok=True)
     write_map(folder / f"{name}.png", contacts, title)

@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from .. import hub, weights
+    from ..files.atomic import atomic
     from ..memory import MappedFiles
     from ..packed import NAMES, pack_model
     from ..quantized import quantize_model
-    from ..writers.files import atomic
 
     checkpoint = weights.read(hub.resolve(args.source)).unpacked()
     kind, source = checkpoint.kind, checkpoint.source

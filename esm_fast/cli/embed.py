@@ -78,12 +78,12 @@ def run(args: argparse.Namespace) -> int | None:
     dtype = dtype_of(args)
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
 
-    from ..data import Policy
     from ..engine import Output, layer_numbers, token_budget
     from ..engine import run as run_model
-    from ..writers.files import atomic
-    from ..writers.hdf5 import HDF5Writer
-    from ..writers.names import hdf5_key
+    from ..files.atomic import atomic
+    from ..files.hdf5 import HDF5Writer
+    from ..sequences.names import hdf5_key
+    from ..sequences.tokenize import Policy
     from .source import Counts, Source
 
     layers = layer_numbers(model, args.layers)
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _size(counts, embed_dim: int, args, layers: int) -> int:
     """About the bytes of the output."""
-    from ..writers.hdf5 import OVERHEAD
+    from ..files.hdf5 import OVERHEAD
 
     rows = counts.residues if args.pool == "per-residue" else counts.proteins
     return layers * (rows * embed_dim * _ITEM_BYTES[args.store] + counts.proteins * OVERHEAD)

@@ -33,7 +33,7 @@ def embed_dataset(args: argparse.Namespace) -> int:
     require_pyarrow()
     from ..dataset import ranks
     from ..dataset.compute import Computer
-    from ..dataset.shards import has_numbers
+    from ..dataset.units import has_numbers
 
     share = ranks.share(args.shard)
     if share.count > 1:
@@ -78,11 +78,12 @@ def loader(args: argparse.Namespace) -> Callable:
 
 def make_plan(out: Path, args: argparse.Namespace, model, dtype: str, on_read: Callable = lambda *_: None):
     """The plan of these arguments, new or as it is in the folder already."""
-    from ..data import FastaError, Policy
     from ..dataset import fingerprint
-    from ..dataset.planning import make_or_resume
-    from ..dataset.work import prepare_folders
+    from ..dataset.planner import make_or_resume
+    from ..dataset.worker import prepare_folders
     from ..engine import layer_numbers, token_budget
+    from ..sequences.fasta import FastaError
+    from ..sequences.tokenize import Policy
 
     policy = Policy(args.unknown, args.empty, args.overlength, model.config.max_residues)
     size = args.unit_residues or (UNIT_RESIDUES_KEPT if args.residues else UNIT_RESIDUES)
@@ -114,7 +115,7 @@ def make_plan(out: Path, args: argparse.Namespace, model, dtype: str, on_read: C
 
 def _work(plan, share, compute: Callable, log_json: str | None):
     """What this process committed."""
-    from ..dataset.work import Progress, remaining, work
+    from ..dataset.worker import Progress, remaining, work
 
     units, sizes = remaining(plan, share.rank, share.count), plan.info["unit_residues"]
     mine = sizes[share.rank :: share.count]

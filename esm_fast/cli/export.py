@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     data = finished(args.dataset)
     from ..dataset.export import FORMATS, Ask
-    from ..dataset.shards import has_numbers
+    from ..dataset.units import has_numbers
 
     if args.to == "pt":
         out = Path(args.output)

@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     model = load_model(args.model_location, device="cpu" if args.nogpu else "auto")
 
-    from ..data import Policy
     from ..engine import layer_numbers
     from ..engine import run as run_model
-    from ..writers.names import file_name
-    from ..writers.torch_pt import TorchFolder
+    from ..files.fair_esm_pt import TorchFolder
+    from ..sequences.names import file_name
+    from ..sequences.tokenize import Policy
     from .source import Counts, Source
 
     if "contacts" in args.include:

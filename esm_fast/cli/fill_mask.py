@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _encode(sequence: str):
     from ..alphabet import MASK
-    from ..data import FastaError, Policy, Report, records_from, tokenize
+    from ..sequences.fasta import FastaError, records_from
+    from ..sequences.tokenize import Policy, Report, tokenize
 
     records = next(records_from([("SEQUENCE", sequence)]))
     try:

@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from ..dataset.project import METHODS
-    from ..writers.colors import colors_of
-    from ..writers.files import atomic
-    from ..writers.scatter import WRITERS, Scatter
+    from ..dataset.projection import METHODS
+    from ..files.atomic import atomic
+    from ..plots.colors import colors_of
+    from ..plots.scatter import WRITERS, Scatter
 
     layer = layer_of(data, args.layer)
     column, values = _values(Path(args.table), args.column, data.ids) if args.table else ("", None)

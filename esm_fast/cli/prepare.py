@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..data import FastaError, Policy
+    from ..sequences.fasta import FastaError
+    from ..sequences.tokenize import Policy
     from ..train.prepare import prepare, read_clusters
 
     out = Path(args.output)

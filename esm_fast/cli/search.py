@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     data = finished(args.dataset)
-    from ..dataset.search import search
+    from ..dataset.neighbours import search
 
     layer = layer_of(data, args.layer)
     names, queries = _queries(data, args, layer)
@@ -61,9 +61,10 @@ def _queries(data, args: argparse.Namespace, layer: int):
 
 def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:
     """The proteins of a FASTA file, with the data set's model and policies."""
-    from ..data import FastaError, accession
     from ..dataset.fingerprint import of_model
     from ..engine import embed
+    from ..sequences.fasta import FastaError
+    from ..sequences.names import accession
 
     fields = data.plan.fields
     name = args.model or data.plan.info["model"]

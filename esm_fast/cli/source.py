@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import SKIPPED_LISTED, FastaError, Policy, Records, Report, Tokens, accession, read_fasta, tokenize
-from ..writers.names import Names
+from ..sequences.fasta import FastaError, Records, read_fasta
+from ..sequences.names import Names, accession
+from ..sequences.tokenize import SKIPPED_LISTED, Policy, Report, Tokens, tokenize
 from .common import InputError, as_flags
 
 
@@ -43,7 +44,7 @@ class Source:
     """FASTA paths ("-" is standard input), as often as they are needed: what cannot be read twice is kept on disk.
 
     Args:
-        safe: what makes an id a name, one of writers.names. id_of: what makes a header an id.
+        safe: what makes an id a name, one of sequences.names. id_of: what makes a header an id.
         duplicates: "keep", "skip" or "error". done: whether the result of a name is there already.
         advice: the library's message about bad input -> the command's.
     """

@@ -73,14 +73,14 @@ def shared(arguments: list[str]) -> argparse.Namespace:
 
 
 def _slurm(args: argparse.Namespace):
-    """esm_fast.distributed.slurm, and what is asked of the cluster."""
+    """esm_fast.dataset.slurm, and what is asked of the cluster."""
     options = dict(pair.partition("=")[::2] for pair in args.slurm)
     if "" in options or "" in options.values():
         raise InputError(f"--slurm {' '.join(args.slurm)}: give KEY=VALUE, such as --slurm qos=low")
     if args.hours <= 0:
         raise InputError(f"--hours is {args.hours}: give more than 0")
     try:
-        from ..distributed import slurm
+        from ..dataset import slurm
     except ModuleNotFoundError as error:
         if error.name != "submitit":
             raise

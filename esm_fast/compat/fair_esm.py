@@ -6,9 +6,9 @@ import torch
 
 from .. import ops
 from ..alphabet import EOS, TOKENS, Alphabet
-from ..data import read_fasta
 from ..models.esm1 import ESM1, Config
 from ..packing import PackedBatch, pack_padded
+from ..sequences.fasta import read_fasta
 
 
 class ProteinBertModel(ESM1):

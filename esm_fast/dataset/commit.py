@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from ..writers.files import sync
+from ..files.atomic import sync
 
 _numbers = count()
 _READ_BYTES = 1 << 20

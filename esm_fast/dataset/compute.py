@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ..data import Policy, Report, Tokens, records_from, tokenize
 from ..engine import Output, run
+from ..sequences.fasta import records_from
+from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import layout
-from .shards import Results, Unit
+from .units import Results, Unit
 
 NONFINITE, OVERFLOW, MEMORY = "not finite", "too large for float16", "out of memory"
 

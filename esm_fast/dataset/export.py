@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..writers.files import atomic
-from ..writers.hdf5 import HDF5Writer
-from ..writers.names import Names, file_name, hdf5_key
-from ..writers.torch_pt import TorchFolder
+from ..files.atomic import atomic
+from ..files.fair_esm_pt import TorchFolder
+from ..files.hdf5 import HDF5Writer
+from ..sequences.names import Names, file_name, hdf5_key
 from .reader import Dataset
-from .shards import has_numbers
+from .units import has_numbers
 
 
 class Ask(NamedTuple):

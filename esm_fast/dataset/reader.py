@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from . import layout, shards
+from . import layout, units
 from .commit import DatasetError
 from .plan import Plan, load
 
@@ -42,7 +42,7 @@ class Dataset:
         self.folder, self.layers = self.plan.folder, list(self.plan.fields["layers"])
         self._ends = np.cumsum([0, *self.plan.info["unit_rows"]])
         self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)
-        self._sequences = shards.Sequences(self.plan)
+        self._sequences = units.Sequences(self.plan)
         self._unit = lru_cache(_OPEN_UNITS)(self._sequences.unit)
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class Dataset:
         for group in self._id_groups(["id", "row"]):
             for name, row in zip(group["id"].to_pylist(), group["row"].to_pylist(), strict=True):
                 unit, at = self._place(row)
-                there = shards.has_numbers(self._pooled(unit).status[at])
+                there = units.has_numbers(self._pooled(unit).status[at])
                 embedding = self._pooled(unit).layers[self.layers[-1]][at] if there else None
                 yield Item(name, self._unit(unit).sequences[at], embedding)
 
@@ -113,7 +113,7 @@ class Dataset:
             raise DatasetError(f"{self.folder} has no residues: it was made without --residues")
         unit, at = self._with_numbers(key)
         path = layout.residues_path(self.folder, unit)
-        with shards.reading(path), safe_open(path, "numpy") as file:
+        with units.reading(path), safe_open(path, "numpy") as file:
             start, end = file.get_slice("offsets")[at : at + 2].tolist()
             return file.get_slice(f"layer_{self._layer(layer)}")[start:end]
 
@@ -159,7 +159,7 @@ class Dataset:
         return unit, int(row - self._ends[unit])
 
     def _with_numbers(self, key: int | str) -> tuple[int, int]:
-        if not shards.has_numbers(status := self.status(key)):
+        if not units.has_numbers(status := self.status(key)):
             raise DatasetError(f"{key!r} has no embedding: {status}")
         return self._place(self.rows[self.number(key)])
 
@@ -172,9 +172,9 @@ class Dataset:
 
     def _read_pooled(self, unit: int) -> _Pooled:
         path, width = layout.pooled_path(self.folder, unit), self.plan.fields["width"]
-        with shards.open_pooled(self.plan, unit) as file:
+        with units.open_pooled(self.plan, unit) as file:
             group = layout.read_group(file, path, 0)
-        layers = {layer: shards.matrix(group[f"layer_{layer}"], width) for layer in self.layers}
+        layers = {layer: units.matrix(group[f"layer_{layer}"], width) for layer in self.layers}
         return _Pooled(group["status"].to_pylist(), layers)
 
 

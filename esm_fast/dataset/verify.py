@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 
-from . import layout, shards
+from . import layout, units
 from .commit import DatasetError, read_json, remove_partial, sha256, write_json
 from .plan import Plan, load
 
@@ -24,7 +24,7 @@ class Findings:
     @property
     def failed(self) -> int:
         """Sequences that have no numbers, for a reason that is recorded."""
-        return sum(count for status, count in self.status.items() if not shards.has_numbers(status))
+        return sum(count for status, count in self.status.items() if not units.has_numbers(status))
 
 
 def verify(folder: Path, on_unit: Callable[[int], None] = lambda residues: None) -> tuple[Plan, Findings]:
@@ -37,7 +37,7 @@ def verify(folder: Path, on_unit: Callable[[int], None] = lambda residues: None)
         run = read_json(folder / layout.RUN) if (folder / layout.RUN).exists() else None
     except DatasetError as error:
         return plan, Findings([str(error)])
-    sequences = shards.Sequences(plan)
+    sequences = units.Sequences(plan)
     for number in range(plan.units):
         try:
             _check_unit(plan, sequences.unit(number), run and run["files"], found)
@@ -116,13 +116,13 @@ def _groups(path: Path):
         yield from layout.row_groups(file, path)
 
 
-def _check_unit(plan: Plan, unit: shards.Unit, known: dict[str, str] | None, found: Findings) -> None:
+def _check_unit(plan: Plan, unit: units.Unit, known: dict[str, str] | None, found: Findings) -> None:
     """known: the checksums of shards in run.json. A file that does not match is not looked into."""
     path = layout.pooled_path(plan.folder, unit.number)
     _note(path, known, found, plan)
-    with shards.reading(path):
+    with units.reading(path):
         status, finite, residues_sha256 = _pooled(plan, unit, path, unknown=known is None)
-    wanted = np.array([shards.has_numbers(word) for word in status])
+    wanted = np.array([units.has_numbers(word) for word in status])
     if (finite != wanted).any():
         raise DatasetError(f"{path}: a row's numbers are missing or not finite, and its status does not say so")
     found.status.update(status)
@@ -130,7 +130,7 @@ def _check_unit(plan: Plan, unit: shards.Unit, known: dict[str, str] | None, fou
         return
     path = layout.residues_path(plan.folder, unit.number)
     _note(path, known or {_name(path, plan): residues_sha256}, found, plan)
-    with shards.reading(path):
+    with units.reading(path):
         arrays = load_safetensors(path.read_bytes())
     if arrays["offsets"].tolist() != [0, *np.cumsum(unit.lengths).tolist()]:
         raise DatasetError(f"{path} has other sequences than its plan")
@@ -139,12 +139,12 @@ def _check_unit(plan: Plan, unit: shards.Unit, known: dict[str, str] | None, fou
             raise DatasetError(f"{path}: a row's numbers are not finite, and its status does not say so")
 
 
-def _pooled(plan: Plan, unit: shards.Unit, path: Path, unknown: bool) -> tuple[list[str], np.ndarray, str]:
+def _pooled(plan: Plan, unit: units.Unit, path: Path, unknown: bool) -> tuple[list[str], np.ndarray, str]:
     """The status of each row, whether its numbers are there and finite, and the residues' checksum.
 
     unknown: nothing has recorded this file's checksum yet.
     """
-    with shards.open_pooled(plan, unit.number) as file:
+    with units.open_pooled(plan, unit.number) as file:
         group, metadata = layout.read_group(file, path, 0), file.schema_arrow.metadata
     if unknown and not _canonical(plan, group, path):
         raise DatasetError(f"{path} is damaged: it is not the file that its own contents make")
@@ -152,7 +152,7 @@ def _pooled(plan: Plan, unit: shards.Unit, path: Path, unknown: bool) -> tuple[l
         raise DatasetError(f"{path} has other sequences than its plan")
     finite = np.ones(len(group), dtype=bool)
     for layer in plan.fields["layers"]:
-        finite &= np.isfinite(shards.matrix(group[f"layer_{layer}"], plan.fields["width"])).all(axis=1)
+        finite &= np.isfinite(units.matrix(group[f"layer_{layer}"], plan.fields["width"])).all(axis=1)
     residues = metadata[b"residues_sha256"].decode() if plan.fields["residues"] else ""
     return group["status"].to_pylist(), finite, residues
 
@@ -160,7 +160,7 @@ def _pooled(plan: Plan, unit: shards.Unit, path: Path, unknown: bool) -> tuple[l
 def _canonical(plan: Plan, group, path: Path) -> bool:
     """Pages have checksums, the rest of a Parquet file has none: but one version has one way only to write it."""
     same_version = plan.fields["pyarrow"] == layout.pa.__version__
-    return not same_version or layout.encoded(group, shards.fields_of(plan)) == path.read_bytes()
+    return not same_version or layout.encoded(group, units.fields_of(plan)) == path.read_bytes()
 
 
 def _note(path: Path, known: dict[str, str] | None, found: Findings, plan: Plan) -> None:

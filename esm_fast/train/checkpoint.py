@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from ..dataset.commit import DatasetError, read_json, sha256, write_json
-from ..writers.files import sync
+from ..files.atomic import sync
 from .processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import ops, weights
+from ..files.atomic import atomic
 from ..models.esm1 import ESM1
 from ..packing import PackedBatch, pack, plan
-from ..writers.files import atomic
 from . import adapters
 from .examples import LEVELS, SPLITS, TASKS, Example, Targets, encode
 

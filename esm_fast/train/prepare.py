@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import SKIPPED_LISTED, FastaError, Policy, Report, Tokens, accession, identifier, read_fasta, tokenize
-from ..writers.files import sync
+from ..files.atomic import sync
+from ..sequences.fasta import FastaError, read_fasta
+from ..sequences.names import accession, identifier
+from ..sequences.tokenize import SKIPPED_LISTED, Policy, Report, Tokens, tokenize
 from . import store
 
 _COPY_TOKENS = 1 << 24

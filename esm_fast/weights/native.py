@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .. import _C, packed_file
+from ..files.atomic import atomic
 from ..memory import MappedFiles
 from ..models.esm1 import ESM1, Config
 from ..packed import PackedWeight
-from ..writers.files import atomic
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .huggingface import read_folder
 from .safe import read_safetensors, safetensors_errors

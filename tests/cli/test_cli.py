@@ -307,7 +307,7 @@ def test_the_estimate_is_near_the_size(embed, monkeypatch):
 
 
 def test_a_failure_half_way_leaves_nothing(embed, fasta, monkeypatch, tmp_path):
-    from esm_fast.writers.hdf5 import HDF5Writer
+    from esm_fast.files.hdf5 import HDF5Writer
 
     def add(self, key, header, arrays, real=HDF5Writer.add):
         if key == "plain":

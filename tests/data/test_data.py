@@ -16,19 +16,10 @@ from hypothesis import strategies as st
 
 from esm_fast import _C
 from esm_fast.alphabet import TOKENS, X, encode_definition
-from esm_fast.data import (
-    FastaError,
-    Policy,
-    Records,
-    Report,
-    _decompress,
-    accession,
-    identifier,
-    parse_definition,
-    read_fasta,
-    records_from,
-    tokenize,
-)
+from esm_fast.sequences.compression import decompress
+from esm_fast.sequences.fasta import FastaError, Records, parse_definition, read_fasta, records_from
+from esm_fast.sequences.names import accession, identifier
+from esm_fast.sequences.tokenize import Policy, Report, tokenize
 
 LENIENT = Policy(unknown="x", empty="skip", overlength="window")
 
@@ -191,7 +182,7 @@ def test_path_and_compression_by_content(tmp_path):
 
 @pytest.mark.parametrize("compress", [bytes, *COMPRESS.values()], ids=["plain", *COMPRESS])
 def test_standard_input(compress):
-    script = "from esm_fast.data import read_fasta; print([r for b in read_fasta('-') for r in b])"
+    script = "from esm_fast.sequences.fasta import read_fasta; print([r for b in read_fasta('-') for r in b])"
     data = proteins(3)
     done = subprocess.run([sys.executable, "-c", script], input=compress(data), capture_output=True, timeout=120)
     assert done.stdout.decode().strip() == str(parse_definition(data)), done.stderr.decode()
@@ -300,7 +291,7 @@ def test_records_before_the_damage_are_yielded_and_named(kind):
 def test_output_of_a_dense_stream_is_bounded():
     data = b">a\n" + b"A" * 20_000_000  # 1,000 times its compressed size
     for kind in ("gz", "bz2", "xz"):
-        pieces = list(_decompress(io.BytesIO(COMPRESS[kind](data)), 1 << 16))
+        pieces = list(decompress(io.BytesIO(COMPRESS[kind](data)), 1 << 16))
         assert max(map(len, pieces)) <= 1 << 16
         assert b"".join(pieces) == data
 

@@ -24,16 +24,16 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 import torch
 from embedded import MIXED, contents, fasta_of, pooled, proteins, read
 
-from esm_fast.data import Policy
-from esm_fast.dataset import shards
+from esm_fast.dataset import units
 from esm_fast.dataset.commit import DatasetError, read_json, write_json
 from esm_fast.dataset.layout import FORMAT
 from esm_fast.dataset.plan import load
-from esm_fast.dataset.planning import make_or_resume
+from esm_fast.dataset.planner import make_or_resume
 from esm_fast.dataset.ranks import share
-from esm_fast.dataset.seen import Ids, Seen, keys_of_texts
-from esm_fast.dataset.work import prepare_folders, work
-from esm_fast.writers.names import Names, hdf5_key
+from esm_fast.dataset.worker import prepare_folders, work
+from esm_fast.sequences.names import Names, hdf5_key
+from esm_fast.sequences.seen import Ids, Seen, keys_of_texts
+from esm_fast.sequences.tokenize import Policy
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_a_share_comes_from_the_environment(embed, monkeypatch):
     result = embed(fasta_of(proteins(30)))
     plan = load(result.path)
     assert "share     1 of 2 (RANK)" in result.err
-    assert [shards.is_done(plan, unit) for unit in range(plan.units)] == [unit % 2 == 1 for unit in range(plan.units)]
+    assert [units.is_done(plan, unit) for unit in range(plan.units)] == [unit % 2 == 1 for unit in range(plan.units)]
 
 
 # ---- progress
@@ -380,21 +380,21 @@ def test_reading_computing_and_writing_go_on_at_once(planned, monkeypatch):
     last = planned.units - 1
     read, begun = ([threading.Event() for _ in range(planned.units)] for _ in range(2))
 
-    def unit(self, number, real=shards.Sequences.unit):
+    def unit(self, number, real=units.Sequences.unit):
         read[number].set()
         return real(self, number)
 
     def compute(unit):
         begun[unit.number].set()
         assert read[min(unit.number + 1, last)].wait(20), "the next unit is not read"
-        return shards.Results(unit, [])
+        return units.Results(unit, [])
 
     def write(plan, results):
         assert begun[min(results.unit.number + 1, last)].wait(20), "the next unit is not computed"
         return 0
 
-    monkeypatch.setattr(shards.Sequences, "unit", unit)
-    monkeypatch.setattr("esm_fast.dataset.work.write", write)
+    monkeypatch.setattr(units.Sequences, "unit", unit)
+    monkeypatch.setattr("esm_fast.dataset.worker.write", write)
     done = []
     work(planned, list(range(planned.units)), compute, done.append)
     assert [committed.unit for committed in done] == list(range(planned.units)) and last > 5
@@ -404,7 +404,7 @@ def test_no_more_than_three_units_results_are_in_memory(planned, monkeypatch):
     alive, most = weakref.WeakSet(), []
 
     def compute(unit):
-        results = shards.Results(unit, [])
+        results = units.Results(unit, [])
         alive.add(results)
         most.append(len(alive))
         return results
@@ -413,7 +413,7 @@ def test_no_more_than_three_units_results_are_in_memory(planned, monkeypatch):
         time.sleep(0.02)
         return 0
 
-    monkeypatch.setattr("esm_fast.dataset.work.write", write)
+    monkeypatch.setattr("esm_fast.dataset.worker.write", write)
     work(planned, list(range(planned.units)), compute, lambda committed: None)
     assert len(most) == planned.units and max(most) <= 3
 
@@ -426,10 +426,10 @@ def test_an_error_in_any_thread_ends_the_run(planned, monkeypatch, where):
     def nothing(*_):
         return 0
 
-    monkeypatch.setattr("esm_fast.dataset.work.write", failing if where == "write" else nothing)
+    monkeypatch.setattr("esm_fast.dataset.worker.write", failing if where == "write" else nothing)
     if where == "read":
-        monkeypatch.setattr(shards.Sequences, "unit", failing)
-    compute = failing if where == "compute" else lambda unit: shards.Results(unit, [])
+        monkeypatch.setattr(units.Sequences, "unit", failing)
+    compute = failing if where == "compute" else lambda unit: units.Results(unit, [])
     with pytest.raises(OSError, match="Input/output error"):
         work(planned, list(range(planned.units)), compute, failing if where == "note" else nothing)
 
@@ -439,7 +439,7 @@ def test_an_error_in_any_thread_ends_the_run(planned, monkeypatch, where):
 
 @pytest.mark.parametrize("few", [1, 200, 1 << 18])
 def test_seen_finds_what_was_added(monkeypatch, few):
-    monkeypatch.setattr("esm_fast.dataset.seen._FEW", few)
+    monkeypatch.setattr("esm_fast.sequences.seen._FEW", few)
     rng, seen, numbers = random.Random(3), Seen(), {}
     for _ in range(60):
         texts = list({str(rng.randrange(4000)) for _ in range(rng.randrange(90))})

@@ -16,7 +16,7 @@ from embedded import MIXED, fasta_of, proteins
 
 from esm_fast import engine
 from esm_fast.dataset.export import FORMATS
-from esm_fast.dataset.search import search
+from esm_fast.dataset.neighbours import search
 
 # Ids that no file may be named by.
 ODD = fasta_of([("../up", "MKAV"), ("a/b", "MKAL"), ("x" * 300, "MKAI"), (".", "MKAT")])
@@ -146,7 +146,7 @@ def plain(data, queries, k):
 def test_search_is_exact(folder, k, monkeypatch):
     data = esm_fast.open(folder)
     queries = np.random.default_rng(1).normal(size=(9, 32)).astype(np.float32)
-    monkeypatch.setattr("esm_fast.dataset.search._QUERIES", 4)
+    monkeypatch.setattr("esm_fast.dataset.neighbours._QUERIES", 4)
     hits, (rows, cosines) = search(data, queries, k), plain(data, queries, k)
     assert np.array_equal(hits.rows, rows)
     np.testing.assert_allclose(hits.cosines, cosines, rtol=0, atol=1e-6)

@@ -339,10 +339,10 @@ def test_a_signal_stops_it_between_batches_and_it_goes_on(command, clean, tmp_pa
 
 
 def test_a_signal_while_the_input_is_read(command, tmp_path, monkeypatch):
-    from esm_fast.dataset import planning
+    from esm_fast.dataset import planner
 
     monkeypatch.setattr(
-        planning, "_texts", lambda t, real=planning._texts: (os.kill(os.getpid(), signal.SIGTERM), real(t))[1]
+        planner, "_texts", lambda t, real=planner._texts: (os.kill(os.getpid(), signal.SIGTERM), real(t))[1]
     )
     assert main(command(tmp_path / "o")) == 75
     assert contents(tmp_path / "o") == {}

@@ -11,13 +11,13 @@ import pytest
 import esm_fast
 from esm_fast.cli import main, map
 from esm_fast.dataset import compute
-from esm_fast.writers.colors import NO_VALUE, colors_of
+from esm_fast.plots.colors import NO_VALUE, colors_of
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 from embedded import fasta_of, proteins
 
-from esm_fast.dataset.project import pca, umap
+from esm_fast.dataset.projection import pca, umap
 
 ODD = [("</script><b>", "MKAV"), ("a&b$x_1$", "MKAL"), ("same", "MKAV")]
 

@@ -15,7 +15,7 @@ pytest.importorskip("ray.data", reason="ray lacks Ray Data: pip install 'esm_fas
 import ray
 from embedded import contents, fasta_of, proteins
 
-from esm_fast.distributed import ray as distributed
+from esm_fast.dataset import ray as distributed
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ pytest.importorskip("submitit", reason="submitit is not installed")
 import submitit
 from embedded import contents, fasta_of, proteins
 
-from esm_fast.distributed import slurm
+from esm_fast.dataset import slurm
 
 UNITS = ["--unit-residues", "100"]
 

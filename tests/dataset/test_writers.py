@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from esm_fast.writers.files import atomic
-from esm_fast.writers.hdf5 import HDF5Writer
-from esm_fast.writers.names import LONGEST, Names, file_name, hdf5_key
-from esm_fast.writers.npz import NpzWriter
-from esm_fast.writers.torch_pt import TorchFolder
+from esm_fast.files.atomic import atomic
+from esm_fast.files.fair_esm_pt import TorchFolder
+from esm_fast.files.hdf5 import HDF5Writer
+from esm_fast.files.npz import NpzWriter
+from esm_fast.sequences.names import LONGEST, Names, file_name, hdf5_key
 
 IDS = [
     "P12345",
@@ -201,7 +201,7 @@ def test_png_of_a_map(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.image import imread
 
-    from esm_fast.writers.png import write_map
+    from esm_fast.plots.contact_map import write_map
 
     contacts = np.eye(40, dtype=np.float32)
     write_map(tmp_path / "a.png", contacts, "a title with $one dollar" + "x" * 300)

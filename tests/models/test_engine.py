@@ -12,8 +12,9 @@ import torch
 from fakes import trained_like
 
 import esm_fast
-from esm_fast.data import FastaError, Report
 from esm_fast.models import Config
+from esm_fast.sequences.fasta import FastaError
+from esm_fast.sequences.tokenize import Report
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 

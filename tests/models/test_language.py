@@ -12,7 +12,7 @@ import pytest
 import esm_fast
 from esm_fast.alphabet import TOKENS
 from esm_fast.cli import main
-from esm_fast.data import read_fasta
+from esm_fast.sequences.fasta import read_fasta
 
 
 @pytest.fixture(scope="module")

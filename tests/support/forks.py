@@ -99,7 +99,7 @@ if __name__ == "__main__":
     import torch.distributed.tensor  # what the first parameter imports
 
     from esm_fast import _C
-    from esm_fast.dataset import compute, planning, verify, work  # noqa: F401
+    from esm_fast.dataset import compute, planner, verify, worker  # noqa: F401
 
     torch.set_num_threads(1)
     _C.set_threads(1)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 import esm_fast
 from esm_fast import weights
 from esm_fast.cli import main
-from esm_fast.data import Policy
 from esm_fast.models.esm1 import Config
 from esm_fast.packing import pack_padded
+from esm_fast.sequences.tokenize import Policy
 from esm_fast.train import checkpoint
 from esm_fast.train.environment import SETTINGS
 from esm_fast.train.loop import Trainer

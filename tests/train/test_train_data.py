@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from esm_fast.alphabet import CLS, EOS, MASK, encode_definition
 from esm_fast.cli import main
-from esm_fast.data import FastaError, Policy
+from esm_fast.sequences.fasta import FastaError
+from esm_fast.sequences.tokenize import Policy
 from esm_fast.train import prepare as preparing
 from esm_fast.train.batches import Steps, share
 from esm_fast.train.masking import REPLACEMENTS, Masker, Masking

@@ -24,7 +24,7 @@ def embed(arguments: list[str], workers: int, cpus: int = 1, gpus: float = 0) ->
     """
     from ..cli import main
     from ..cli.submit import shared
-    from ..dataset.work import remaining
+    from ..dataset.worker import remaining
 
     args = _everywhere(shared(["embed", *arguments]), cpus)
     needs = {"num_cpus": cpus, "num_gpus": gpus}
@@ -57,7 +57,7 @@ class _Worker:
         self.compute = Computer(load(dtype=plan.fields["dtype"]), plan.fields, exact(plan, load))
 
     def __call__(self, units: dict[str, np.ndarray]) -> dict[str, list[int]]:
-        from ..dataset.work import work
+        from ..dataset.worker import work
 
         committed: list = []
         work(self.plan, units["item"].tolist(), self.compute, committed.append)

@@ -1,4 +1,4 @@
-"""Ids made into names: safe as file names or HDF5 keys, and each given only once."""
+"""Headers to ids, and ids to names: safe as file names or HDF5 keys, and each given only once."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,6 +7,18 @@ from collections.abc import Callable
 _UNSAFE_IN_FILES = frozenset('/\\:*?"<>%')
 _UNSAFE_IN_HDF5 = frozenset("/%")
 LONGEST = 240  # bytes in UTF-8; Linux takes 255, and '.pt' or '_2' may follow
+
+
+def identifier(header: str) -> str:
+    """The first word of a header."""
+    return (header.split(None, 1) or [header])[0]
+
+
+def accession(header: str) -> str:
+    """The accession of a UniProt header: P12345 of "sp|P12345|NAME_HUMAN ..." or "tr|..."; else the identifier."""
+    word = identifier(header)
+    parts = word.split("|")
+    return parts[1] if len(parts) >= 3 and parts[0] in ("sp", "tr") and parts[1] else word
 
 
 def file_name(text: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .files import atomic
+from ..files.atomic import atomic
 
 
 def write_map(path: Path, contacts: np.ndarray, title: str) -> None:

@@ -15,11 +15,13 @@ import numpy as np
 
 from .. import _C
 from ..alphabet import Alphabet
-from ..data import Policy, Records, Report, Tokens, accession, read_fasta, tokenize
+from ..sequences.fasta import Records, read_fasta
+from ..sequences.names import accession
+from ..sequences.seen import Ids, Seen, keys_of
+from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import layout
 from .commit import DatasetError, alone, digest_of, remove_partial, sha256, write_json
 from .plan import Plan, load
-from .seen import Ids, Seen, keys_of
 
 _LETTERS = np.frombuffer("".join(t if len(t) == 1 else "<" for t in Alphabet().all_toks).encode(), dtype=np.uint8)
 _READ_BYTES = 1 << 20

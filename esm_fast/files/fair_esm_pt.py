@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import atomic
+from .atomic import atomic
 
 
 class TorchFolder:

@@ -10,7 +10,7 @@ from itertools import islice
 from . import layout
 from .commit import remove_partial
 from .plan import Plan
-from .shards import Results, Sequences, Unit, is_done, write
+from .units import Results, Sequences, Unit, is_done, write
 
 _AHEAD, _BEHIND = 2, 1  # units read, and computed but not yet written: what memory has to hold beside the one at work
 

@@ -1,0 +1,1 @@
+"""FASTA bytes, or sequences in memory, to Records and Tokens; nothing is lost without being counted."""
