@@ -1,7 +1,7 @@
 """Builds the one C++ extension, `esm_fast._C`, with CMake. Needs neither torch nor CUDA.
 
 ESM_FAST_CUDA=auto, nvcc or nvrtc also compiles the CUDA kernels, which the driver loads from a file of the package; by
-default they are left out, and with them minutes of compilation and 200 MB of compiler. See docs/cuda.md.
+default they are left out, and with them minutes of compilation and 200 MB of compiler. See docs/kernels/cuda.md.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """The CUDA backend for NVIDIA GPUs from sm_70 (V100) on; one file an op, the kernels in csrc/cuda/.
 
-See docs/cuda.md.
+See docs/kernels/cuda.md.
 """
 
 from . import (

@@ -82,7 +82,7 @@ class Driver:
         self._lock = threading.Lock()
 
     def why_not(self) -> list[str]:
-        reasons = [] if built() else ["was built without its kernels (ESM_FAST_CUDA=off); see docs/cuda.md"]
+        reasons = [] if built() else ["was built without its kernels (ESM_FAST_CUDA=off); see docs/kernels/cuda.md"]
         _, problem = devices()
         return reasons + [problem] * (problem is not None)
 

@@ -1,7 +1,7 @@
 """The Triton backend for NVIDIA GPUs from sm_80 on, forward and backward; one file an op.
 
 Run by name only: compiled and audited for sm_80 to sm_120, executed in Triton's interpreter, not yet run on a GPU.
-docs/gpu.md says what that proves.
+docs/kernels/triton.md says what that proves.
 """
 
 import importlib

@@ -1,6 +1,7 @@
 """The CUDA kernels in csrc/cuda/, executed on the CPU by tests/proof/cuda_emulator, under the rule of ops/verify.py.
 
-The Python side is the one that ships: only what executes its launches is another. docs/cuda.md says what this proves.
+The Python side is the one that ships: only what executes its launches is another. docs/kernels/cuda.md says what this
+proves.
 """
 
 import pytest
