@@ -1,12 +1,12 @@
-// Rows x packed weights of bf16 or 8 bits on AMX's tile registers, in the place of the products of gemm.h and int8.h
-// where the CPU has them.
+// Rows x packed weights of bf16 or 8 bits on AMX's tile registers, in the place of the formats' own products where
+// the CPU has them.
 //
 // A tile of 32 rows x 32 outputs takes all eight registers: four of sums, two of rows, two of weights, so that every
 // load feeds two products. Packed weights are tiles as they stand: a step is 16 lines, of 32 outputs with 2 inputs side
 // by side (bf16) or 4 (8 bits), the left 16 outputs in the first half of each line, the right 16 in the second.
 #pragma once
 
-#include "int8.h"
+#include "gemm.h"
 
 #if defined(ESM_EMULATE_AMX)
 #include "amx_emulator.h"

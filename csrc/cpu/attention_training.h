@@ -35,7 +35,7 @@ void pack_inputs(const InputsCall& call, bool transposed, const W* (&packed)[3])
 
 template <class W>
 void attention_inputs_of(const InputsCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const int width = call.width;
     const size_t ld = leading<A>(width);
     const Vectors<5> vectors = vectors_of(call);
@@ -53,7 +53,7 @@ void attention_inputs_of(const InputsCall& call) {
 
 template <class W>
 void attention_inputs_backward_of(const InputsGradientCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const InputsCall& forward = call.forward;
     const int width = forward.width;
     const size_t ld = leading<A>(width), ld_sums = leading<float>(width);
@@ -76,7 +76,7 @@ void attention_inputs_backward_of(const InputsGradientCall& call) {
 
 template <class W>
 void attention_output_of(const OutputCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const int width = call.width;
     const Vectors<1> vectors(call.type, {call.bias}, {width});
     const W* packed[1];
@@ -90,7 +90,7 @@ void attention_output_of(const OutputCall& call) {
 
 template <class W>
 void attention_output_backward_of(const OutputGradientCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const OutputCall& forward = call.forward;
     const int width = forward.width;
     const size_t ld = leading<A>(width);

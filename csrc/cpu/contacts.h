@@ -154,7 +154,7 @@ struct Contacts {
 
 template <class W>
 void contact_map_of(const ContactCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const size_t width = size_t(call.heads) * call.head_dim;
     float* result = call.result;
     for (int64_t s = 0; s < call.sequences; ++s) {

@@ -95,7 +95,7 @@ float total_of(const float* losses, int64_t rows) {
 
 template <class W>
 void masked_lm_head_of(const HeadCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const int width = call.dense.in, tokens = call.table.out;
     const Type type = call.dense.type;
     float* gain = static_cast<float*>(scratch(0, (3 * size_t(width) + size_t(tokens) + 4 * kPanel) * sizeof(float)));

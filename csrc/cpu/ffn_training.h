@@ -59,7 +59,7 @@ struct GeluGradient {
 
 template <class W>
 class FfnTraining {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     enum { kGain, kLnBias, kOutBias, kHiddenBias };
 
   public:

@@ -3,136 +3,13 @@
 #pragma once
 
 #include "clock.h"
-#include "table.h"
-#include "vec.h"
+#include "formats/bf16.h"
+#include "formats/f32.h"
+#include "formats/int8.h"
 
 namespace esm {
 namespace cpu {
 namespace {
-
-// Rows of a tile: kRows x 2 vectors of sums fill most of the registers, with room for two vectors of weights.
-constexpr int kRows = N == 16 ? 12 : 6;
-
-// Rows of a tile for activations A: as above, but for amx.h.
-template <class A>
-constexpr int kTileRows = kRows;
-
-// Type of the activations that multiply weights W. With a bf16 dot product they are bf16 too; without, products are
-// in fp32 and rounding the activations would only lose digits.
-template <class W>
-struct ActivationOf {
-    typedef float type;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ActivationOf<bf16> {
-    typedef bf16 type;
-};
-#endif
-
-// What the GEMM itself reads; see int8.h for the weights where that is another type.
-template <class W>
-struct OperandOf : ActivationOf<W> {};
-
-// Type of the vectors and results beside weights W.
-template <class W>
-struct PlainOf {
-    typedef W type;
-};
-
-ESM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-ESM_INLINE int panels_of(int64_t columns) { return int((columns + kPanel - 1) / kPanel); }
-
-// Elements of one panel of weights.
-ESM_INLINE size_t panel_size(const bf16*, int64_t in) { return size_t(round_up(in, kInputs)) * kPanel; }
-ESM_INLINE size_t panel_size(const float*, int64_t in) { return size_t(in) * kPanel; }
-
-// Elements from one row to the next for rows of at least n: an odd number of cache lines, lest rows share cache sets.
-template <class T>
-ESM_INLINE size_t leading(int64_t n) {
-    const size_t in_line = 64 / sizeof(T);
-    return (size_t(round_up(n, kPanel)) / in_line | 1) * in_line;
-}
-
-// fp32 products are summed in chunks: 5,120 in one chain would lose a digit to blocked sums such as MKL's.
-constexpr int kChunk = 512;
-
-// c (R x 32, rows ldc apart) = a (R x in, rows lda apart) times one panel. All loops over R unroll into registers.
-template <int R>
-ESM_INLINE void tile(const float* a, size_t lda, const float* panel, int in, float* c, size_t ldc) {
-    for (int part = 0; part < kPanel; part += 2 * N) {
-        const float* b = panel + part;
-        for (int k = 0; k < in;) {
-            F sums[R][2] = {};
-            const bool begun = k > 0;
-            for (const int end = in - k < kChunk ? in : k + kChunk; k < end; ++k, b += kPanel) {
-                const F b0 = load(b), b1 = load(b + N);
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) {
-                    const F x = splat(a[r * lda + k]);
-                    sums[r][0] = fma(x, b0, sums[r][0]);
-                    sums[r][1] = fma(x, b1, sums[r][1]);
-                }
-            }
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) {
-                float* to = c + r * ldc + part;
-                store(to, begun ? load(to) + sums[r][0] : sums[r][0]);
-                store(to + N, begun ? load(to + N) + sums[r][1] : sums[r][1]);
-            }
-        }
-    }
-}
-
-// bf16 weights widened on the way: of a pair's 32 bits, the low half is the even input, the high half the odd one.
-template <int R>
-ESM_INLINE void tile(const float* a, size_t lda, const bf16* panel, int in, float* c, size_t ldc) {
-    for (int part = 0; part < kPanel; part += 2 * N) {
-        F sums[R][2] = {};
-        const bf16* b = panel + 2 * part;
-        for (int k = 0; k < in; k += 2, b += 2 * kPanel) {
-#pragma GCC unroll 2
-            for (int odd = 0; odd < 2; ++odd) {
-                const U w0 = load_as<U>(b), w1 = load_as<U>(b + 2 * N);
-                const F b0 = (F)(odd ? w0 & 0xffff0000u : w0 << 16), b1 = (F)(odd ? w1 & 0xffff0000u : w1 << 16);
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) {
-                    const F x = splat(a[r * lda + k + odd]);
-                    sums[r][0] = fma(x, b0, sums[r][0]);
-                    sums[r][1] = fma(x, b1, sums[r][1]);
-                }
-            }
-        }
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) store(c + r * ldc + part, sums[r][0]), store(c + r * ldc + part + N, sums[r][1]);
-    }
-}
-
-#if defined(__AVX512BF16__)
-ESM_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
-template <int R>
-ESM_INLINE void tile(const bf16* a, size_t lda, const bf16* panel, int in, float* c, size_t ldc) {
-    __m512 sums[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    const bf16* b = panel;
-    for (int k = 0; k < in; k += 2, b += 2 * kPanel) {
-        const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 2 * N);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const __m512i x = _mm512_set1_epi32(load_as<int32_t>(a + r * lda + k));
-            sums[r][0] = dot(sums[r][0], x, b0);
-            sums[r][1] = dot(sums[r][1], x, b1);
-        }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-        _mm512_storeu_ps(c + r * ldc, sums[r][0]);
-        _mm512_storeu_ps(c + r * ldc + N, sums[r][1]);
-    }
-}
-#endif
 
 // tile<rows>.
 template <int R = kRows, class A, class W>

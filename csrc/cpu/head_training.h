@@ -10,7 +10,7 @@ namespace {
 
 template <class W>
 class HeadTraining {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     enum { kGain, kLnBias, kDenseBias, kBias };
 
   public:

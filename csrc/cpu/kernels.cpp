@@ -22,7 +22,7 @@ namespace {
 // One tile's work on operands that stay in the first-level cache.
 template <class W>
 double peak_of() {
-    typedef typename OperandOf<W>::type A;
+    typedef typename Format<W>::Operand A;
     constexpr int kHeight = kTileRows<A>, kInner = sizeof(W) == 1 || kHeight == 32 ? kGroup : 64;
     constexpr int kRounds = (N == 16 ? 12800000 : 1280000) / kInner;  // 10 ms and more: waking threads is nothing then
     const size_t threads = size_t(parallel_width());

@@ -22,9 +22,9 @@ constexpr int kPartRows = 48;
 // x + out(attention(q, k, v of LN(x))).
 template <class W>
 class Attention {
-    typedef typename ActivationOf<W>::type A;
-    typedef typename OperandOf<W>::type B;
-    typedef typename PlainOf<W>::type Plain;
+    typedef typename Format<W>::Activation A;
+    typedef typename Format<W>::Operand B;
+    typedef typename Format<W>::Plain Plain;
 
   public:
     // Floats that the small vectors take.
@@ -157,8 +157,8 @@ class Attention {
 // x + fc2(gelu(fc1(LN(x)))).
 template <class W>
 class Ffn {
-    typedef typename ActivationOf<W>::type A;
-    typedef typename OperandOf<W>::type B;
+    typedef typename Format<W>::Activation A;
+    typedef typename Format<W>::Operand B;
 
   public:
     static int64_t vectors(const FfnCall& call) {

@@ -1,8 +1,7 @@
 // Row by row: layer norm, softmax, and the small vectors of a call in fp32.
 #pragma once
 
-#include "int8.h"
-#include "vec.h"
+#include "formats/int8.h"
 
 namespace esm {
 namespace cpu {

@@ -59,7 +59,7 @@ void each_head(const VarlenCall& call, const Body& body) {
 
 template <class W>
 void attention_varlen_of(const VarlenCall& call) {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
     const int longest = longest_of(call);
     const size_t ld = leading<A>(call.head_dim), rows = longest * ld;
     each_head(call, [&](const HeadOf<VarlenCall>& head) {
@@ -96,7 +96,7 @@ constexpr int kQueries = 64, kKeys = 192;
 // gradients; a T at the end is for transposed.
 template <class W>
 class HeadGradient {
-    typedef typename ActivationOf<W>::type A;
+    typedef typename Format<W>::Activation A;
 
   public:
     HeadGradient(const GradientCall& call, int longest)

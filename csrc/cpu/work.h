@@ -46,7 +46,7 @@ void each_panel(int panels, const Body& body) {
 // With few rows a thread: the threads share the weights' columns, not the rows, so that each weight is read once.
 template <class W>
 bool few(int64_t rows) {
-    return rows < int64_t(kTileRows<typename ActivationOf<W>::type>) * parallel_width();
+    return rows < int64_t(kTileRows<typename Format<W>::Activation>) * parallel_width();
 }
 
 template <class W>

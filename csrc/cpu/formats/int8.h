@@ -3,7 +3,8 @@
 // the groups' sums are added up in fp32.
 #pragma once
 
-#include "gemm.h"
+#include "../panels.h"
+#include "bf16.h"
 
 namespace esm {
 namespace cpu {
@@ -21,14 +22,10 @@ struct biased8 {
 };
 
 template <>
-struct ActivationOf<int8> : ActivationOf<bf16> {};
-template <>
-struct PlainOf<int8> {
-    typedef bf16 type;
-};
-template <>
-struct OperandOf<int8> {
-    typedef biased8 type;
+struct Format<int8> {
+    typedef Format<bf16>::Activation Activation;
+    typedef biased8 Operand;
+    typedef bf16 Plain;
 };
 
 constexpr float kTiniest = 1e-30f;
