@@ -34,7 +34,7 @@ from tables import markdown
 from torch_peers import hf_parts
 
 import esm_fast
-from esm_fast.engine import embed
+from esm_fast.inference.embed import embed
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "uniprot_sample.fasta.gz"
 ERRORS = {

@@ -28,12 +28,13 @@ from proteins import choose, read
 from report import write_table
 from tqdm import tqdm
 
-from esm_fast import engine, weights
+from esm_fast import weights
 from esm_fast.cli import parser
 from esm_fast.cli.embed_dataset import exact, loader, make_plan
 from esm_fast.dataset.compute import Computer
 from esm_fast.dataset.verify import finish
 from esm_fast.dataset.worker import work
+from esm_fast.inference import stream
 from esm_fast.models.esm1 import ESM1, Config
 
 ALONE, WITHIN, REST, TOTAL = "model alone", "model, in the data set", "units, beside the model", "data set"
@@ -123,7 +124,7 @@ class Dataset:
     def model_alone(self) -> np.ndarray:
         with calls() as batches:
             for given in self.batches:
-                engine._forward(*given)
+                stream._forward(*given)
         for (_, made, _), expected in zip(batches, self.expected, strict=True):
             np.testing.assert_array_equal(made, expected)
         return np.array([seconds for _, _, seconds in batches])
@@ -131,8 +132,8 @@ class Dataset:
 
 @contextmanager
 def calls():
-    """Yields the list of what the engine is given and makes, batch by batch, and the seconds it takes."""
-    batches, forward = [], engine._forward
+    """Yields the list of what the stream is given and makes, batch by batch, and the seconds it takes."""
+    batches, forward = [], stream._forward
 
     def noting(*given):
         begin = clocks()
@@ -140,11 +141,11 @@ def calls():
         batches.append((given, made, clocks() - begin))
         return made
 
-    engine._forward = noting
+    stream._forward = noting
     try:
         yield batches
     finally:
-        engine._forward = forward
+        stream._forward = forward
 
 
 def clocks() -> np.ndarray:

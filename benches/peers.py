@@ -11,7 +11,7 @@ from torch_peers import fair_esm, hugging_face, torch_packed
 
 def our_model(size: Size, state: dict[str, torch.Tensor], dtype: str, backend: str | None = None):
     """ESM1 on the shared weights; without a named backend packed or quantised, as the command line loads it."""
-    from esm_fast.engine import DTYPES
+    from esm_fast.inference.load import DTYPES
     from esm_fast.models.esm1 import ESM1, Config
     from esm_fast.packed import pack_model, why_not
 
@@ -30,7 +30,7 @@ def our_model(size: Size, state: dict[str, torch.Tensor], dtype: str, backend: s
 
 def ours(dtype: str) -> Callable[[Setup], Run]:
     def build(setup):
-        from esm_fast.engine import embed
+        from esm_fast.inference.embed import embed
 
         model = our_model(setup.size, setup.state, dtype)
 

@@ -1,7 +1,7 @@
 """fair-esm's `esm.pretrained`: one function a published model, each returning (model, alphabet)."""
 
-from .engine import load
 from .hub import ALIASES, published_names
+from .inference.load import load
 
 
 def load_model_and_alphabet(model_name):

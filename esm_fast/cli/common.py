@@ -126,7 +126,9 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
     """The model, packed where the CPU kernels are going to run; warnings and BackendError become lines for the user."""
     import torch
 
-    from .. import _C, engine
+    from .. import _C
+    from ..inference.embed import embed
+    from ..inference.load import load
     from ..ops import BackendError
 
     if threads:
@@ -138,9 +140,9 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, _ = engine.load(name, device=device, dtype=dtype, backend=backend, packed="auto")
+            model, _ = load(name, device=device, dtype=dtype, backend=backend, packed="auto")
         if backend:
-            next(engine.embed(model, ["M"]))  # one that cannot run here says so now, not after the input is read
+            next(embed(model, ["M"]))  # one that cannot run here says so now, not after the input is read
     except BackendError as error:
         raise InputError(str(error)) from None
     for warning in caught:

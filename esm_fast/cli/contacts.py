@@ -57,8 +57,9 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     model.contact_head.require_fitted()
 
-    from ..engine import CONTACTS, token_budget
-    from ..engine import run as run_model
+    from ..inference.embed import token_budget
+    from ..inference.stream import CONTACTS
+    from ..inference.stream import run as run_model
     from ..sequences.names import file_name
     from ..sequences.tokenize import Policy
     from .source import Counts, Source

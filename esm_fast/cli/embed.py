@@ -78,10 +78,11 @@ def run(args: argparse.Namespace) -> int | None:
     dtype = dtype_of(args)
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
 
-    from ..engine import Output, layer_numbers, token_budget
-    from ..engine import run as run_model
     from ..files.atomic import atomic
     from ..files.hdf5 import HDF5Writer
+    from ..inference.embed import layer_numbers, token_budget
+    from ..inference.stream import Output
+    from ..inference.stream import run as run_model
     from ..sequences.names import hdf5_key
     from ..sequences.tokenize import Policy
     from .source import Counts, Source

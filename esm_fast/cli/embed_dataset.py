@@ -81,7 +81,7 @@ def make_plan(out: Path, args: argparse.Namespace, model, dtype: str, on_read: C
     from ..dataset import fingerprint
     from ..dataset.planner import make_or_resume
     from ..dataset.worker import prepare_folders
-    from ..engine import layer_numbers, token_budget
+    from ..inference.embed import layer_numbers, token_budget
     from ..sequences.fasta import FastaError
     from ..sequences.tokenize import Policy
 

@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     model = load_model(args.model_location, device="cpu" if args.nogpu else "auto")
 
-    from ..engine import layer_numbers
-    from ..engine import run as run_model
     from ..files.fair_esm_pt import TorchFolder
+    from ..inference.embed import layer_numbers
+    from ..inference.stream import run as run_model
     from ..sequences.names import file_name
     from ..sequences.tokenize import Policy
     from .source import Counts, Source
@@ -87,8 +87,8 @@ def _without_flags(message: str) -> str:
 
 
 def _outputs(include: list[str], layers: list[int]) -> list[tuple[tuple, object]]:
-    """((key, layer) in the .pt file, or (key,) for contacts; what the engine is to make)."""
-    from ..engine import CONTACTS, Output
+    """((key, layer) in the .pt file, or (key,) for contacts; what the stream is to make)."""
+    from ..inference.stream import CONTACTS, Output
 
     keys = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
     pools = {"per_tok": "per_residue", "mean": "mean", "bos": "cls"}

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from .. import engine
+    from ..inference.load import load
     from ..train.examples import read_examples
     from ..train.finetune import Settings, finetune
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if is_random(args.model):
         warn_random(args.model)
     torch.manual_seed(args.seed)
-    esm, _ = engine.load(args.model, device=args.device, dtype="float32", packed=False)
+    esm, _ = load(args.model, device=args.device, dtype="float32", packed=False)
     with tqdm(total=settings.epochs, unit=" epochs", disable=not sys.stderr.isatty()) as bar:
 
         def show(entry: dict) -> None:

@@ -62,7 +62,7 @@ def _queries(data, args: argparse.Namespace, layer: int):
 def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:
     """The proteins of a FASTA file, with the data set's model and policies."""
     from ..dataset.fingerprint import of_model
-    from ..engine import embed
+    from ..inference.embed import embed
     from ..sequences.fasta import FastaError
     from ..sequences.names import accession
 

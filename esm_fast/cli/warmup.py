@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from .. import ops, warmup
-    from ..engine import DTYPES
+    from .. import ops
+    from ..inference import warmup
+    from ..inference.load import DTYPES
     from ..ops.registry import Request
 
     dtype = torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]

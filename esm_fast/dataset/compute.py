@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ..engine import Output, run
+from ..inference.stream import Output, run
 from ..sequences.fasta import records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import layout

@@ -16,7 +16,7 @@ class Policy:
 
     unknown: str = "error"  # or "x": read each as X; or "skip" the record
     empty: str = "error"  # or "skip" the record
-    overlength: str = "error"  # or "truncate" to the first max_residues; or "window": left whole, for the engine to cut
+    overlength: str = "error"  # or "truncate" to the first max_residues; or "window": left whole, to be cut later
     max_residues: int = 1022  # what ESM-1b's position table has room for, beside cls and eos
 
     def __post_init__(self):

@@ -36,7 +36,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As `engine.load` takes it: int8 where the layers' matrices have 8 bits."""
+        """As `load` takes it: int8 where the layers' matrices have 8 bits."""
         if any(isinstance(tensor, Int8Weight) for tensor in self.tensors.values()):
             return torch.int8
         return self.tensors["embed_tokens.weight"].dtype

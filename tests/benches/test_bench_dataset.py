@@ -31,13 +31,13 @@ def test_a_toy_model(bench, tmp_path):
 
 
 def test_a_model_that_computes_something_else_is_not_timed(bench, tmp_path, monkeypatch):
-    from esm_fast import engine
+    from esm_fast.inference import stream
 
-    def forward(*given, real=engine._forward):
+    def forward(*given, real=stream._forward):
         calls.append(1)
         return [[row + len(calls) for row in rows] for rows in real(*given)]
 
     calls = []
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(stream, "_forward", forward)
     with pytest.raises(AssertionError, match="not equal"):
         bench.main(arguments(tmp_path))

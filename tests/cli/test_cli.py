@@ -321,21 +321,21 @@ def test_a_failure_half_way_leaves_nothing(embed, fasta, monkeypatch, tmp_path):
 
 
 def test_numbers_too_large_for_float16_are_refused(embed, fasta, monkeypatch):
-    from esm_fast import engine
+    from esm_fast.inference import stream
 
-    monkeypatch.setattr(engine, "_pooled", lambda *where, real=engine._pooled: [mean + 1e6 for mean in real(*where)])
+    monkeypatch.setattr(stream, "_pooled", lambda *where, real=stream._pooled: [mean + 1e6 for mean in real(*where)])
     result = embed(fasta, "--store", "float16")
     assert result.code == 1 and "more than float16 can store; store float32" in error_line(result)
     assert not result.path.exists()
 
 
 def test_a_full_gpu_is_one_line(embed, fasta, monkeypatch):
-    from esm_fast import engine
+    from esm_fast.inference import stream
 
     def forward(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(stream, "_forward", forward)
     result = embed(fasta)
     assert result.code == 1 and "ask for smaller batches" in error_line(result) and not result.path.exists()
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 import esm_fast
 from esm_fast import _C, weights
 from esm_fast.cli import main
-from esm_fast.engine import embed
+from esm_fast.inference.embed import embed
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case

@@ -21,10 +21,10 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 from embedded import MIXED, contents, fasta_of, pooled, proteins, read
 
-from esm_fast import engine
 from esm_fast.dataset import verify
 from esm_fast.dataset.commit import DatasetError
 from esm_fast.dataset.plan import load
+from esm_fast.inference import stream
 
 FASTA = fasta_of(proteins(9, seed=2)) + MIXED
 # The quick numbers are for every day; ESM_FAST_FAULTS=200 kills at every single step and 200 times more, and flips
@@ -319,7 +319,7 @@ def test_a_partial_file_goes_only_when_its_writer_is_dead(command, clean, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_it_between_batches_and_it_goes_on(command, clean, tmp_path, monkeypatch, capsys, number):
-    out, real, calls = tmp_path / "o", engine._forward, []
+    out, real, calls = tmp_path / "o", stream._forward, []
 
     def forward(*arguments):
         calls.append(1)
@@ -327,7 +327,7 @@ def test_a_signal_stops_it_between_batches_and_it_goes_on(command, clean, tmp_pa
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(stream, "_forward", forward)
     assert main(command(out)) == 75
     assert "the same command goes on" in capsys.readouterr().err
     done = {name for name in contents(out) if name.startswith("pooled")}
@@ -399,12 +399,12 @@ def test_two_interrupts_from_the_keyboard(command, clean, tmp_path, monkeypatch,
 def memory_for(limit, monkeypatch, error):
     """Batches of more than `limit` tokens find no memory."""
 
-    def forward(model, batch, *rest, real=engine._forward):
+    def forward(model, batch, *rest, real=stream._forward):
         if len(batch.tokens) > limit:
             raise error
         return real(model, batch, *rest)
 
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(stream, "_forward", forward)
 
 
 @pytest.mark.parametrize(
@@ -430,13 +430,13 @@ def test_a_protein_that_fits_into_no_memory_is_named(command, tmp_path, monkeypa
 
 
 def test_numbers_that_are_not_finite_are_computed_again_in_float32(command, clean, tmp_path, monkeypatch):
-    def pooled_rows(model, x, *rest, real=engine._pooled):
+    def pooled_rows(model, x, *rest, real=stream._pooled):
         made = real(model, x, *rest)
         if next(model.parameters()).dtype == torch.bfloat16:
             made[0][:] = np.inf
         return made
 
-    monkeypatch.setattr(engine, "_pooled", pooled_rows)
+    monkeypatch.setattr(stream, "_pooled", pooled_rows)
     assert main(command(tmp_path / "o", "--dtype", "bfloat16")) == 0
     rows, exact = pooled(tmp_path / "o"), pooled(clean)
     again = [i for i, row in enumerate(rows) if row["status"] == "float32"]
@@ -446,12 +446,12 @@ def test_numbers_that_are_not_finite_are_computed_again_in_float32(command, clea
 
 
 def test_numbers_that_stay_infinite_are_named(command, tmp_path, monkeypatch, capsys):
-    def pooled_rows(*where, real=engine._pooled):
+    def pooled_rows(*where, real=stream._pooled):
         made = real(*where)
         made[-1][..., 3] = np.nan
         return made
 
-    monkeypatch.setattr(engine, "_pooled", pooled_rows)
+    monkeypatch.setattr(stream, "_pooled", pooled_rows)
     assert main(command(tmp_path / "o")) == 3
     assert "not finite" in capsys.readouterr().err
     rows = pooled(tmp_path / "o")
@@ -461,7 +461,7 @@ def test_numbers_that_stay_infinite_are_named(command, tmp_path, monkeypatch, ca
 
 
 def test_numbers_too_large_for_float16_are_named(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_pooled", lambda *where, real=engine._pooled: [rows + 1e6 for rows in real(*where)])
+    monkeypatch.setattr(stream, "_pooled", lambda *where, real=stream._pooled: [rows + 1e6 for rows in real(*where)])
     assert main(command(tmp_path / "o", "--store", "float16")) == 3
     assert {row["status"] for row in pooled(tmp_path / "o")} == {"too large for float16"}
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from esm_fast import ops, warmup
+from esm_fast import ops
 from esm_fast.cli import main
+from esm_fast.inference import warmup
 from esm_fast.models.esm1 import CONFIGS, Config
 from esm_fast.ops import BackendError
 

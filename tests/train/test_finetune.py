@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import esm_fast
-from esm_fast import engine
 from esm_fast.cli import main
+from esm_fast.inference.embed import embed
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.train import adapters
 from esm_fast.train.examples import Example, ExamplesError, Targets, read_examples
@@ -93,7 +93,7 @@ def test_the_model_is_trained_too(esm, trained, tmp_path):
         assert "layers.0.fc1.weight" in changed and "embed_tokens.weight" in changed
     predictor.save(tmp_path, report)
     model, _ = esm_fast.load(tmp_path / "model.safetensors")
-    (_, arrays), *_ = engine.embed(model, [("x", "MKTAYIAKQR")], layers=(2,))
+    (_, arrays), *_ = embed(model, [("x", "MKTAYIAKQR")], layers=(2,))
     batch_of_one = predictor.esm.forward_packed(_pack("MKTAYIAKQR"), layers=(2,)).representations[2]
     np.testing.assert_allclose(arrays[2], batch_of_one[1:-1].mean(0).detach().numpy(), atol=1e-5)
 

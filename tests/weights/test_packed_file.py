@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import esm_fast
 from esm_fast import _C, weights
 from esm_fast.cli import main
-from esm_fast.engine import random_model
+from esm_fast.inference.load import random_model
 from esm_fast.packed import MATRICES, PackedWeight
 from esm_fast.packed_file import SUFFIX
 from esm_fast.weights import CheckpointError

@@ -1,0 +1,1 @@
+"""Running models: load one, stream proteins through it, and what is made of each."""

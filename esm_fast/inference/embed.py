@@ -1,0 +1,110 @@
+"""Embedding proteins: a stream of them in, an array a layer of each out, in input order."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..models.esm1 import ESM1
+from ..sequences.fasta import Records, read_fasta, records_from
+from ..sequences.tokenize import Policy, Report, Tokens, tokenize
+from .stream import POOLS, Output, run
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def embed(
+    model: ESM1,
+    sequences,
+    *,
+    layers=(-1,),
+    pool="mean",
+    batch_tokens=None,
+    unknown="error",
+    empty="error",
+    overlength="error",
+    report: Report | None = None,
+) -> Iterator[tuple[str, "Layers"]]:
+    """Embeds proteins and yields (label, {layer: array}) in input order, as they are ready.
+
+    Memory is bounded by the token budget, not by the input: sequences may be an endless stream.
+
+    Args:
+        model: from `load`.
+        sequences: a FASTA path ("-" for standard input; plain, gz, bz2, xz or zst) or an open binary file; or an
+            iterable of strings or (label, string) pairs.
+        layers: 0 (the embedding) to the number of layers; negative numbers count from the last, -1.
+        pool: "mean" over the residues (<cls> and <eos> never enter it), "cls", or "per_residue".
+        batch_tokens: tokens in one batch, <cls> and <eos> included; default 4,096 on a CPU, 16,384 on a GPU.
+        unknown: for residues ESM-1b does not know: "error", "x" (read as X) or "skip" (leave the record out).
+        empty: for records without residues: "error" or "skip".
+        overlength: for proteins over the model's 1,022 residues: "error", "truncate" (as fair-esm), or "window":
+            windows of 1,022 overlapping by half, averaged per residue. Windows are our choice, not ESM-1b's.
+        report: a `Report` to count into.
+
+    Yields:
+        (label, {layer: float32 array}): shape (embed_dim,), or (residues, embed_dim) for "per_residue".
+
+    Raises:
+        ValueError: for arguments; FastaError: for the input, naming file, record and column.
+    """
+    wanted = layer_numbers(model, layers)
+    if not wanted:
+        raise ValueError("layers is empty: ask for at least one, such as (-1,)")
+    if pool not in POOLS:
+        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(POOLS)}")
+    budget = token_budget(model, batch_tokens)
+    policy = Policy(unknown=unknown, empty=empty, overlength=overlength, max_residues=model.config.max_residues)
+    report = Report() if report is None else report
+    tokens = (tokenize(records, policy, report) for records in _records(sequences))
+    return _embed(model, tokens, wanted, pool, budget)
+
+
+def _embed(model: ESM1, tokens: Iterable[Tokens], layers: list[int], pool: str, budget: int):
+    for protein in run(model, tokens, [Output(pool, layer) for layer in layers], budget):
+        arrays = dict(zip(layers, protein.arrays, strict=True))
+        yield protein.label, Layers(arrays, model.config.layers)
+
+
+def layer_numbers(model: ESM1, layers: Iterable[int]) -> list[int]:
+    """The layers asked for, each once, ascending, negative ones counted from the last. Raises ValueError."""
+    return sorted({_layer_number(layer, model.config.layers) for layer in layers})
+
+
+def token_budget(model: ESM1, batch_tokens: int | None) -> int:
+    """batch_tokens, or the default of the model's device for None. Raises ValueError for less than 1."""
+    if batch_tokens is None:
+        return BATCH_TOKENS.get(model.device.type, 4096)
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    return batch_tokens
+
+
+class Layers(dict):
+    """{layer number: array}, in which negative numbers count from the last layer, as in the request."""
+
+    def __init__(self, arrays: dict[int, np.ndarray], depth: int):
+        super().__init__(arrays)
+        self._depth = depth
+
+    def __missing__(self, layer: int) -> np.ndarray:
+        if isinstance(layer, int) and layer < 0 and (number := layer + self._depth + 1) in self:
+            return self[number]
+        raise KeyError(layer)
+
+
+def _records(sequences) -> Iterator[Records]:
+    if isinstance(sequences, str) and sequences != "-" and not Path(sequences).exists():
+        raise FileNotFoundError(f"no such FASTA file: {sequences!r} (to embed one protein, give a list: [sequence])")
+    if isinstance(sequences, str | os.PathLike) or hasattr(sequences, "read"):
+        return read_fasta(sequences)
+    return records_from(sequences)
+
+
+def _layer_number(layer: int, depth: int) -> int:
+    if not -(depth + 1) <= layer <= depth:
+        raise ValueError(
+            f"layer {layer} does not exist: the model has 0 (the embedding) to {depth}, or -1 to {-depth - 1}"
+        )
+    return layer % (depth + 1)

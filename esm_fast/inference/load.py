@@ -1,0 +1,112 @@
+"""Loading a model by name or path, or with random weights."""
+
+import torch
+
+from .. import hub, quantized, weights
+from ..compat.fair_esm import ProteinBertModel
+from ..memory import MappedFiles, without_values
+from ..models.esm1 import CONFIGS
+from ..ops.registry import require_backend
+from ..packed import pack_model, why_not
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"int8": torch.int8}  # of the layers' matrices, with bfloat16 around them (see quantized.py)
+
+
+def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None):
+    """Loads a model, as `esm.pretrained` does, and returns (model, alphabet).
+
+    Args:
+        name_or_path: a published name (esm1b_t33_650M_UR50S, facebook/esm-1b, esm1v_t33_650M_UR90S_1 ... 5), found in
+            the torch-hub or Hugging Face cache or downloaded; a fair-esm .pt file; a Hugging Face folder; a file
+            written by `esm-fast convert`; or random:NAME[:seed], that architecture with seeded random weights.
+        device: "auto" (a GPU if there is one and the weights are not packed), or anything torch.device takes.
+        dtype: "auto" (float32, the reference's numbers; that of a packed file), "float32", "bfloat16", "float16",
+            "float64" or a torch.dtype. "int8": the layers' matrices in 8 bits, bfloat16 around them; for inference on
+            CPUs, and less exact (docs/cpu.md says by how much).
+        backend: name of a backend that must run every op it implements; None takes the best that can run.
+        packed: whether the layers' matrices are held packed for the CPU kernels: half the memory, and for inference
+            only. None: if the file is packed (`esm-fast convert --pack`), which is then mapped and used as it lies;
+            True: yes; "auto": where the CPU kernels are going to run; False: no, all parameters are ordinary tensors.
+
+    Raises:
+        FileNotFoundError, weights.CheckpointError, ops.BackendError; ValueError, also with the reason why packed
+        weights could not be used here.
+    """
+    require_backend(backend)
+    if packed not in (None, True, False, "auto"):
+        raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
+    wanted, name = _dtype(dtype), str(name_or_path)
+    if wanted == torch.int8:
+        quantized.require_int8(device, backend, packed)
+    if name.startswith("random:"):
+        model = random_model(name, backend=backend).to(_around(wanted))
+    else:
+        checkpoint = weights.read(hub.resolve(name_or_path))
+        if packed is False:
+            checkpoint = checkpoint.unpacked()
+        elif checkpoint.packed:
+            packed = True
+            _require_own_dtype(checkpoint, wanted)
+            wanted = checkpoint.dtype
+        model = weights.build(checkpoint, ProteinBertModel, dtype=_around(wanted), backend=backend)
+        del checkpoint  # or it would keep what packing drops
+    if device == "auto":
+        anywhere = packed is not True and wanted != torch.int8
+        device = "cuda" if torch.cuda.is_available() and anywhere else "cpu"
+    on_cpu = torch.device(device).type == "cpu"
+    if packed is True and not on_cpu:
+        raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
+    if wanted == torch.int8:
+        quantized.quantize_model(model, forget=MappedFiles().forget)
+    elif packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
+        pack_model(model, forget=MappedFiles().forget)
+    return model.eval().to(device), model.alphabet
+
+
+def _around(wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of ordinary tensors."""
+    return torch.bfloat16 if wanted == torch.int8 else wanted or torch.float32
+
+
+def _require_own_dtype(checkpoint: weights.Checkpoint, wanted: torch.dtype | None) -> None:
+    if wanted not in (None, checkpoint.dtype):
+        own = str(checkpoint.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{checkpoint.source} holds {own} weights, packed; load it with dtype={own!r} or 'auto', or convert its "
+            "original to the type you want"
+        )
+
+
+def random_model(name: str, *, backend=None) -> ProteinBertModel:
+    """'random:NAME[:seed]' -> the full architecture with seeded random weights. Its numbers mean nothing."""
+    _, architecture, *rest = name.split(":")
+    architecture = hub.canonical_name(architecture)
+    if architecture not in CONFIGS or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
+        raise ValueError(f"{name!r}: expected random:NAME[:seed] with NAME one of {', '.join(CONFIGS)}")
+    generator = torch.Generator().manual_seed(int(rest[0]) if rest else 0)
+    with without_values():
+        model = ProteinBertModel(CONFIGS[architecture], backend=backend)
+    model = model.to_empty(device="cpu")
+    model.lm_head.weight = model.embed_tokens.weight  # to_empty gives each its own
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            else:
+                parameter.fill_(1.0 if "layer_norm" in key and key.endswith("weight") else 0.0)
+        for table in (model.embed_tokens, model.embed_positions):
+            table.weight[table.padding_idx] = 0
+    return model
+
+
+def _dtype(dtype) -> torch.dtype | None:
+    """The dtype to convert to; None for "auto"."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    try:
+        return DTYPES[dtype]
+    except (KeyError, TypeError):
+        raise ValueError(f"dtype is {dtype!r}; choose one of auto, {', '.join(DTYPES)}") from None
