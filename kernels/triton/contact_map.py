@@ -15,18 +15,8 @@ import triton.language as tl
 from .attention_varlen import _LOG2E, _load, _span
 from .common import NAMES, PRECISIONS, capability, implements, padded, precision, spec
 from .configs import Config
-
-
-@triton.jit
-def attention_tile(
-    Q, K, rows, keys, lse, length, scale,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of an attention map, (rows, keys); lse is infinite for rows that do not exist."""
-    q = _load(Q, rows, length, HEADS, HEAD_DIM, DIM)
-    k = _load(K, keys, length, HEADS, HEAD_DIM, DIM)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
-    return tl.where(keys[None, :] < length, tl.exp2(scores - lse[:, None]), 0.0)
+from .contact_map_backward import contact_grads
+from .contact_tiles import attention_tile, starts_of
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
@@ -148,12 +138,6 @@ def contact_config(capability: int, dtype: torch.dtype, dim: int) -> Config:
 _SHARES = Config(dict(TILE=1024), 4, 1)
 
 
-def starts_of(cu_seqlens) -> torch.Tensor:
-    """Where each sequence's map begins."""
-    squares = cu_seqlens.diff().long().square()
-    return squares.cumsum(0) - squares
-
-
 def _train(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
     q, k, cu_seqlens, keep, weight = _prepared(q, k, cu_seqlens, keep, weight)
     n, heads, head_dim = q.shape
@@ -178,8 +162,6 @@ def _prepared(q, k, cu_seqlens, keep, weight):
 
 
 def _backward(arguments, kept, grad_outputs):
-    from .contact_map_backward import contact_grads
-
     q, k, cu_seqlens, max_seqlen, _, keep, weight, scale = arguments
     tensors = _prepared(q, k, cu_seqlens, keep, weight)
     dq, dk, dweight = contact_grads(*tensors, max_seqlen, scale, *kept, grad_outputs[0].contiguous())

@@ -15,7 +15,7 @@ import triton.language as tl
 from .attention_varlen import _load, _span, _store
 from .common import NAMES, PRECISIONS, capability, padded, precision, spec
 from .configs import Config
-from .contact_map import attention_tile, starts_of
+from .contact_tiles import attention_tile, starts_of
 from .gather import scatter_sum
 
 

@@ -1,0 +1,77 @@
+"""Imports point one way: the graph of esm_fast and kernels, drawn from the source, lazy imports included."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file; `kernels/` is imported as `esm_fast.kernels`."""
+    found = {}
+    for folder, prefix in (("esm_fast", "esm_fast"), ("kernels", "esm_fast.kernels")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((prefix, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports, anywhere in its text."""
+    known = sources()
+    return {name: {target for target in _imported(name, path, known) if target != name} for name, path in known.items()}
+
+
+def _imported(name: str, path: Path, known):
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(package, node)
+            for alias in node.names:
+                target = f"{base}.{alias.name}"
+                if target in known:
+                    yield target
+                elif base in known:
+                    yield base
+
+
+def _absolute(package: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    up = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*up, *([node.module] if node.module else [])])
+
+
+def circles() -> list[list[str]]:
+    """The strongly connected parts of more than one module (Tarjan 1972)."""
+    edges, index, low, stack, found = graph(), {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in edges[node]:
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            part = [stack.pop()]
+            while part[-1] != node:
+                part.append(stack.pop())
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def room(name: str) -> str:
+    """esm_fast.train.loop -> train; esm_fast.alphabet -> alphabet."""
+    return name.split(".")[1] if "." in name else ""
