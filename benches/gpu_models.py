@@ -15,7 +15,7 @@ from random_weights import random_state
 from torch_peers import hf_parts
 
 from esm_fast.alphabet import TOKENS
-from esm_fast.packing import pack
+from esm_fast.sequences.batching import pack
 
 LENGTHS = (103, 187, 264, 351, 460, 683, 1022, 95)
 TINY_LENGTHS = (5, 9)

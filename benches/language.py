@@ -20,7 +20,7 @@ import torch
 from tables import aligned
 
 from esm_fast.alphabet import MASK, TOKENS
-from esm_fast.packing import pack, plan
+from esm_fast.sequences.batching import pack, plan
 
 HELD_OUT = Path(__file__).parents[1] / "examples" / "held_out_sample.fasta.gz"
 AMINO_ACIDS = "ARNDCQEGHILKMFPSTWYV"  # in BLOSUM62's order

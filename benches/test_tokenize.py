@@ -13,7 +13,7 @@ import pytest
 
 from esm_fast import _C
 from esm_fast.alphabet import PAD, TOKENS, Alphabet
-from esm_fast.packing import pack, plan
+from esm_fast.sequences.batching import pack, plan
 from esm_fast.sequences.fasta import parse_definition, read_fasta, records_from
 from esm_fast.sequences.tokenize import Policy, Report, tokenize
 

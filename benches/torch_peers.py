@@ -168,7 +168,7 @@ class PackedLayer:
 def torch_packed(setup: Setup) -> Run:
     """bf16 as torch does it best: no padding, weights packed once, GELU and residual fused into the products."""
     from esm_fast.ops.embedding import KEPT_IN_TRAINING
-    from esm_fast.packing import pack, plan
+    from esm_fast.sequences.batching import pack, plan
     from esm_fast.sequences.fasta import records_from
     from esm_fast.sequences.tokenize import Policy, Report, tokenize
 

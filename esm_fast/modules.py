@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .ops.common import layer_norm
-from .packing import PackedBatch
+from .sequences.batching import PackedBatch
 
 
 class LayerNorm(nn.LayerNorm):

@@ -66,7 +66,7 @@ def _predict(model, ids, top: int) -> list[tuple[int, list[dict]]]:
     import torch
 
     from ..alphabet import MASK, TOKENS
-    from ..packing import pack
+    from ..sequences.batching import pack
 
     batch = pack(ids, np.array([0]), np.array([len(ids)]), np.array([0]))
     with torch.inference_mode():

@@ -7,7 +7,7 @@ import torch
 from .. import ops
 from ..alphabet import EOS, TOKENS, Alphabet
 from ..models.esm1 import ESM1, Config
-from ..packing import PackedBatch, pack_padded
+from ..sequences.batching import PackedBatch, pack_padded
 from ..sequences.fasta import read_fasta
 
 

@@ -11,7 +11,7 @@ from ..alphabet import EOS, MASK, PAD, X
 from ..models.esm1 import ESM1, Config
 from ..ops.common import accumulate_dtype
 from ..ops.embedding import KEPT_IN_TRAINING
-from ..packing import PackedBatch, pack_padded
+from ..sequences.batching import PackedBatch, pack_padded
 from .shared import Layout, NotPackable, Part, check_embeddings, same_heads
 
 

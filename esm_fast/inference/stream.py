@@ -9,7 +9,7 @@ import torch
 from .. import ops
 from ..models.esm1 import ESM1
 from ..ops.common import spans
-from ..packing import pack, plan
+from ..sequences.batching import pack, plan
 from ..sequences.tokenize import Tokens
 from .windows import Segment, segments, share_of
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from ..models.esm1 import ESM1, Config
-from ..packing import PackedBatch, pack
+from ..sequences.batching import PackedBatch, pack
 
 # One sequence, several, and 16: compilers treat numbers that are 1, or multiples of 16, in ways of their own.
 _SEQUENCES = (1, 3, 16)

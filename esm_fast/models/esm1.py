@@ -12,7 +12,7 @@ from torch import nn
 from .. import ops
 from ..alphabet import EOS, PAD, TOKENS
 from ..modules import ContactHead, LayerNorm, LMHead, TransformerLayer
-from ..packing import PackedBatch
+from ..sequences.batching import PackedBatch
 
 
 @dataclass(frozen=True)

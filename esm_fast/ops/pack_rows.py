@@ -84,7 +84,7 @@ def pack_rows(padded, rows):
 
     Args:
         padded: (size, width), a padded batch with its first two axes flattened.
-        rows: (n,) int64, strictly increasing, each in [0, size), as `packing.pack_padded` returns them.
+        rows: (n,) int64, strictly increasing, each in [0, size), as `batching.pack_padded` returns them.
 
     Returns:
         (n, width), of padded's dtype, bit for bit.

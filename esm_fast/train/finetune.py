@@ -15,7 +15,7 @@ from torch import nn
 from .. import ops, weights
 from ..files.atomic import atomic
 from ..models.esm1 import ESM1
-from ..packing import PackedBatch, pack, plan
+from ..sequences.batching import PackedBatch, pack, plan
 from . import adapters
 from .examples import LEVELS, SPLITS, TASKS, Example, Targets, encode
 

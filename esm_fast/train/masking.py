@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..alphabet import MASK
-from ..packing import PackedBatch, pack
+from ..sequences.batching import PackedBatch, pack
 from .random import ACTION, COUNT, CROP, REPLACEMENT, SELECT, streams, uniform
 from .store import Store
 

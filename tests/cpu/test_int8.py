@@ -18,8 +18,8 @@ from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case
 from esm_fast.ops.quantize import GROUP, int8_linear, quantize
 from esm_fast.packed import MATRICES, PackedWeight
-from esm_fast.packing import pack_padded
 from esm_fast.quantized import Int8Weight, _balance, quantize_model
+from esm_fast.sequences.batching import pack_padded
 
 SHAPES = [(1, 1, 1), (5, 33, 63), (13, 70, 130), (30, 96, 256), (40, 64, 257), (25, 40, 1280)]  # rows, outputs, inputs
 _MATRIX = (2, torch.bfloat16)  # the residual stream is fp32

@@ -8,11 +8,12 @@ import pytest
 import torch
 from cpu_levels import HALF_AND_FULL, kernel, run
 
-from esm_fast import ops, packing
+from esm_fast import ops
 from esm_fast.models import ESM1, Config
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.registry import REFERENCE, Kernel, select
 from esm_fast.ops.transformer_stack import _case
+from esm_fast.sequences import batching
 
 LENGTHS = [9, 1, 0, 150, 40]
 
@@ -156,7 +157,7 @@ def tiny(backend=None):
 
 
 def batch():
-    return packing.pack_padded(torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]]))[0]
+    return batching.pack_padded(torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]]))[0]
 
 
 LAYERS = [("pre_ln_attention", "gelu_ffn")] * 3

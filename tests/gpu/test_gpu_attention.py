@@ -14,7 +14,7 @@ from esm_fast.cli import main
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, BackendError, registry, select, verify
 from esm_fast.ops.registry import REFERENCE, Request
-from esm_fast.packing import pack_padded
+from esm_fast.sequences.batching import pack_padded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["cutlass", "xformers"]

@@ -13,7 +13,7 @@ from esm_fast.compat.fair_esm import ProteinBertModel
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, verify
 from esm_fast.packed import PackedWeight
-from esm_fast.packing import pack_padded
+from esm_fast.sequences.batching import pack_padded
 
 BATCHES = [
     pack_padded(torch.tensor([[0, 20, 15, 32, 11, 7, 2], [0, 5, 5, 5, 2, 1, 1]]))[0],

@@ -100,7 +100,7 @@ def test_the_model_is_trained_too(esm, trained, tmp_path):
 
 def _pack(text):
     from esm_fast.alphabet import encode_definition
-    from esm_fast.packing import pack
+    from esm_fast.sequences.batching import pack
 
     ids = np.array(encode_definition(text), dtype=np.uint8)
     return pack(ids, np.array([0]), np.array([len(ids)]), np.array([0]))

@@ -19,7 +19,7 @@ import esm_fast
 from esm_fast import weights
 from esm_fast.cli import main
 from esm_fast.models.esm1 import Config
-from esm_fast.packing import pack_padded
+from esm_fast.sequences.batching import pack_padded
 from esm_fast.sequences.tokenize import Policy
 from esm_fast.train import checkpoint
 from esm_fast.train.environment import SETTINGS

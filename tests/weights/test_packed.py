@@ -11,7 +11,7 @@ from torch import nn
 import esm_fast
 from esm_fast import _C
 from esm_fast.packed import MATRICES, PackedWeight, pack_model
-from esm_fast.packing import pack_padded
+from esm_fast.sequences.batching import pack_padded
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(70, 37), (32, 64), (1, 1), (33, 130)]

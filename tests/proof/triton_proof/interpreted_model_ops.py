@@ -14,7 +14,7 @@ from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
 from esm_fast.ops.pre_ln_attention import _case as layer_case
 from esm_fast.ops.registry import Case
-from esm_fast.packing import PackedBatch, pack
+from esm_fast.sequences.batching import PackedBatch, pack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

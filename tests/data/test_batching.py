@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from esm_fast import _C, ops
 from esm_fast.alphabet import CLS, EOS, PAD
-from esm_fast.packing import pack, pack_padded, plan, plan_definition
+from esm_fast.sequences.batching import pack, pack_padded, plan, plan_definition
 
 budgets = st.integers(1, 60)
 lengths_lists = st.lists(st.integers(0, 40), max_size=40)
@@ -203,7 +203,7 @@ import os
 import signal
 import numpy as np
 from esm_fast import _C, ops
-from esm_fast.packing import pack
+from esm_fast.sequences.batching import pack
 _C.set_threads(3)
 n = 400_000
 work = np.full(n, 5, np.uint8), np.arange(0, n, 100), np.full(n // 100, 100), np.arange(n // 100)
