@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", type=positive, default=4096, metavar="N", help="in an update (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the order of batches, and of adapters")
     add("--threads", type=positive, metavar="N", help="default: torch's")
+    add("--force", action="store_true", help="replace a predictor that is there")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,14 +49,14 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..inference.load import load
-    from ..train.examples import read_examples
-    from ..train.finetune import Settings, finetune
+    from ..train.examples import ExamplesError, read_examples
+    from ..train.finetune import Settings, finetune, written
 
     names = ("task", "level", "trained", "epochs", "patience", "learning_rate", "rank", "batch_tokens", "seed")
     settings = Settings(**{name: getattr(args, name) for name in names})
     examples = read_examples(args.table)
-    if not Path(args.output).absolute().parent.is_dir():
-        raise InputError(f"the folder {Path(args.output).parent} does not exist; make it first")
+    if (there := written(args.output)) and not args.force:
+        raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
     if args.threads:
         torch.set_num_threads(args.threads)
     if is_random(args.model):
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
         try:
             predictor, report = finetune(esm, examples, settings, show)
+        except ExamplesError as error:
+            raise InputError(f"{args.table}: {error}") from None
         except (FloatingPointError, ImportError) as error:
             raise InputError(str(error)) from None
     predictor.save(args.output, report | {"base": args.model})

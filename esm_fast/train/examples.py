@@ -1,6 +1,5 @@
 """Labelled proteins for fine-tuning: a table of sequences and labels, and the labels as numbers."""
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ import numpy as np
 import torch
 
 from ..alphabet import encode_definition
+from ..sequences.table import TableError, read_table
 
 TASKS, LEVELS, SPLITS = ("regression", "classification"), ("sequence", "residue"), ("train", "valid", "test")
 UNLABELLED = "?"  # a residue without a class; a number that is missing is nan
 _NO_CLASS = -100  # what torch's cross-entropy ignores
 _VALID_SHARE = 0.1
+_MISSING = ("nan", "na", "n/a", "null", "none")  # how programs write that there is no label
 
 
 class ExamplesError(ValueError):
@@ -32,26 +33,28 @@ class Example:
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Reads a table, comma- or tab-separated, with the columns sequence and label, and perhaps id and split.
+    """Reads a table (`sequences.table`) with the columns sequence and label, and perhaps id and split.
 
-    Without a split, a tenth is held out by a hash of each sequence. Raises ExamplesError naming line and column.
+    A final * of a sequence is stripped, as `esm-fast embed` does. Without a split, a tenth is held out by a hash of
+    each sequence. Raises ExamplesError naming file, line and column.
     """
     path = Path(path)
-    with path.open(newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = csv.DictReader(file, delimiter="\t" if "\t" in head else ",", restkey="")
+    try:
+        table = read_table(path)
         for column in ("sequence", "label"):
-            if column not in (rows.fieldnames or ()):
-                raise ExamplesError(f"{path}: line 1: there is no column {column!r} among {rows.fieldnames}")
-        return [_example(path, rows.line_num, number, row) for number, row in enumerate(rows, start=1)]
+            if column not in table.columns:
+                raise ExamplesError(f"{path}: line 1: there is no column {column!r} among {table.columns}")
+        examples = [_example(path, row.line, row.values) for row in table.rows]
+    except TableError as error:
+        raise ExamplesError(str(error)) from None
+    if not examples:
+        raise ExamplesError(f"{path} has no rows")
+    return examples
 
 
-def _example(path: Path, line: int, number: int, row: dict) -> Example:
+def _example(path: Path, line: int, row: dict) -> Example:
     where = f"{path}: line {line}"
-    if "" in row or None in row.values():
-        raise ExamplesError(f"{where}: it has not as many columns as line 1")
-    sequence, label = row["sequence"].strip().upper(), row["label"].strip()
+    sequence, label = row["sequence"].strip().upper().removesuffix("*"), row["label"].strip()
     for column, value in (("sequence", sequence), ("label", label)):
         if not value:
             raise ExamplesError(f"{where}: {column} is empty")
@@ -155,8 +158,12 @@ def _ranks(x: torch.Tensor) -> torch.Tensor:
 
 def _values(task: str, level: str, example: Example) -> list:
     """An example's labels: names of classes, or numbers."""
+    if task == "classification" and level == "sequence":
+        if example.label.lower() in _MISSING:
+            raise ExamplesError(f"{example.name}: label is {example.label!r}, which is no class; leave the row out")
+        return [example.label]
     if task == "classification":
-        return [example.label] if level == "sequence" else list(example.label)
+        return list(example.label)
     words = [example.label] if level == "sequence" else example.label.split()
     try:
         values = [float(word) for word in words]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Settings:
         for name in ("epochs", "patience", "rank", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; give a number above 0")
 
 
 class Predictor(nn.Module):
@@ -100,7 +103,20 @@ class Predictor(nn.Module):
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         with atomic(folder / _HEAD, durable=False) as temporary:
             save_file(head, temporary)
-        (folder / _ABOUT).write_text(json.dumps({"targets": asdict(self.targets)} | (about or {}), indent=1) + "\n")
+        with atomic(folder / _ABOUT, durable=False) as temporary:
+            temporary.write_text(json.dumps({"targets": asdict(self.targets)} | (about or {}), indent=1) + "\n")
+
+
+def written(folder: str | Path) -> list[Path]:
+    """The files that `Predictor.save` would replace there. Raises OSError where it could write none."""
+    folder = Path(folder)
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {folder.parent} does not exist; make it first")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give a folder for the predictor")
+    if not os.access(folder if folder.is_dir() else folder.absolute().parent, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to")
+    return [folder / name for name in (_MODEL, _HEAD, _ABOUT) if os.path.lexists(folder / name)]
 
 
 def load_predictor(folder: str | Path) -> Predictor:
@@ -149,7 +165,8 @@ class _Run:
                 esm.embed_tokens.requires_grad_(True)
         self.frozen: dict[int, torch.Tensor] = {}  # features that never change
         trained = [p for p in self.predictor.parameters() if p.requires_grad]
-        rate = settings.learning_rate or LEARNING_RATES[settings.trained]
+        own = settings.learning_rate
+        rate = LEARNING_RATES[settings.trained] if own is None else own
         self.optimizer = torch.optim.Adam(trained, lr=rate)
         self.generator = np.random.default_rng(settings.seed)
 

@@ -1,10 +1,15 @@
 """Fine-tuning: labels, heads, adapters, early stopping, and the predictor that is saved."""
 
+import contextlib
+import gzip
 import json
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import esm_fast
 from esm_fast.cli import main
@@ -192,6 +197,80 @@ def test_a_bad_label_is_refused_by_name(esm, task, level, label, problem):
     given = examples(LABELS[task, level]) + [Example("bad", "MKT", label, "valid")]
     with pytest.raises(ExamplesError, match=problem):
         finetune(esm, given, Settings(task, level))
+
+
+ROWS = [(s, str(i % 7)) for i, s in enumerate(proteins(40))]
+PLAIN = "sequence,label\n" + "".join(f"{s},{label}\n" for s, label in ROWS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        PLAIN.encode("utf-8-sig"),
+        PLAIN.encode("utf-16"),
+        gzip.compress(PLAIN.encode()),
+        PLAIN.replace("\n", "\r\n").encode(),
+        PLAIN.replace(",", ";").encode(),
+        PLAIN.replace(",", "*,").replace("sequence*", "sequence").encode(),
+        PLAIN.replace("\n", "\n\n").encode(),
+        ("," + PLAIN.replace("\n", "\n0,").removesuffix("0,")).encode(),
+        "".join(f'"{c.replace(",", chr(34) + "," + chr(34))}"\n' for c in PLAIN.splitlines()).encode(),
+    ],
+    ids=["byte-order mark", "UTF-16", "gz", "CRLF", "semicolons", "stops", "empty lines", "pandas' index", "quotes"],
+)
+def test_tables_as_programs_write_them(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    assert [(e.sequence, e.label) for e in read_examples(tmp_path / "t.csv")] == ROWS
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"sequence,label\nMKT,\xe9\n", "t.csv: line 2 is not UTF-8"),
+        (b'sequence,label\nMKT,1\n"5-NT,2\nMKV,3\n', "t.csv: line 3: a quote that opens there is never closed"),
+        (b"sequence,label\nMKT,1\0\n", "t.csv: line 2 holds a NUL"),
+        (b"sequence,sequence,label\nM,M,1\n", "t.csv: line 1 names the column 'sequence' twice"),
+        (b"", "t.csv: line 1 is empty"),
+        (b"sequence,label\n", "t.csv has no rows"),
+        (gzip.compress(PLAIN.encode())[:-20], "t.csv: "),
+    ],
+)
+def test_damaged_tables_are_refused_by_file_and_line(tmp_path, content, problem):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ExamplesError, match=problem):
+        read_examples(tmp_path / "t.csv")
+
+
+@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=300) | st.text(alphabet='sequencelab,\t;"\n\r x\0é', max_size=120).map(str.encode))
+def test_any_bytes_as_a_table_are_read_or_refused_by_name(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with contextlib.suppress(ExamplesError):
+        read_examples(tmp_path / "t.csv")
+
+
+def test_a_class_is_never_missing(esm):
+    for missing in ("nan", "NaN", "NA", "None"):
+        given = examples(LABELS["classification", "sequence"]) + [Example("bad", "MKT", missing, "train")]
+        with pytest.raises(ExamplesError, match=f"bad: label is '{missing}', which is no class"):
+            finetune(esm, given, Settings("classification"))
+
+
+def test_an_output_is_looked_at_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    """A file, a folder that holds another predictor or model, no parent: refused at once, and kept."""
+    monkeypatch.setattr("esm_fast.train.finetune.finetune", lambda *_: pytest.fail("it was trained"))
+    path = table(tmp_path, PLAIN)
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("precious")
+    for output, problem in (("file", "is a file"), ("mine", "--force"), ("no/where", "does not exist")):
+        assert main(["finetune", str(path), "-o", str(tmp_path / output), "--task", "regression"]) == 1
+        assert problem in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "keep" and (
+        tmp_path / "mine" / "model.safetensors"
+    ).read_text() == "precious"
+    assert main(["finetune", str(path), "-o", str(tmp_path / "o"), "--task", "regression", "--learning-rate", "0"]) == 1
+    assert "learning_rate is 0.0; give a number above 0" in capsys.readouterr().err
 
 
 def test_bad_sequences_are_refused_by_name(esm):
