@@ -8,21 +8,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .models.esm1 import CONFIGS
+from .models import family
+from .models.family import canonical_name
 
-FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
-ALIASES = {"facebook/esm-1b": "esm1b_t33_650M_UR50S", "esm1v_t33_650M_UR90S": "esm1v_t33_650M_UR90S_1"}
+__all__ = ["cached", "canonical_name", "fetch", "is_published", "published_names", "resolve"]
 _CHUNK = 1 << 20
-
-
-def canonical_name(name: str) -> str:
-    """'facebook/esm-1b', 'facebook/esm1b_t33_650M_UR50S' ... -> fair-esm's name; anything else is returned as it is."""
-    return ALIASES.get(name, name.removeprefix("facebook/") if name.startswith("facebook/esm1") else name)
 
 
 def published_names() -> list[str]:
     """fair-esm's, and the small one in this package."""
-    return list(CONFIGS)
+    return list(family.published())
 
 
 def is_published(name: str | Path) -> bool:
@@ -55,7 +50,10 @@ def cached(name: str) -> Path | None:
     file = torch_hub_folder() / f"{name}.pt"
     if file.exists():
         return file
-    for repository in (f"facebook/{name}", *(alias for alias, of in ALIASES.items() if of == name and "/" in alias)):
+    for repository in (
+        f"facebook/{name}",
+        *(alias for alias, of in family.aliases().items() if of == name and "/" in alias),
+    ):
         for snapshot in sorted(hf_cache_folder().glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
             if (snapshot / "config.json").exists() and any(snapshot.glob("*model*")):
                 return snapshot
@@ -108,10 +106,7 @@ def _copy(reply, part: Path, mode: str, name: str, start: int, total: int) -> No
 
 def _download(name: str) -> Path:
     target = torch_hub_folder() / f"{name}.pt"
-    files = [(f"{FAIR_ESM_URL}/models/{name}.pt", target)]
-    if name.startswith("esm1b"):  # ESM-1v was published without a contact regression
-        side = f"{name}-contact-regression.pt"
-        files.insert(0, (f"{FAIR_ESM_URL}/regression/{side}", target.with_name(side)))
+    files = [(url, target.with_name(file)) for url, file in family.of_name(name).downloads(name)]
     try:
         for url, file in files:
             if not file.exists():

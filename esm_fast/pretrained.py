@@ -1,7 +1,7 @@
 """fair-esm's `esm.pretrained`: one function a published model, each returning (model, alphabet)."""
 
-from .hub import ALIASES, published_names
 from .inference.load import load
+from .models.family import aliases, published
 
 
 def load_model_and_alphabet(model_name):
@@ -13,7 +13,7 @@ load_model_and_alphabet_hub = load_model_and_alphabet_local = load_model_and_alp
 
 
 def __getattr__(name: str):
-    if name not in published_names() and name not in ALIASES:
+    if name not in published() and name not in aliases():
         raise AttributeError(f"esm_fast.pretrained has no {name!r}; it has {', '.join(__all__)}")
 
     def function():
@@ -28,4 +28,4 @@ def __dir__():
     return __all__
 
 
-__all__ = ["load_model_and_alphabet", *published_names(), *(alias for alias in ALIASES if "/" not in alias)]
+__all__ = ["load_model_and_alphabet", *published(), *(alias for alias in aliases() if "/" not in alias)]

@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> None:
 def _config(name: str):
     """The sizes of a model; of a published one without its file."""
     from .. import hub, weights
-    from ..models.esm1 import CONFIGS
+    from ..models.family import published
 
     known = name.removeprefix("random:").partition(":")[0]
     if hub.is_published(known) or name.startswith("random:"):
         known = hub.canonical_name(known)
-        if known not in CONFIGS:
-            raise InputError(f"{name!r} is no model; choose one of {', '.join(CONFIGS)}")
-        return CONFIGS[known]
+        if known not in published():
+            raise InputError(f"{name!r} is no model; choose one of {', '.join(published())}")
+        return published()[known]
     return weights.read(hub.resolve(name)).config
 
 

@@ -8,6 +8,7 @@ import importlib
 
 from torch import nn
 
+from ..models.family import families, titles
 from ..ops.registry import require_backend
 from .shared import PackedEncoder, examine
 
@@ -15,20 +16,22 @@ from .shared import PackedEncoder, examine
 _FACES = {
     ("transformers.models.esm.modeling_esm", "EsmModel"): ("hf", "EsmModel"),
     ("transformers.models.esm.modeling_esm", "EsmForMaskedLM"): ("hf", "EsmForMaskedLM"),
-    ("esm.model.esm1", "ProteinBertModel"): ("fair_esm_host", "ProteinBertModel"),
 }
+for _family in families().values():
+    _module, _, _name = _family.fair_esm_class.partition(":")
+    _FACES[_module, _name] = "fair_esm_host", _name
 _OTHER_FAMILIES = {"ESM2": "ESM-2", "MSATransformer": "the MSA transformer", "GVPTransformerModel": "ESM-IF1"}
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> nn.Module:
-    """Makes every ESM-1b or ESM-1v inside a model compute packed, without padding. The weights stay where they are.
+    """Makes every encoder inside a model compute packed, without padding. The weights stay where they are.
 
     Undone by `unaccelerate`. Where attention_mask is 0 (or, for fair-esm, at <pad>) hidden states are 0, so give such
     tokens the label -100. A call that cannot run packed runs on the original code, and a warning says why.
 
     Args:
         model: transformers' EsmModel, or any module that holds one (EsmForMaskedLM, EsmForSequenceClassification,
-            EsmForTokenClassification, your own); or fair-esm's ProteinBertModel, or any module that holds one.
+            EsmForTokenClassification, your own); or fair-esm's model, or any module that holds one.
         backend: name of the backend for every op it implements, or None for the best one that can run.
 
     Returns:
@@ -83,7 +86,8 @@ def _face(kind: type) -> type | None:
 def _no_encoder(model: nn.Module) -> str:
     names = {type(module).__name__ for module in model.modules()}
     others = " and ".join(sorted(_OTHER_FAMILIES[name] for name in names & _OTHER_FAMILIES.keys()))
+    classes = " or ".join(family.fair_esm_class.rpartition(":")[2] for family in families().values())
     return (
-        f"accelerate needs an ESM-1b or ESM-1v: transformers' EsmModel, fair-esm's ProteinBertModel, or a module that "
+        f"accelerate needs one of {titles()}: transformers' EsmModel, fair-esm's {classes}, or a module that "
         f"holds one; {type(model).__name__} holds {others or 'none'}"
     )

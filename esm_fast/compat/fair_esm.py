@@ -1,18 +1,19 @@
-"""fair-esm's face of the model: padded token batches in, a dictionary out. Padding exists only in this file's edges."""
+"""fair-esm's API of the models: padded token batches in, a dictionary out. Padding exists only in this file's edges.
 
-from argparse import Namespace
+Each family has a class here with fair-esm's name for it, such as `ProteinBertModel`; `api_class` gives it.
+"""
 
 import torch
 
 from .. import ops
 from ..alphabet import EOS, TOKENS, Alphabet
-from ..models.esm1 import ESM1, Config
+from ..models.family import Config, families, of_config
 from ..sequences.batching import PackedBatch, pack_padded
 from ..sequences.fasta import read_fasta
 
 
-class ProteinBertModel(ESM1):
-    """ESM-1b / ESM-1v as `esm.pretrained` returns it, computing on the packed tokens only.
+class _Padded:
+    """A model as `esm.pretrained` returns it, computing on the packed tokens only.
 
     Differences from fair-esm, all on rows that hold no data: representations and logits of padded rows are 0.
     """
@@ -20,7 +21,8 @@ class ProteinBertModel(ESM1):
     def __init__(self, config: Config, *, backend: str | None = None):
         super().__init__(config, backend=backend)
         self.alphabet = Alphabet.from_architecture("ESM-1b")
-        self.args = Namespace(arch="roberta_large", **vars(config))
+        for name, value in of_config(config).fair_esm_attributes(config).items():
+            setattr(self, name, value)
         self.alphabet_size = len(self.alphabet)
         for name in ("padding_idx", "mask_idx", "cls_idx", "eos_idx", "prepend_bos", "append_eos"):
             setattr(self, name, getattr(self.alphabet, name))
@@ -33,7 +35,7 @@ class ProteinBertModel(ESM1):
         """Runs a padded batch.
 
         Args:
-            tokens: (B, T) integers, padded with <pad>, T <= 1024 for ESM-1b.
+            tokens: (B, T) integers, padded with <pad>, within the length that the model takes.
             repr_layers: layers to return, 0 to num_layers; numbers outside are ignored, as fair-esm does.
             need_head_weights: return all attention maps. return_contacts: return contact probabilities, streamed over
                 the heads: the maps themselves are only stored (and returned) with need_head_weights.
@@ -45,7 +47,7 @@ class ProteinBertModel(ESM1):
         Raises:
             ValueError: tokens of wrong shape, type, length or value; contacts asked of a model without a regression.
         """
-        check_tokens(tokens, self.config.max_positions)
+        check_tokens(tokens, self.config.max_residues)
         tokens = tokens.to(self.device)
         batch, rows = pack_padded(tokens)
         layers = {layer for layer in repr_layers if 0 <= layer <= self.num_layers}
@@ -76,14 +78,27 @@ class ProteinBertModel(ESM1):
         return self(tokens, return_contacts=True)["contacts"]
 
 
-def check_tokens(tokens: torch.Tensor, max_positions: int) -> None:
-    """Raises ValueError for tokens no ESM-1b takes: on a GPU a bad index would only show as a device assertion."""
+def _make(name: str, model: type) -> type:
+    made = type(name, (_Padded, model), {"__doc__": _Padded.__doc__, "__module__": __name__})
+    return globals().setdefault(name, made)  # where pickle looks for it
+
+
+_CLASSES = {f.config: _make(f.fair_esm_class.rpartition(":")[2], f.model) for f in families().values()}
+
+
+def api_class(config: Config) -> type:
+    """The class, with fair-esm's API, of a model of these sizes."""
+    return _CLASSES[type(config)]
+
+
+def check_tokens(tokens: torch.Tensor, max_residues: int | None) -> None:
+    """Raises ValueError for tokens no model takes: on a GPU a bad index would only show as a device assertion."""
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be (batch, length) integers, got {tuple(tokens.shape)} {tokens.dtype}")
-    if tokens.shape[1] > max_positions:
+    if max_residues is not None and tokens.shape[1] > max_residues + 2:
         raise ValueError(
-            f"Sequence length {tokens.shape[1]} above maximum  sequence length of {max_positions}: a protein may have "
-            f"{max_positions - 2} residues; give truncation_seq_length to the batch converter, or use esm_fast.embed"
+            f"Sequence length {tokens.shape[1]} above maximum  sequence length of {max_residues + 2}: a protein may "
+            f"have {max_residues} residues; give truncation_seq_length to the batch converter, or use esm_fast.embed"
         )
     if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= len(TOKENS)):
         raise ValueError(f"token ids must be 0 to {len(TOKENS) - 1}, got {int(tokens.min())} to {int(tokens.max())}")

@@ -1,13 +1,14 @@
-"""fair-esm's own ProteinBertModel (ESM-1b, ESM-1v) computing packed; see `accelerate`. Needs the package fair-esm."""
+"""fair-esm's own models computing packed; see `accelerate`. Needs the package fair-esm."""
+
+import importlib
 
 from esm import modules as theirs
-from esm.model import esm1
 from esm.multihead_attention import MultiheadAttention
 from torch import nn
 
 from ..alphabet import EOS
-from ..models.esm1 import Config
-from .shared import Layout, NotPackable, PackedEncoder, Part, check_embeddings, same_heads, warn_not_packed
+from ..models.family import Family, families
+from .shared import Layout, NotPackable, PackedEncoder, Part, check_tokens, same_heads, warn_not_packed
 
 
 def _same(path: str, kind: type[nn.Module], **options) -> Part:
@@ -15,31 +16,33 @@ def _same(path: str, kind: type[nn.Module], **options) -> Part:
     return Part(path, kind, path, **options)
 
 
-def _describe(host, top, layers) -> Config:
-    tokens, positions = top["embed_tokens"], top["embed_positions"]
-    token_dropout = bool(getattr(host.args, "token_dropout", False))
-    check_embeddings(tokens, positions, token_dropout, host.mask_idx)
+def _family_of(host) -> Family:
+    kinds = [f"{kind.__module__}:{kind.__name__}" for kind in type(host).__mro__]
+    return next(family for family in families().values() if family.fair_esm_class in kinds)
+
+
+def _describe(host, top, layers) -> dict:
+    tokens = top["embed_tokens"]
+    token_dropout = bool(getattr(getattr(host, "args", host), "token_dropout", False))
+    check_tokens(tokens, token_dropout, host.mask_idx)
     contacts = top["contact_head"]
     if not (contacts.prepend_bos and contacts.append_eos and contacts.eos_idx == EOS):
         raise NotPackable("its alphabet has no <cls> or no <eos>")
-    return Config(
+    return dict(
         layers=len(layers),
         embed_dim=tokens.embedding_dim,
         ffn_embed_dim=layers[0]["fc1"].out_features,
         attention_heads=same_heads([layer["self_attn"].num_heads for layer in layers]),
-        max_positions=positions.max_positions,
         token_dropout=token_dropout,
-        emb_layer_norm_before="emb_layer_norm_before" in top,
-        layer_norm_eps=(top.get("emb_layer_norm_before") or top["emb_layer_norm_after"]).eps,
+        layer_norm_eps=top["emb_layer_norm_after"].eps,
     )
 
 
 _NORM = theirs.ESM1bLayerNorm  # apex's where apex is installed, else torch's
 LAYOUT = Layout(
+    package="fair-esm",
     top=(
         _same("embed_tokens", nn.Embedding),
-        _same("embed_positions", theirs.LearnedPositionalEmbedding),
-        _same("emb_layer_norm_before", _NORM, optional=True),
         _same("emb_layer_norm_after", _NORM),
         _same("lm_head", theirs.RobertaLMHead),
         _same("lm_head.dense", nn.Linear),
@@ -58,11 +61,12 @@ LAYOUT = Layout(
         _same("fc2", nn.Linear),
         _same("final_layer_norm", _NORM),
     ),
+    family_of=_family_of,
     describe=_describe,
 )
 
 
-class ProteinBertModel(PackedEncoder, esm1.ProteinBertModel):
+class _Packed(PackedEncoder):
     """fair-esm's class with another forward: same parameters, same arguments, same dictionary.
 
     Rows of padding hold 0, where fair-esm leaves what it computed for them.
@@ -77,3 +81,14 @@ class ProteinBertModel(PackedEncoder, esm1.ProteinBertModel):
             warn_not_packed(reason)
             return super().forward(tokens, repr_layers, need_head_weights, return_contacts)
         return model(tokens, repr_layers, need_head_weights, return_contacts)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Our subclass of the class of fair-esm's with this name, made when it is first asked for."""
+    for family in families().values():
+        module, _, kind = family.fair_esm_class.partition(":")
+        if kind == name:
+            original = getattr(importlib.import_module(module), name)
+            names = {"__doc__": _Packed.__doc__, "__module__": __name__}
+            return globals().setdefault(name, type(name, (_Packed, original), names))
+    raise AttributeError(f"{__name__} has no {name!r}")

@@ -1,7 +1,7 @@
 """Hugging Face's face: transformers' ESM classes with another forward, computing only the tokens that are there.
 
 Parameters, state_dict, configuration, save_pretrained and outputs are transformers' own. What cannot run packed (see
-`shared`; also ESM-2, decoders, 4-D masks, cross-attention) runs on transformers' code, and a warning says why.
+`shared`; also decoders, 4-D masks, cross-attention) runs on transformers' code, and a warning says why.
 
 Where attention_mask is 0, hidden states, attentions and logits are 0; transformers leaves there what it computed for
 padding.
@@ -18,7 +18,8 @@ from transformers.utils import can_return_tuple
 
 from .. import hub, ops, weights
 from ..alphabet import MASK, PAD, TOKENS
-from ..models.esm1 import ESM1, Config, Outputs
+from ..models.encoder import Encoder, Outputs
+from ..models.family import of_config
 from .fair_esm import contact_tokens, pad_attentions, pad_contacts, pad_rows
 from .hf_host import HEAD, LAYOUT, PackedInput, pack_input
 from .hf_tokenizer import EsmTokenizer
@@ -33,7 +34,7 @@ class _Run:
     """What the encoder computed, still packed; the properties are padded and in the model's dtype."""
 
     input: PackedInput
-    model: ESM1
+    model: Encoder
     out: Outputs
     selected: set[int] | None  # the hidden states asked for
 
@@ -82,9 +83,8 @@ class _Pretrained:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers' method, and besides its folders and names it takes a published name of ESM-1b or ESM-1v
-        ("facebook/esm-1b", "esm1v_t33_650M_UR90S_1"), found in the torch-hub or Hugging Face cache or downloaded; a
-        fair-esm .pt file; and a file written by `esm-fast convert`.
+        """As transformers' method, and besides its folders and names it takes fair-esm's name of a published model,
+        found in the torch-hub or Hugging Face cache or downloaded; a fair-esm .pt file; and one of `esm-fast convert`.
 
         Raises:
             FileNotFoundError, weights.CheckpointError: see `esm_fast.load`. OSError: see transformers.
@@ -96,7 +96,7 @@ class _Pretrained:
         if path is None or not path.is_file():
             return super().from_pretrained(path if path and path.is_dir() else name, *args, **kwargs)
         checkpoint = weights.read(path).unpacked()
-        fields = _hf_config(checkpoint.config)
+        fields = of_config(checkpoint.config).hf_config(checkpoint.config)
         config, kwargs = transformers.EsmConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
         tensors = _hf_tensors(cls, config, checkpoint)
         model = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
@@ -303,31 +303,11 @@ def _require_labels_attended(labels, rows) -> None:
         raise NotPackable("there are labels where attention_mask is 0; they should be -100, as padding has no residue")
 
 
-def _hf_config(config: Config) -> dict:
-    """Our sizes as the fields of an EsmConfig."""
-    return dict(
-        vocab_size=len(TOKENS),
-        mask_token_id=MASK,
-        pad_token_id=PAD,
-        hidden_size=config.embed_dim,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.attention_heads,
-        intermediate_size=config.ffn_embed_dim,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=config.max_positions + PAD + 1,
-        layer_norm_eps=config.layer_norm_eps,
-        position_embedding_type="absolute",
-        emb_layer_norm_before=config.emb_layer_norm_before,
-        token_dropout=config.token_dropout,
-    )
-
-
 def _hf_tensors(cls, config, checkpoint: weights.Checkpoint) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, checked, under the names transformers gives them in a model of class cls."""
     tensors = weights.build(checkpoint).state_dict()
     with torch.device("meta"):
-        names = {key: weights.from_hf_key(key) for key in cls(config).state_dict()}
+        names = {key: of_config(checkpoint.config).from_hf_key(key) for key in cls(config).state_dict()}
     if issubclass(cls, EsmForMaskedLM) and "lm_head.bias" not in tensors:
         raise weights.CheckpointError(f"{checkpoint.source} has no language-model head; load it with EsmModel")
     names.pop("lm_head.decoder.weight", None)  # transformers ties it to the embeddings
@@ -337,7 +317,17 @@ def _hf_tensors(cls, config, checkpoint: weights.Checkpoint) -> dict[str, torch.
 # transformers notes the outputs it can capture when a class is first built. An encoder that only becomes an EsmModel,
 # in EsmForMaskedLM or by `accelerate`, must find that note when transformers' own code runs.
 with torch.device("meta"):
-    EsmModel(transformers.EsmConfig(**_hf_config(Config(1, 1, 1, 1))))
+    EsmModel(
+        transformers.EsmConfig(
+            vocab_size=len(TOKENS),
+            mask_token_id=MASK,
+            pad_token_id=PAD,
+            hidden_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=1,
+        )
+    )
 
 # The model card's spelling.
 ESMForMaskedLM = EsmForMaskedLM

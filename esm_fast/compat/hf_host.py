@@ -7,39 +7,44 @@ from torch import nn
 from transformers.models.esm import modeling_esm as theirs
 
 from .. import ops
-from ..alphabet import EOS, MASK, PAD, X
-from ..models.esm1 import ESM1, Config
+from ..alphabet import EOS, MASK, X
+from ..models.encoder import Encoder
+from ..models.family import Family, families, titles
 from ..ops.common import accumulate_dtype
 from ..ops.embedding import KEPT_IN_TRAINING
 from ..sequences.batching import PackedBatch, pack_padded
-from .shared import Layout, NotPackable, Part, check_embeddings, same_heads
+from .shared import Layout, NotPackable, Part, check_tokens, same_heads
 
 
-def _describe(esm, top, layers) -> Config:
-    embeddings = top["embeddings"]
-    _require_encoder(esm.config, embeddings.position_embedding_type)
-    tokens, positions = top["embeddings.word_embeddings"], top["embeddings.position_embeddings"]
-    check_embeddings(tokens, positions, bool(embeddings.token_dropout), embeddings.mask_token_id)
+def _family_of(esm) -> Family:
+    # Of the module, whose class `find` has not checked yet, rather than of the configuration, which may be edited.
+    positions = getattr(esm._modules.get("embeddings"), "position_embedding_type", None)
+    for family in families().values():
+        if family.reads_hf({"position_embedding_type": positions}):
+            return family
+    raise NotPackable(f"its positions are {positions}; esm_fast runs {titles()}")
+
+
+def _describe(esm, top, layers) -> dict:
+    embeddings, tokens = top["embeddings"], top["embeddings.word_embeddings"]
+    _require_encoder(esm.config)
+    check_tokens(tokens, bool(embeddings.token_dropout), embeddings.mask_token_id)
     if top["contact_head"].eos_idx != EOS:
-        raise NotPackable(f"its <eos> token is {top['contact_head'].eos_idx}, in ESM-1b it is {EOS}")
-    return Config(
+        raise NotPackable(f"its <eos> token is {top['contact_head'].eos_idx}; in the models esm_fast knows it is {EOS}")
+    return dict(
         layers=len(layers),
         embed_dim=tokens.embedding_dim,
         ffn_embed_dim=layers[0]["intermediate.dense"].out_features if layers else 0,
         attention_heads=same_heads([layer["attention.self"].num_attention_heads for layer in layers]),
-        max_positions=positions.num_embeddings - PAD - 1,
         token_dropout=bool(embeddings.token_dropout),
-        emb_layer_norm_before="embeddings.layer_norm" in top,
-        layer_norm_eps=(top.get("embeddings.layer_norm") or top["encoder.emb_layer_norm_after"]).eps,
+        layer_norm_eps=top["encoder.emb_layer_norm_after"].eps,
     )
 
 
-def _require_encoder(config, positions: str) -> None:
-    if positions != "absolute":
-        raise NotPackable(f"its positions are {positions} (ESM-2's are rotary); esm_fast runs ESM-1b and ESM-1v")
+def _require_encoder(config) -> None:
     for name in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, name, False):
-            raise NotPackable(f"its configuration says {name}; ESM-1b is an encoder")
+            raise NotPackable(f"its configuration says {name}; esm_fast runs encoders")
 
 
 def _require_ready(layers) -> None:
@@ -52,12 +57,10 @@ def _require_ready(layers) -> None:
 
 
 LAYOUT = Layout(
+    package="transformers",
     top=(
         Part("embeddings", theirs.EsmEmbeddings),
         Part("embeddings.word_embeddings", nn.Embedding, "embed_tokens"),
-        # ESM-2 has none: `_require_encoder` says it better than "missing" would.
-        Part("embeddings.position_embeddings", nn.Embedding, "embed_positions", optional=True),
-        Part("embeddings.layer_norm", nn.LayerNorm, "emb_layer_norm_before", optional=True),
         Part("encoder", theirs.EsmEncoder),
         Part("encoder.layer", nn.ModuleList),
         Part("encoder.emb_layer_norm_after", nn.LayerNorm, "emb_layer_norm_after"),
@@ -83,6 +86,7 @@ LAYOUT = Layout(
         Part("output.dense", nn.Linear, "fc2"),
         Part("output.dropout", nn.Dropout),
     ),
+    family_of=_family_of,
     describe=_describe,
     require_ready=_require_ready,
 )
@@ -105,7 +109,7 @@ class PackedInput:
     embedded: torch.Tensor | None
 
 
-def pack_input(model: ESM1, input_ids, attention_mask, position_ids, inputs_embeds) -> PackedInput:
+def pack_input(model: Encoder, input_ids, attention_mask, position_ids, inputs_embeds) -> PackedInput:
     """Packs what attention_mask keeps: everything without a mask, padding included, as transformers does."""
     wide = accumulate_dtype(model.dtype)
     tokens = _tokens(input_ids, inputs_embeds).to(model.device)
@@ -119,7 +123,8 @@ def pack_input(model: ESM1, input_ids, attention_mask, position_ids, inputs_embe
         positions = position_ids.to(model.device).expand(shape).flatten()[rows]
         batch = replace(batch, positions=positions.int())
     _check_range("input_ids", batch.tokens, model.embed_tokens.weight.shape[0])
-    _check_range("positions", batch.positions, model.embed_positions.weight.shape[0])
+    if model.position_rows is not None:
+        _check_range("positions", batch.positions, model.position_rows)
     # transformers counts the <mask> tokens of the whole row, also those that attention_mask leaves out.
     masked = (tokens == MASK).sum(1).float() / keep.sum(1)
     return PackedInput(batch, rows, shape, KEPT_IN_TRAINING / (1 - masked).to(wide), None)

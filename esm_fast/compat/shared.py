@@ -1,4 +1,4 @@
-"""Another package's ESM-1b, computed by ours: a shadow model made of the host's own parameters.
+"""Another package's model, computed by ours: a shadow model made of the host's own parameters.
 
 The shadow owns no tensor. Before every forward the host is walked and its parameters are handed to the shadow by
 reference, so .to(), .half(), load_state_dict, replaced weights and cut layers are all seen. A host that is not exactly
@@ -6,8 +6,9 @@ what its layout says (a LoRA layer, a hook, active dropout, another position emb
 the user put into the model is passed over. The walk takes about a millisecond for 33 layers.
 """
 
+import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from ..alphabet import MASK, PAD
-from ..models.esm1 import Config
-from .fair_esm import ProteinBertModel
+from ..models.encoder import Encoder
+from ..models.family import Config, Family, of_config
+from .fair_esm import api_class
 
 
 class NotPackable(ValueError):
@@ -47,15 +49,30 @@ class Part(NamedTuple):
 class Layout:
     """How a host is built: parts of the whole, and parts of each module in the list at `layers`.
 
-    describe(host, top, layers) gets the modules by path ({path: module}, and one such dictionary a layer) and returns
-    the sizes, or raises NotPackable. require_ready(layers) raises it for what may change from call to call.
+    package: the host's, by which the families name the parts of their own. family_of(host) tells the family, or raises
+    NotPackable. describe(host, top, layers) gets the modules by path ({path: module}, and one such dictionary a layer)
+    and returns the sizes that all families have, as `Family.describe` takes them, or raises NotPackable.
+    require_ready(layers) raises it for what may change from call to call.
     """
 
+    package: str
     top: tuple[Part, ...]
     layers: str
     per_layer: tuple[Part, ...]
-    describe: Callable[[nn.Module, dict, list[dict]], Config]
+    family_of: Callable[[nn.Module], Family]
+    describe: Callable[[nn.Module, dict, list[dict]], dict]
     require_ready: Callable[[list[dict]], None] = lambda layers: None
+
+    def own(self, family: Family) -> tuple[Part, ...]:
+        """The parts that the family has besides `top`."""
+        return tuple(
+            Part(path, _named(kind), ours, optional) for path, kind, ours, optional in family.parts[self.package]
+        )
+
+
+def _named(kind: str) -> type[nn.Module]:
+    module, _, name = kind.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def find(root: nn.Module, parts: tuple[Part, ...], where: str = "") -> dict[str, nn.Module]:
@@ -100,11 +117,15 @@ def examine(host: nn.Module, layout: Layout) -> tuple[Config, dict, list[dict]]:
     """The sizes of a host, and its modules as `Layout.describe` gets them.
 
     Raises:
-        NotPackable: the host is no ESM-1b or ESM-1v, or was changed in a way ours does not know.
+        NotPackable: the host is of no family that we have, or was changed in a way ours does not know.
     """
-    top = find(host, layout.top)
+    family = layout.family_of(host)
+    own = layout.own(family)
+    top = find(host, layout.top[:1] + own + layout.top[1:])
     layers = [find(layer, layout.per_layer, f"{layout.layers}.{i}.") for i, layer in enumerate(top[layout.layers])]
-    return layout.describe(host, top, layers), top, layers
+    parts = {part.ours: top[part.path] for part in own if part.path in top}
+    check_tables([module for module in parts.values() if isinstance(module, nn.Embedding)])
+    return family.describe(layout.describe(host, top, layers), parts), top, layers
 
 
 class PackedEncoder:
@@ -113,7 +134,7 @@ class PackedEncoder:
     esm_fast_layout: Layout
     esm_fast_backend: str | None = None
 
-    def esm_fast_shadow(self) -> ProteinBertModel:
+    def esm_fast_shadow(self) -> Encoder:
         """Our model over the parameters as they are now; NotPackable as `examine`, or if the host is not ready."""
         layout = self.esm_fast_layout
         config, top, layers = examine(self, layout)
@@ -133,8 +154,8 @@ class _Shadow:
 
     def __init__(self, config: Config, layout: Layout):
         with torch.device("meta"):
-            self.model = ProteinBertModel(config)
-        self.top = self._targets(self.model, layout.top)
+            self.model = api_class(config)(config)
+        self.top = self._targets(self.model, layout.top + layout.own(of_config(config)))
         self.layers = [self._targets(layer, layout.per_layer) for layer in self.model.layers]
 
     @staticmethod
@@ -158,15 +179,19 @@ class _Shadow:
 _SHADOWS: "WeakKeyDictionary[nn.Module, _Shadow]" = WeakKeyDictionary()
 
 
-def check_embeddings(tokens: nn.Embedding, positions: nn.Embedding, token_dropout: bool, mask: int | None) -> None:
-    """NotPackable for tables that do more than look up, or special tokens that are not ESM-1b's."""
-    for table in (tokens, positions):
+def check_tables(tables: Sequence[nn.Embedding]) -> None:
+    """NotPackable for tables that do more than look up."""
+    for table in tables:
         if table.padding_idx != PAD or table.max_norm is not None:
-            raise NotPackable(
-                f"an embedding has padding_idx {table.padding_idx}, max_norm {table.max_norm}; ESM-1b has {PAD}, None"
-            )
+            found = f"padding_idx {table.padding_idx}, max_norm {table.max_norm}"
+            raise NotPackable(f"an embedding has {found}; esm_fast knows {PAD}, None")
+
+
+def check_tokens(table: nn.Embedding, token_dropout: bool, mask: int | None) -> None:
+    """NotPackable for a table of tokens that is not as all families have it."""
+    check_tables([table])
     if token_dropout and mask != MASK:
-        raise NotPackable(f"its <mask> token is {mask}, in ESM-1b it is {MASK}")
+        raise NotPackable(f"its <mask> token is {mask}; in the models that esm_fast knows it is {MASK}")
 
 
 def same_heads(counts: list[int]) -> int:

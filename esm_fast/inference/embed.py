@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..models.esm1 import ESM1
+from ..models.encoder import Encoder
 from ..sequences.fasta import Records, read_fasta, records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from .stream import POOLS, Output, run
@@ -15,7 +15,7 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 def embed(
-    model: ESM1,
+    model: Encoder,
     sequences,
     *,
     layers=(-1,),
@@ -61,18 +61,18 @@ def embed(
     return _embed(model, tokens, wanted, pool, budget)
 
 
-def _embed(model: ESM1, tokens: Iterable[Tokens], layers: list[int], pool: str, budget: int):
+def _embed(model: Encoder, tokens: Iterable[Tokens], layers: list[int], pool: str, budget: int):
     for protein in run(model, tokens, [Output(pool, layer) for layer in layers], budget):
         arrays = dict(zip(layers, protein.arrays, strict=True))
         yield protein.label, Layers(arrays, model.config.layers)
 
 
-def layer_numbers(model: ESM1, layers: Iterable[int]) -> list[int]:
+def layer_numbers(model: Encoder, layers: Iterable[int]) -> list[int]:
     """The layers asked for, each once, ascending, negative ones counted from the last. Raises ValueError."""
     return sorted({_layer_number(layer, model.config.layers) for layer in layers})
 
 
-def token_budget(model: ESM1, batch_tokens: int | None) -> int:
+def token_budget(model: Encoder, batch_tokens: int | None) -> int:
     """batch_tokens, or the default of the model's device for None. Raises ValueError for less than 1."""
     if batch_tokens is None:
         return BATCH_TOKENS.get(model.device.type, 4096)

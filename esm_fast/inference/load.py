@@ -3,9 +3,10 @@
 import torch
 
 from .. import hub, quantized, weights
-from ..compat.fair_esm import ProteinBertModel
+from ..compat.fair_esm import api_class
 from ..memory import MappedFiles, without_values
-from ..models.esm1 import CONFIGS
+from ..models.encoder import Encoder
+from ..models.family import published
 from ..ops.registry import require_backend
 from ..packed import pack_model, why_not
 
@@ -49,7 +50,7 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
             packed = True
             _require_own_dtype(checkpoint, wanted)
             wanted = checkpoint.dtype
-        model = weights.build(checkpoint, ProteinBertModel, dtype=_around(wanted), backend=backend)
+        model = weights.build(checkpoint, api_class(checkpoint.config), dtype=_around(wanted), backend=backend)
         del checkpoint  # or it would keep what packing drops
     if device == "auto":
         anywhere = packed is not True and wanted != torch.int8
@@ -78,15 +79,16 @@ def _require_own_dtype(checkpoint: weights.Checkpoint, wanted: torch.dtype | Non
         )
 
 
-def random_model(name: str, *, backend=None) -> ProteinBertModel:
+def random_model(name: str, *, backend=None) -> Encoder:
     """'random:NAME[:seed]' -> the full architecture with seeded random weights. Its numbers mean nothing."""
     _, architecture, *rest = name.split(":")
     architecture = hub.canonical_name(architecture)
-    if architecture not in CONFIGS or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
-        raise ValueError(f"{name!r}: expected random:NAME[:seed] with NAME one of {', '.join(CONFIGS)}")
+    if architecture not in published() or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
+        raise ValueError(f"{name!r}: expected random:NAME[:seed] with NAME one of {', '.join(published())}")
     generator = torch.Generator().manual_seed(int(rest[0]) if rest else 0)
     with without_values():
-        model = ProteinBertModel(CONFIGS[architecture], backend=backend)
+        config = published()[architecture]
+        model = api_class(config)(config, backend=backend)
     model = model.to_empty(device="cpu")
     model.lm_head.weight = model.embed_tokens.weight  # to_empty gives each its own
     with torch.no_grad():
@@ -95,8 +97,7 @@ def random_model(name: str, *, backend=None) -> ProteinBertModel:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             else:
                 parameter.fill_(1.0 if "layer_norm" in key and key.endswith("weight") else 0.0)
-        for table in (model.embed_tokens, model.embed_positions):
-            table.weight[table.padding_idx] = 0
+        model.clear_padding()
     return model
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..models.esm1 import ESM1
+from ..models.encoder import Encoder
 from ..ops.common import spans
 from ..sequences.batching import pack, plan
 from ..sequences.tokenize import Tokens
@@ -37,7 +37,7 @@ class Protein(NamedTuple):
 
 
 def run(
-    model: ESM1, tokens: Iterable[Tokens], outputs: list[Output], budget: int, on_batch=lambda residues: None
+    model: Encoder, tokens: Iterable[Tokens], outputs: list[Output], budget: int, on_batch=lambda residues: None
 ) -> Iterator[Protein]:
     """Streams tokens through the model: the general form of `embed`, for writers that want several outputs at once.
 
@@ -66,7 +66,7 @@ def _groups(segments: Iterable[Segment], limit: int) -> Iterator[list[Segment]]:
         yield group
 
 
-def _run(model: ESM1, group: list[Segment], outputs: list[Output], budget: int, on_batch) -> list[list[np.ndarray]]:
+def _run(model: Encoder, group: list[Segment], outputs: list[Output], budget: int, on_batch) -> list[list[np.ndarray]]:
     """Per segment of the group, one array an output."""
     lengths = np.array([segment.length for segment in group], dtype=np.int64)
     ids, starts = _join_ids(group)
@@ -89,7 +89,7 @@ def _join_ids(group: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.inference_mode()
-def _forward(model: ESM1, batch, outputs: list[Output], segments: list[Segment]) -> list[list[np.ndarray]]:
+def _forward(model: Encoder, batch, outputs: list[Output], segments: list[Segment]) -> list[list[np.ndarray]]:
     """Per output, one array a segment."""
     bounds = spans(batch.cu_seqlens)  # from the host's copy, so that nobody waits for a GPU's
     batch = batch.to(model.device)
@@ -105,7 +105,7 @@ def _forward(model: ESM1, batch, outputs: list[Output], segments: list[Segment])
     return made
 
 
-def _pooled(model: ESM1, x, pool: str, cu_seqlens, bounds, segments: list[Segment]) -> list[np.ndarray]:
+def _pooled(model: Encoder, x, pool: str, cu_seqlens, bounds, segments: list[Segment]) -> list[np.ndarray]:
     """Per segment, (embed_dim,), or (residues, embed_dim) for per_residue. bounds: the rows of each."""
     if pool == "per_residue":
         rows = x.cpu().numpy()

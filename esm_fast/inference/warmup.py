@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..models.esm1 import ESM1, Config
+from ..models.encoder import Encoder
+from ..models.family import Config, of_config
 from ..sequences.batching import PackedBatch, pack
 
 # One sequence, several, and 16: compilers treat numbers that are 1, or multiples of 16, in ways of their own.
@@ -19,19 +20,19 @@ def steps(config: Config, *, dtype: torch.dtype, device: str, backend: str | Non
     """(what it is, a function that does it) for every use of a model of these sizes. Its weights are random, and one
     layer stands for all: they run the same kernels."""
     with torch.device(device):
-        model = ESM1(replace(config, layers=1), backend=backend).to(dtype).requires_grad_(train)
+        model = of_config(config).model(replace(config, layers=1), backend=backend).to(dtype).requires_grad_(train)
     uses = _TRAINING if train else _INFERENCE
     for name, use in uses.items():
         for count in _SEQUENCES:
             batch = _batch(count).to(device)
             yield f"{name}, {count} sequence{'s' * (count > 1)}", lambda use=use, batch=batch: _run(use, model, batch)
     size = 16
-    while size < 2 * config.max_positions:
+    while size < 2 * (config.window_residues + 2):
         yield f"attention maps of {size} tokens", lambda size=size: _softmax(model, size)
         size *= 2
 
 
-def _run(use: Callable, model: ESM1, batch: PackedBatch) -> None:
+def _run(use: Callable, model: Encoder, batch: PackedBatch) -> None:
     with torch.set_grad_enabled(any(parameter.requires_grad for parameter in model.parameters())):
         use(model, batch)
 
@@ -42,16 +43,16 @@ def _batch(count: int) -> PackedBatch:
     return pack(ids, lengths.cumsum() - lengths, lengths, np.arange(count))
 
 
-def _representations(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _representations(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     return model.forward_packed(batch, layers=(1,)).representations[1]
 
 
-def _mean(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _mean(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     x = _representations(model, batch)
     return ops.pool(x, batch.cu_seqlens, torch.ones_like(x[:, 0]), backend=model.backend).sum()
 
 
-def _padded(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _padded(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     """What the padded faces return."""
     out = model.forward_packed(batch, layers=(1,), logits=True)
     rows, size = torch.arange(len(batch.tokens), device=model.device), 2 * len(batch.tokens)
@@ -59,24 +60,24 @@ def _padded(model: ESM1, batch: PackedBatch) -> torch.Tensor:
     return sum(ops.unpack_rows(x, rows, size, backend=model.backend).sum() for x in packed)
 
 
-def _logits(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _logits(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     return model.forward_packed(batch, logits=True).logits
 
 
-def _loss(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _loss(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     rows = torch.arange(2, device=model.device)
     return model.lm_head(_representations(model, batch), rows, rows, backend=model.backend)[1]
 
 
-def _contacts(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _contacts(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     return sum(map_.sum() for map_ in model.forward_packed(batch, contacts=True).contacts)
 
 
-def _maps(model: ESM1, batch: PackedBatch) -> torch.Tensor:
+def _maps(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     return sum(maps.sum() for maps in model.forward_packed(batch, attentions=True).attentions)
 
 
-def _softmax(model: ESM1, size: int) -> None:
+def _softmax(model: Encoder, size: int) -> None:
     """Maps in sizes of powers of two: kernels are made for each."""
     train = next(model.parameters()).requires_grad
     scores = torch.zeros(1, 1, size, size, dtype=model.dtype, device=model.device, requires_grad=train)

@@ -1,5 +1,1 @@
-"""Model families, one file each."""
-
-from .esm1 import CONFIGS, ESM1, Config, Outputs
-
-__all__ = ["CONFIGS", "ESM1", "Config", "Outputs"]
+"""Model families, one file each, and what they share: `encoder`, `layers`; `family` says what a family is."""

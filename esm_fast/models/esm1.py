@@ -1,40 +1,33 @@
-"""ESM-1b (Rives et al. 2021) and ESM-1v (Meier et al. 2021): pre-LN transformers with learned positions.
+"""ESM-1b (Rives et al. 2021) and ESM-1v (Meier et al. 2021): pre-LN transformers with learned positions."""
 
-The model works on packed batches: rows of all sequences one after the other, no padding. `compat` gives it the faces
-that fair-esm and Hugging Face users know.
-"""
-
-from dataclasses import dataclass, field
+import math
+from argparse import Namespace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .. import ops
-from ..alphabet import EOS, PAD, TOKENS
-from ..modules import ContactHead, LayerNorm, LMHead, TransformerLayer
+from ..alphabet import MASK, PAD, TOKENS
 from ..sequences.batching import PackedBatch
+from . import family
+from .encoder import Encoder
+from .family import LayoutError, Part
+from .layers import LayerNorm
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(family.Config):
     """Sizes of one model. max_positions counts tokens, <cls> and <eos> included."""
 
-    layers: int
-    embed_dim: int
-    ffn_embed_dim: int
-    attention_heads: int
     max_positions: int = 1024
     token_dropout: bool = True
     emb_layer_norm_before: bool = True
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self):
-        if self.embed_dim % self.attention_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of {self.attention_heads} attention heads")
-
     @property
     def max_residues(self) -> int:
-        """The longest protein the model takes: 1,022 for ESM-1b."""
+        """The longest protein that the model takes: 1,022 for ESM-1b."""
         return self.max_positions - 2
 
 
@@ -47,123 +40,20 @@ CONFIGS: dict[str, Config] = {
 }
 
 
-@dataclass
-class Outputs:
-    """What was asked for, in packed order. T is a sequence's length in tokens, <cls> and <eos> included.
+class ESM1(Encoder):
+    """ESM-1b or ESM-1v: a row of a table is added for each position."""
 
-    representations: {layer: (n, embed_dim)}, layer 0 the embedding, k < layers the stream after block k, the last after
-        the final layer norm; in fp32 (fp64) even for half weights.
-    logits: (n, 33). attentions: per sequence (layers, heads, T, T).
-    contacts: per sequence (T, T) probabilities; rows and columns of <cls> and <eos> hold the regression's bias alone.
-    """
-
-    representations: dict[int, torch.Tensor] = field(default_factory=dict)
-    logits: torch.Tensor | None = None
-    attentions: list[torch.Tensor] | None = None
-    contacts: list[torch.Tensor] | None = None
-
-
-class ESM1(nn.Module):
-    """ESM-1b or ESM-1v on packed batches; parameter names are fair-esm's.
-
-    backend: name of the backend for every op it implements, or None for the best one that can run.
-    recompute: whether the backward pass computes each layer again instead of keeping what is inside it.
-    """
-
-    recompute = False
-
-    def __init__(self, config: Config, *, backend: str | None = None):
-        super().__init__()
-        self.config = config
-        self.backend = backend
-        width, eps = config.embed_dim, config.layer_norm_eps
-        self.embed_tokens = nn.Embedding(len(TOKENS), width, padding_idx=PAD)
-        self.layers = nn.ModuleList(
-            TransformerLayer(width, config.ffn_embed_dim, config.attention_heads, eps) for _ in range(config.layers)
-        )
-        self.contact_head = ContactHead(config.layers * config.attention_heads)
+    def make_positions(self) -> None:
+        config, width = self.config, self.config.embed_dim
         self.embed_positions = nn.Embedding(config.max_positions + PAD + 1, width, padding_idx=PAD)
-        self.emb_layer_norm_before = LayerNorm(width, eps) if config.emb_layer_norm_before else None
-        self.emb_layer_norm_after = LayerNorm(width, eps)
-        self.lm_head = LMHead(width, self.embed_tokens.weight, eps)
+        norm = LayerNorm(width, config.layer_norm_eps) if config.emb_layer_norm_before else None
+        self.emb_layer_norm_before = norm
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+    def position_rows(self) -> int:
+        return len(self.embed_positions.weight)
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
-
-    def forward_packed(
-        self,
-        batch: PackedBatch,
-        *,
-        layers=(),
-        logits=False,
-        attentions=False,
-        contacts=False,
-        scale=None,
-        keep=None,
-        embedded=None,
-    ) -> Outputs:
-        """Runs the model on a packed batch and returns only what is asked for; unneeded last layers are not run.
-
-        Args:
-            batch: on the model's device.
-            layers: which representations, 0 to config.layers.
-            scale: (sequences,) token-dropout factors in place of the model's own count (see `ops.embedding`).
-            keep: (n,) bool, the tokens that are residues for `contacts`; by default all but each sequence's first and
-                every <eos>.
-            embedded: (n, embed_dim), the residual stream to begin with in place of the embedding of `batch.tokens`.
-        """
-        if contacts:
-            self.contact_head.require_fitted()
-        depth = self.config.layers if logits or attentions or contacts else max(layers, default=0)
-        out = Outputs(attentions=[] if attentions else None)
-        x = self._embed(batch, scale) if embedded is None else embedded
-        if 0 in layers:
-            out.representations[0] = x
-        between = [number for number in layers if 0 < number < self.config.layers]
-        maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
-        stack = self._stack(x, batch, depth, between)
-        if depth and not (attentions or contacts) and ops.transformer_stack.has_kernel(stack, self.backend):
-            x, *streams = ops.transformer_stack(**stack, backend=self.backend)
-            out.representations |= dict(zip(between, streams, strict=True))
-        else:
-            for number, layer in enumerate(self.layers[:depth], start=1):
-                x, *qk = layer(
-                    x,
-                    batch,
-                    return_qk=attentions or contacts,
-                    recompute=self.recompute and torch.is_grad_enabled(),
-                    backend=self.backend,
-                )
-                if qk:
-                    maps.add(number - 1, *qk)
-                if number in between:
-                    out.representations[number] = x
-        if depth == self.config.layers:
-            x = self.emb_layer_norm_after(x)
-            if depth in layers:
-                out.representations[depth] = x
-        if logits:
-            out.logits, _ = self.lm_head(x, backend=self.backend)
-        out.attentions, out.contacts = maps.finish()
-        return out
-
-    def _stack(self, x: torch.Tensor, batch: PackedBatch, depth: int, return_layers: list[int]) -> dict:
-        """The arguments of `ops.transformer_stack` for the first `depth` layers."""
-        return dict(
-            x=x,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            layers=[layer.weights() for layer in self.layers[:depth]],
-            heads=self.config.attention_heads,
-            return_layers=return_layers,
-        )
-
-    def _embed(self, batch: PackedBatch, scale) -> torch.Tensor:
+    def embed(self, batch: PackedBatch, scale) -> torch.Tensor:
         norm = self.emb_layer_norm_before
         return ops.embedding(
             batch.tokens,
@@ -180,42 +70,159 @@ class ESM1(nn.Module):
         )
 
 
-class _Maps:
-    """Collects attention maps, or only their sum for contacts, while the layers go by."""
+_HF_TOP = {
+    "embeddings.word_embeddings.": "embed_tokens.",
+    "embeddings.position_embeddings.": "embed_positions.",
+    "embeddings.layer_norm.": "emb_layer_norm_before.",
+    "encoder.emb_layer_norm_after.": "emb_layer_norm_after.",
+    "contact_head.": "contact_head.",
+    "lm_head.decoder.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
 
-    def __init__(self, model: ESM1, batch: PackedBatch, *, attentions: bool, contacts: bool, keep):
-        self.model, self.batch = model, batch
-        self.scale = (model.config.embed_dim // model.config.attention_heads) ** -0.5
-        self.attentions = [[] for _ in range(len(batch))] if attentions else None
-        self.contacts = 0.0 if contacts else None
-        if contacts and keep is None:
-            first = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=batch.tokens.device)
-            first[batch.cu_seqlens[:-1].long()] = True  # an empty sequence at the end begins behind the tokens
-            keep = (batch.tokens != EOS) & ~first[:-1]
-        self.keep = keep
-        self.lengths = batch.lengths.tolist() if attentions or contacts else []  # waits for a GPU, once a batch
-        self.size = sum(length**2 for length in self.lengths)
 
-    def add(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
-        backend, heads = self.model.backend, q.shape[1]
-        if self.attentions is not None:
-            parts = zip(self.attentions, q.split(self.lengths), k.split(self.lengths), strict=True)
-            for maps, q_part, k_part in parts:
-                scores = (q_part * self.scale).transpose(0, 1) @ k_part.permute(1, 2, 0)
-                lengths = torch.tensor([len(q_part)], device=q.device)
-                maps.append(ops.masked_softmax(scores[None], lengths, backend=backend)[0])
-        if self.contacts is not None:
-            weight = self.model.contact_head.regression.weight[0, layer * heads : (layer + 1) * heads]
-            ends = self.batch.cu_seqlens, self.batch.max_seqlen, self.size
-            share = ops.contact_map(q, k, *ends, self.keep, weight, self.scale, backend=backend)
-            self.contacts = self.contacts + share
+def _from_fair_key(key: str) -> str:
+    """'encoder.sentence_encoder.layers.0...' and 'encoder.lm_head...' -> fair-esm's canonical key."""
+    return key.split("sentence_encoder.")[-1].removeprefix("encoder.")
 
-    def finish(self):
-        attentions = contacts = None
-        if self.attentions is not None:
-            attentions = [torch.stack(maps) for maps in self.attentions]
-        if self.contacts is not None:
-            bias = self.model.contact_head.regression.bias.to(self.contacts.dtype)
-            flat = torch.sigmoid(self.contacts + bias).split([length**2 for length in self.lengths])
-            contacts = [piece.view(length, length) for piece, length in zip(flat, self.lengths, strict=True)]
-        return attentions, contacts
+
+def _without_mask_row(table: torch.Tensor) -> torch.Tensor:
+    table = table.clone()
+    table[MASK] = 0
+    return table
+
+
+def _positive(args: dict, name: str) -> int:
+    value = args.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise LayoutError(f"the argument {name!r} is {value!r}, expected a positive integer")
+    return value
+
+
+# Of a table of waves, each entry's size: Adam moves the rows of a table by its learning rate whatever their gradient,
+# and most of theirs is noise: 0.05 within a few thousand steps of 1e-3. What is to survive begins well above that.
+_WAVES_RMS = 0.1
+_SHARPNESS = 1.5  # of queries and keys that find a neighbour: its weight is about half of all at first
+
+
+def _look_at_neighbours(model: Encoder, generator: torch.Generator) -> None:
+    """Two heads of layer l begin by looking at the residues l before and l behind. A short run does not find neighbours
+    from random numbers, and then learns each protein's composition and nothing about order.
+
+    Position i becomes (sin w i, cos w i) for random frequencies w, so that rows are alike only where they are equal
+    (Rahimi and Recht 2007). A query holds some of these waves as they are, and the key of j those of j - offset. The
+    table of positions is learned all the same.
+    """
+    rows, width = model.embed_positions.weight.shape
+    frequency = torch.rand(width // 2, generator=generator) * math.pi
+    angle = torch.arange(rows)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], 1) * (_WAVES_RMS * 2**0.5)
+    model.embed_positions.weight[:, : waves.shape[1]] = waves
+    for distance, layer in enumerate(model.layers, start=1):
+        projections = layer.self_attn.q_proj, layer.self_attn.k_proj
+        queries, keys = (p.weight.unflatten(0, (model.config.attention_heads, -1)) for p in projections)
+        for head, offset in zip(range(len(queries)), (-distance, distance), strict=False):
+            chosen = torch.randperm(len(frequency), generator=generator)[: queries.shape[1] // 2]
+            queries[head], keys[head] = (_shifted(chosen, frequency, shift, queries.shape[1:]) for shift in (0, offset))
+
+
+def _shifted(chosen: torch.Tensor, frequency: torch.Tensor, shift: int, shape: torch.Size) -> torch.Tensor:
+    """(head_dim, width): takes the chosen waves of position i - shift from the row of position i."""
+    matrix, count, sines = torch.zeros(shape), len(chosen), torch.arange(len(chosen))
+    turn = frequency[chosen] * -shift
+    matrix[sines, chosen], matrix[sines, chosen + len(frequency)] = turn.cos(), turn.sin()
+    matrix[count + sines, chosen], matrix[count + sines, chosen + len(frequency)] = -turn.sin(), turn.cos()
+    return matrix * _SHARPNESS
+
+
+class _ESM1Family(family.Family):
+    title = "ESM-1b and ESM-1v"
+    config = Config
+    model = ESM1
+    published = CONFIGS
+    aliases = {"facebook/esm-1b": "esm1b_t33_650M_UR50S", "esm1v_t33_650M_UR90S": "esm1v_t33_650M_UR90S_1"}
+    attention = {"neighbours": _look_at_neighbours}
+    fair_esm_class = "esm.model.esm1:ProteinBertModel"
+    parts = {
+        "transformers": (
+            Part("embeddings.position_embeddings", "torch.nn:Embedding", "embed_positions"),
+            Part("embeddings.layer_norm", "torch.nn:LayerNorm", "emb_layer_norm_before", optional=True),
+        ),
+        "fair-esm": (
+            Part("embed_positions", "esm.modules:LearnedPositionalEmbedding", "embed_positions"),
+            Part("emb_layer_norm_before", "esm.modules:ESM1bLayerNorm", "emb_layer_norm_before", optional=True),
+        ),
+    }
+
+    def fair_esm_attributes(self, config: Config) -> dict:
+        return {"args": Namespace(arch="roberta_large", **vars(config))}
+
+    def has_regression(self, name: str) -> bool:
+        return name.startswith("esm1b")  # ESM-1v was published without
+
+    def from_fair_esm(self, content: dict):
+        if getattr(content.get("args"), "arch", None) != "roberta_large":
+            return None
+        args = {name.removeprefix("encoder_"): value for name, value in vars(content["args"]).items()}
+        tensors = {_from_fair_key(key): tensor for key, tensor in content["model"].items()}
+        config = Config(
+            **{name: _positive(args, name) for name in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")},
+            max_positions=_positive(args, "max_positions"),
+            token_dropout=bool(args.get("token_dropout", False)),
+            emb_layer_norm_before=any(key.startswith("emb_layer_norm_before") for key in tensors),
+        )
+        # As fair-esm does: a <mask> has no embedding of its own. The table is tied, so its logit is the bias alone.
+        for key in {"embed_tokens.weight", "lm_head.weight"} & set(tensors):
+            tensors[key] = _without_mask_row(tensors[key])
+        return config, tensors
+
+    def reads_hf(self, hf: dict) -> bool:
+        return hf.get("position_embedding_type", "absolute") == "absolute"
+
+    def config_from_hf(self, hf: dict) -> Config:
+        family.require_hf(hf, {}, self.title)
+        if hf.get("token_dropout") and hf.get("mask_token_id") != MASK:
+            raise LayoutError(f"mask_token_id is {hf.get('mask_token_id')!r}, in {self.title} it is {MASK}")
+        return Config(
+            layers=hf["num_hidden_layers"],
+            embed_dim=hf["hidden_size"],
+            ffn_embed_dim=hf["intermediate_size"],
+            attention_heads=hf["num_attention_heads"],
+            max_positions=hf["max_position_embeddings"] - PAD - 1,
+            token_dropout=bool(hf.get("token_dropout")),
+            emb_layer_norm_before=bool(hf.get("emb_layer_norm_before")),
+            layer_norm_eps=hf.get("layer_norm_eps", 1e-12),  # transformers' own default; ESM-1b's files say 1e-5
+        )
+
+    def hf_config(self, config: Config) -> dict:
+        return dict(
+            vocab_size=len(TOKENS),
+            mask_token_id=MASK,
+            pad_token_id=PAD,
+            hidden_size=config.embed_dim,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.attention_heads,
+            intermediate_size=config.ffn_embed_dim,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            max_position_embeddings=config.max_positions + PAD + 1,
+            layer_norm_eps=config.layer_norm_eps,
+            position_embedding_type="absolute",
+            emb_layer_norm_before=config.emb_layer_norm_before,
+            token_dropout=config.token_dropout,
+        )
+
+    def from_hf_key(self, key: str) -> str | None:
+        return family.translate_hf_key(key, _HF_TOP, ("embeddings.position_ids", "pooler."))
+
+    def describe(self, sizes: dict, parts: dict[str, nn.Module]) -> Config:
+        if "emb_layer_norm_before" in parts:
+            sizes["layer_norm_eps"] = parts["emb_layer_norm_before"].eps
+        return Config(
+            **sizes,
+            max_positions=parts["embed_positions"].num_embeddings - PAD - 1,
+            emb_layer_norm_before="emb_layer_norm_before" in parts,
+        )
+
+
+FAMILY = _ESM1Family()

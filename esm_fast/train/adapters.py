@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..models.esm1 import ESM1
+from ..models.encoder import Encoder
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-def add(model: ESM1, rank: int) -> None:
+def add(model: Encoder, rank: int) -> None:
     """Freezes the model and puts an adapter of this rank on every matrix of its layers."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -24,14 +24,14 @@ def add(model: ESM1, rank: int) -> None:
     inject_adapter_in_model(config, model.layers)
 
 
-def merge(model: ESM1) -> None:
+def merge(model: Encoder) -> None:
     """Adds the adapters to their matrices and takes them out."""
     for parent, name, adapted in list(_adapted(model)):
         adapted.merge()
         setattr(parent, name, adapted.get_base_layer())
 
 
-def _adapted(model: ESM1) -> Iterable[tuple[nn.Module, str, nn.Module]]:
+def _adapted(model: Encoder) -> Iterable[tuple[nn.Module, str, nn.Module]]:
     for parent in model.layers.modules():
         for name, child in parent.named_children():
             if hasattr(child, "get_delta_weight"):

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import ops, weights
 from ..files.atomic import atomic
-from ..models.esm1 import ESM1
+from ..models.encoder import Encoder
 from ..sequences.batching import PackedBatch, pack, plan
 from . import adapters
 from .examples import LEVELS, SPLITS, TASKS, Example, Targets, encode
@@ -56,7 +56,7 @@ class Settings:
 class Predictor(nn.Module):
     """A model and its head. `targets` says what the head's outputs mean."""
 
-    def __init__(self, esm: ESM1, targets: Targets):
+    def __init__(self, esm: Encoder, targets: Targets):
         super().__init__()
         self.esm, self.targets = esm, targets
         self.head = nn.Linear(esm.config.embed_dim, targets.outputs, device=esm.device)
@@ -130,7 +130,7 @@ def load_predictor(folder: str | Path) -> Predictor:
 
 
 def finetune(
-    esm: ESM1,
+    esm: Encoder,
     examples: Sequence[Example],
     settings: Settings,
     on_epoch: Callable[[dict], None] = lambda entry: None,
@@ -145,7 +145,7 @@ def finetune(
 
 
 class _Run:
-    def __init__(self, esm: ESM1, examples: Sequence[Example], settings: Settings):
+    def __init__(self, esm: Encoder, examples: Sequence[Example], settings: Settings):
         self.settings = settings
         self.parts = {split: [i for i, e in enumerate(examples) if e.split == split] for split in SPLITS}
         for split in ("train", "valid"):

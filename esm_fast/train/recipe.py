@@ -4,12 +4,11 @@ import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..models.esm1 import CONFIGS, Config
+from ..models.family import Config, canonical_name, config_class, of_config, published
 from .masking import Masking
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
-ATTENTION = ("normal", "neighbours")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
 MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "plot"}
@@ -23,12 +22,12 @@ class RecipeError(ValueError):
 class Recipe:
     """The defaults are those of ESM-1b's model card; sizes of the run and paths have none.
 
-    model: sizes, or a name of `models.esm1.CONFIGS`. step_tokens: in one update, over all processes, to within a
-    sequence; batch_tokens: in one packed batch at most, as memory allows. clip: the largest norm of the gradient, or
-    None. attention: what the heads begin as (`model.new_model`). cooldown: the last steps, over which the learning rate
-    goes to zero. recompute: each layer again in the backward pass, a third more work, instead of keeping what is inside
-    it. valid_tokens: how much of the held-out records is used each time, 0 for all. peak_tflops: of one device, for the
-    MFU. keep: how many checkpoints stay.
+    model: sizes, which may name their family; or a published model's name. step_tokens: in one update, over all
+    processes, to within a sequence; batch_tokens: in one packed batch at most, as memory allows. clip: the largest norm
+    of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown: the last steps, over
+    which the learning rate goes to zero. recompute: each layer again in the backward pass, a third more work, instead
+    of keeping what is inside it. valid_tokens: how much of the held-out records is used each time, 0 for all.
+    peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
     """
 
     model: Config
@@ -61,7 +60,8 @@ class Recipe:
     plot: bool = True
 
     def __post_init__(self):
-        for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING, "attention": ATTENTION}.items():
+        attention = ("normal", *of_config(self.model).attention)
+        for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING, "attention": attention}.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
         for name in ("steps", "step_tokens", "batch_tokens", "log_every", "valid_every", "save_every", "keep"):
@@ -104,11 +104,12 @@ def recipe_from(values: dict) -> Recipe:
     values = _fields(Recipe, values, "the recipe")
     model = values.get("model")
     if isinstance(model, str):
-        if model not in CONFIGS:
-            raise RecipeError(f"model is {model!r}; choose from {', '.join(CONFIGS)}, or give its sizes")
-        values["model"] = CONFIGS[model]
+        if canonical_name(model) not in published():
+            raise RecipeError(f"model is {model!r}; choose from {', '.join(published())}, or give its sizes")
+        values["model"] = published()[canonical_name(model)]
     else:
-        values["model"] = Config(**_fields(Config, model, "model"))
+        kind = config_class(model) if isinstance(model, dict) else Config
+        values["model"] = kind(**_fields(kind, model, "model"))
     if "masking" in values:
         values["masking"] = Masking(**_fields(Masking, values["masking"], "masking"))
     return Recipe(**values)

@@ -6,7 +6,7 @@ Tensors stay memory-mapped where they need no conversion, so loading costs littl
 
 from .builder import build
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
-from .huggingface import config_from_hf, from_hf_key
+from .huggingface import config_from_hf
 from .native import FORMAT, checksum, save
 from .reader import read
 
@@ -18,7 +18,6 @@ __all__ = [
     "build",
     "checksum",
     "config_from_hf",
-    "from_hf_key",
     "read",
     "save",
 ]

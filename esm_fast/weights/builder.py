@@ -7,26 +7,29 @@ from pathlib import Path
 import torch
 
 from ..memory import MappedFiles, without_values
-from ..models.esm1 import ESM1
+from ..models.encoder import Encoder
+from ..models.family import of_config
 from ..packed import PackedWeight
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 
 
-def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch.float32, backend=None) -> ESM1:
+def build(
+    checkpoint: Checkpoint, model_class: type[Encoder] | None = None, *, dtype=torch.float32, backend=None
+) -> Encoder:
     """A model holding a checkpoint's tensors: the very same memory where dtype needs no conversion.
 
+    model_class: of the checkpoint's family; None for the one that knows packed batches only.
     A missing, extra, mis-shaped or non-finite tensor is a CheckpointError naming it. Without contact regression or
     language-model head the model loads, with a warning unless we wrote the file, and says so when these are asked for.
     """
     with without_values():
+        model_class = model_class or of_config(checkpoint.config).model
         model = model_class(checkpoint.config, backend=backend).requires_grad_(not checkpoint.packed)
     tensors = dict(checkpoint.tensors)
-    _check_tied(checkpoint, tensors)
     if not any(key.startswith("lm_head.") for key in tensors):
         warnings.warn(f"{checkpoint.source} has no language-model head: logits are not available", stacklevel=2)
         model.lm_head = None
-    else:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+    _tie(checkpoint.source, model.tied(), tensors)
     if not CONTACT_KEYS & set(tensors):
         if checkpoint.kind != "esm_fast":  # one that we wrote lacks it because its original did
             warnings.warn(f"{checkpoint.source} has no contact regression: contacts are not available", stacklevel=2)
@@ -39,10 +42,13 @@ def build(checkpoint: Checkpoint, model_class: type[ESM1] = ESM1, *, dtype=torch
     return model
 
 
-def _check_tied(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
-    table, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
-    if table is not None and head is not None and not torch.equal(table, head):
-        raise CheckpointError(f"{checkpoint.source}: lm_head.weight differs from embed_tokens.weight; ESM-1b ties them")
+def _tie(source: Path, tied: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    """Makes the tensors that a model holds twice one, whether a file has them once or twice."""
+    for key, of in tied.items():
+        if of in tensors:
+            if key in tensors and not torch.equal(tensors[key], tensors[of]):
+                raise CheckpointError(f"{source}: {key} differs from {of}; in this model they are one")
+            tensors[key] = tensors[of]
 
 
 def _check_tensors(source: Path, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..models.esm1 import Config
+from ..models.family import Config
 from ..packed import PackedWeight, plain
 from ..quantized import Int8Weight
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from .. import _C, packed_file
 from ..files.atomic import atomic
 from ..memory import MappedFiles
-from ..models.esm1 import ESM1, Config
+from ..models.encoder import Encoder
+from ..models.family import Config, config_class
 from ..packed import PackedWeight
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .huggingface import read_folder
@@ -22,12 +23,12 @@ from .safe import read_safetensors, safetensors_errors
 FORMAT = "esm_fast"
 
 
-def save(model: ESM1, path: str | Path) -> str:
+def save(model: Encoder, path: str | Path) -> str:
     """Writes a model as our own safetensors (no pickle) with its configuration and checksum; returns the checksum.
 
     The matrices of a packed model are stored packed.
     """
-    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k not in model.tied()}
     if not bool(tensors["contact_head.regression.weight"].any()):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
     config = json.dumps(asdict(model.config))
@@ -68,7 +69,8 @@ def read_file(path: Path, verify: bool) -> Checkpoint:
             return read_folder(path.parent)
         raise CheckpointError(f"{path} was not written by 'esm-fast convert' and has no config.json beside it")
     try:
-        config = Config(**json.loads(metadata["config"]))
+        values = json.loads(metadata["config"])
+        config = config_class(values)(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read ({error})") from None
     tensors, forget = read_safetensors(path), MappedFiles().forget

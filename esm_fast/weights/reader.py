@@ -1,8 +1,8 @@
 """A checkpoint of any layout, told by its content."""
 
-from argparse import Namespace
 from pathlib import Path
 
+from ..models.family import titles
 from . import fair_esm, huggingface, native
 from .checkpoint import Checkpoint, CheckpointError
 from .safe import is_safetensors, read_torch
@@ -26,12 +26,10 @@ def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
     if is_safetensors(path):
         return native.read_file(path, verify)
     content = read_torch(path)
-    if isinstance(content, dict) and isinstance(content.get("args"), Namespace) and "model" in content:
+    if fair_esm.is_content(content):
         return fair_esm.read_content(path, content)
-    if isinstance(content, dict) and "cfg" in content:
-        raise CheckpointError(f"{path} is an ESM-2 checkpoint (rotary positions); esm_fast reads ESM-1b and ESM-1v")
     if (path.parent / "config.json").exists():
         return huggingface.read_folder(path.parent)
     raise CheckpointError(
-        f"{path} is no ESM-1b checkpoint: expected fair-esm's 'args' and 'model', or a config.json beside it"
+        f"{path} is no checkpoint of {titles()}: expected fair-esm's 'args' and 'model', or a config.json beside it"
     )

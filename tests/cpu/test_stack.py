@@ -9,7 +9,7 @@ import torch
 from cpu_levels import HALF_AND_FULL, kernel, run
 
 from esm_fast import ops
-from esm_fast.models import ESM1, Config
+from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.registry import REFERENCE, Kernel, select
 from esm_fast.ops.transformer_stack import _case

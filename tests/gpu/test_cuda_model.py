@@ -9,7 +9,7 @@ from esm_fast.kernels.cuda.launch import SCALARS
 from fakes import trained_like
 
 import esm_fast
-from esm_fast.models import Config
+from esm_fast.models.esm1 import Config
 from esm_fast.ops import verify
 
 pytestmark = pytest.mark.usefixtures("emulated")

@@ -57,7 +57,7 @@ def packed(model, *args, **kwargs):
 
 def ran(model, call):
     """How often esm_fast's own layers were entered during a call."""
-    from esm_fast.modules import TransformerLayer
+    from esm_fast.models.layers import TransformerLayer
 
     entered = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
@@ -316,4 +316,4 @@ def test_needs_neither_package():
         "except TypeError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "needs an ESM-1b" in done.stdout, done.stderr
+    assert "needs one of ESM-1b" in done.stdout, done.stderr

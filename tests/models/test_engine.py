@@ -12,7 +12,7 @@ import torch
 from fakes import trained_like
 
 import esm_fast
-from esm_fast.models import Config
+from esm_fast.models.esm1 import Config
 from esm_fast.sequences.fasta import FastaError
 from esm_fast.sequences.tokenize import Report
 

@@ -8,7 +8,7 @@ from fakes import SEQUENCES, fair_esm_model, save_fair_esm, trained_like
 
 import esm_fast
 from esm_fast.alphabet import MASK
-from esm_fast.models import Config
+from esm_fast.models.esm1 import Config
 
 LONG = [("longest", "MKTAYIAKQR" * 102 + "GA"), ("short", "ACD<mask>F")]
 

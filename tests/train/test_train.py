@@ -27,7 +27,7 @@ from esm_fast.train.loop import Trainer
 from esm_fast.train.model import new_model
 from esm_fast.train.prepare import prepare
 from esm_fast.train.processes import Processes
-from esm_fast.train.recipe import ATTENTION, RecipeError, read_recipe, recipe_from
+from esm_fast.train.recipe import RecipeError, read_recipe, recipe_from
 from esm_fast.train.report import Log, read_log
 from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate
 from esm_fast.train.store import open_store
@@ -432,7 +432,7 @@ def test_attention_begins_at_neighbours():
     config, size = Config(2, 96, 64, 3), 200
     tokens = torch.cat([torch.tensor([0]), torch.randint(4, 24, (size,)), torch.tensor([2])])[None]
     batch, _ = pack_padded(tokens)
-    for how in ATTENTION:
+    for how in ("normal", "neighbours"):
         model = new_model(config, 0, 0.02, attention=how)
         assert not model.embed_positions.weight[1].any()  # of padding
         with torch.no_grad():

@@ -8,6 +8,7 @@ from fakes import save_fair_esm
 
 import esm_fast
 from esm_fast import hub
+from esm_fast.models import family
 
 NAME = "esm1b_t33_650M_UR50S"
 
@@ -17,7 +18,7 @@ def empty_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setattr(hub, "FAIR_ESM_URL", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(family, "FAIR_ESM_URL", "http://127.0.0.1:9")  # nothing listens there
     return tmp_path
 
 
@@ -53,7 +54,7 @@ def server(monkeypatch):
     threading.Thread(target=served.serve_forever, daemon=True).start()
     for name, value in dict(files={}, cut=None, ranges=True, requests=[]).items():
         monkeypatch.setattr(Server, name, value)
-    monkeypatch.setattr(hub, "FAIR_ESM_URL", f"http://127.0.0.1:{served.server_port}")
+    monkeypatch.setattr(family, "FAIR_ESM_URL", f"http://127.0.0.1:{served.server_port}")
     yield Server
     served.shutdown()
     served.server_close()
@@ -64,11 +65,11 @@ def test_an_interrupted_download_continues(server, tmp_path):
     server.files["/f"], server.cut = body, 700_000
     target = tmp_path / "sub" / "f.pt"
     with pytest.raises(OSError):
-        hub.fetch(f"{hub.FAIR_ESM_URL}/f", target)
+        hub.fetch(f"{family.FAIR_ESM_URL}/f", target)
     part = target.with_name("f.pt.part")
     assert not target.exists() and 0 < part.stat().st_size <= 700_000
     server.cut = None
-    hub.fetch(f"{hub.FAIR_ESM_URL}/f", target)
+    hub.fetch(f"{family.FAIR_ESM_URL}/f", target)
     assert target.read_bytes() == body and not part.exists()
     assert server.requests[0] is None and server.requests[1].startswith("bytes=")
 
@@ -76,14 +77,14 @@ def test_an_interrupted_download_continues(server, tmp_path):
 def test_a_server_without_ranges_starts_again(server, tmp_path):
     server.files["/f"], server.ranges = b"right" * 100, False
     (tmp_path / "f.part").write_bytes(b"wrong")
-    hub.fetch(f"{hub.FAIR_ESM_URL}/f", tmp_path / "f")
+    hub.fetch(f"{family.FAIR_ESM_URL}/f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"right" * 100
 
 
 def test_a_complete_part_is_taken(server, tmp_path):
     server.files["/f"] = b"all here"
     (tmp_path / "f.part").write_bytes(b"all here")
-    hub.fetch(f"{hub.FAIR_ESM_URL}/f", tmp_path / "f")
+    hub.fetch(f"{family.FAIR_ESM_URL}/f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"all here"
 
 
@@ -105,7 +106,7 @@ def test_without_a_network_the_error_says_which_file_goes_where(name, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         esm_fast.load(name)
     message = str(caught.value)
-    assert f"{hub.FAIR_ESM_URL}/models/{canonical}.pt" in message
+    assert f"{family.FAIR_ESM_URL}/models/{canonical}.pt" in message
     assert str(tmp_path / "torch" / "hub" / "checkpoints" / f"{canonical}.pt") in message
     assert ("-contact-regression.pt" in message) == canonical.startswith("esm1b")
 

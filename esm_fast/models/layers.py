@@ -1,4 +1,4 @@
-"""The layers of ESM-1b as nn.Modules that hold parameters and call ops; the same for inference and training.
+"""The layers that all families share, as nn.Modules that hold parameters and call ops, for inference and training.
 
 Parameter names are fair-esm's, so a state_dict goes either way.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
-from .ops.common import layer_norm
-from .sequences.batching import PackedBatch
+from .. import ops
+from ..ops.common import layer_norm
+from ..sequences.batching import PackedBatch
 
 
 class LayerNorm(nn.LayerNorm):
@@ -112,7 +112,7 @@ class LMHead(nn.Module):
 
 
 _NO_REGRESSION = (
-    "this checkpoint holds no contact regression (ESM-1v never had one; for ESM-1b put "
+    "this checkpoint holds no contact regression (some models were published without one; for others put "
     "<name>-contact-regression.pt beside <name>.pt and load again), so contacts cannot be predicted"
 )
 
@@ -125,7 +125,7 @@ class ContactHead(nn.Module):
         self.regression = nn.Linear(maps, 1)
 
     def require_fitted(self) -> None:
-        """Raises ValueError when no regression was loaded (all zero): ESM-1v and bare ESM-1b files have none."""
+        """Raises ValueError when no regression was loaded (all zero): bare files of fair-esm have none."""
         fitted = self.regression.weight.detach().any()
         if torch.compiler.is_compiling():
             torch._assert_async(fitted, _NO_REGRESSION)  # a graph cannot branch on a value; this raises when it runs

@@ -1,0 +1,195 @@
+"""What all families compute: a pre-LN transformer over packed batches, rows of all sequences one after the other.
+
+There is no padding; `compat` gives the models the APIs that fair-esm and Hugging Face users know.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..alphabet import EOS, PAD, TOKENS
+from ..sequences.batching import PackedBatch
+from .family import Config
+from .layers import ContactHead, LayerNorm, LMHead, TransformerLayer
+
+
+@dataclass
+class Outputs:
+    """What was asked for, in packed order. T is a sequence's length in tokens, <cls> and <eos> included.
+
+    representations: {layer: (n, embed_dim)}, layer 0 the embedding, k < layers the stream after block k, the last after
+        the final layer norm; in fp32 (fp64) even for half weights.
+    logits: (n, 33). attentions: per sequence (layers, heads, T, T).
+    contacts: per sequence (T, T) probabilities; rows and columns of <cls> and <eos> hold the regression's bias alone.
+    """
+
+    representations: dict[int, torch.Tensor] = field(default_factory=dict)
+    logits: torch.Tensor | None = None
+    attentions: list[torch.Tensor] | None = None
+    contacts: list[torch.Tensor] | None = None
+
+
+class Encoder(nn.Module):
+    """A model on packed batches; parameter names are fair-esm's. A family's own class says what positions are.
+
+    backend: name of the backend for every op it implements, or None for the best one that can run.
+    recompute: whether the backward pass computes each layer again instead of keeping what is inside it.
+    """
+
+    recompute = False
+
+    def __init__(self, config: Config, *, backend: str | None = None):
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        width, eps = config.embed_dim, config.layer_norm_eps
+        self.embed_tokens = nn.Embedding(len(TOKENS), width, padding_idx=PAD)
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, config.ffn_embed_dim, config.attention_heads, eps) for _ in range(config.layers)
+        )
+        self.contact_head = ContactHead(config.layers * config.attention_heads)
+        self.make_positions()
+        self.emb_layer_norm_after = LayerNorm(width, eps)
+        self.lm_head = LMHead(width, self.embed_tokens.weight, eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def forward_packed(
+        self,
+        batch: PackedBatch,
+        *,
+        layers=(),
+        logits=False,
+        attentions=False,
+        contacts=False,
+        scale=None,
+        keep=None,
+        embedded=None,
+    ) -> Outputs:
+        """Runs the model on a packed batch and returns only what is asked for; unneeded last layers are not run.
+
+        Args:
+            batch: on the model's device.
+            layers: which representations, 0 to config.layers.
+            scale: (sequences,) token-dropout factors in place of the model's own count (see `ops.embedding`).
+            keep: (n,) bool, the tokens that are residues for `contacts`; by default all but each sequence's first and
+                every <eos>.
+            embedded: (n, embed_dim), the residual stream to begin with in place of the embedding of `batch.tokens`.
+        """
+        if contacts:
+            self.contact_head.require_fitted()
+        depth = self.config.layers if logits or attentions or contacts else max(layers, default=0)
+        out = Outputs(attentions=[] if attentions else None)
+        x = self.embed(batch, scale) if embedded is None else embedded
+        if 0 in layers:
+            out.representations[0] = x
+        between = [number for number in layers if 0 < number < self.config.layers]
+        maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
+        stack = self._stack(x, batch, depth, between)
+        if depth and not (attentions or contacts) and ops.transformer_stack.has_kernel(stack, self.backend):
+            x, *streams = ops.transformer_stack(**stack, backend=self.backend)
+            out.representations |= dict(zip(between, streams, strict=True))
+        else:
+            for number, layer in enumerate(self.layers[:depth], start=1):
+                x, *qk = layer(
+                    x,
+                    batch,
+                    return_qk=attentions or contacts,
+                    recompute=self.recompute and torch.is_grad_enabled(),
+                    backend=self.backend,
+                )
+                if qk:
+                    maps.add(number - 1, *qk)
+                if number in between:
+                    out.representations[number] = x
+        if depth == self.config.layers:
+            x = self.emb_layer_norm_after(x)
+            if depth in layers:
+                out.representations[depth] = x
+        if logits:
+            out.logits, _ = self.lm_head(x, backend=self.backend)
+        out.attentions, out.contacts = maps.finish()
+        return out
+
+    def _stack(self, x: torch.Tensor, batch: PackedBatch, depth: int, return_layers: list[int]) -> dict:
+        """The arguments of `ops.transformer_stack` for the first `depth` layers."""
+        return dict(
+            x=x,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            layers=[layer.weights() for layer in self.layers[:depth]],
+            heads=self.config.attention_heads,
+            return_layers=return_layers,
+        )
+
+    def make_positions(self) -> None:
+        """Makes the parameters that stand before the layers, beside the token table."""
+        raise NotImplementedError
+
+    def embed(self, batch: PackedBatch, scale) -> torch.Tensor:
+        """What the first layer gets, (n, embed_dim); see `forward_packed` for scale."""
+        raise NotImplementedError
+
+    @property
+    def position_rows(self) -> int | None:
+        """Rows of the table that `PackedBatch.positions` are numbers of; None where there is no table."""
+        return None
+
+    def clear_padding(self) -> None:
+        """Makes the rows of padding in all tables zero, as training leaves them."""
+        for table in self.modules():
+            if isinstance(table, nn.Embedding):
+                table.weight[table.padding_idx] = 0
+
+    def tied(self) -> dict[str, str]:
+        """Of the state_dict, the keys that are others once more: {key: the one it is}. Files hold each tensor once."""
+        return {} if self.lm_head is None else {"lm_head.weight": "embed_tokens.weight"}
+
+
+class _Maps:
+    """Collects attention maps, or only their sum for contacts, while the layers go by."""
+
+    def __init__(self, model: Encoder, batch: PackedBatch, *, attentions: bool, contacts: bool, keep):
+        self.model, self.batch = model, batch
+        self.scale = (model.config.embed_dim // model.config.attention_heads) ** -0.5
+        self.attentions = [[] for _ in range(len(batch))] if attentions else None
+        self.contacts = 0.0 if contacts else None
+        if contacts and keep is None:
+            first = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=batch.tokens.device)
+            first[batch.cu_seqlens[:-1].long()] = True  # an empty sequence at the end begins behind the tokens
+            keep = (batch.tokens != EOS) & ~first[:-1]
+        self.keep = keep
+        self.lengths = batch.lengths.tolist() if attentions or contacts else []  # waits for a GPU, once a batch
+        self.size = sum(length**2 for length in self.lengths)
+
+    def add(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
+        backend, heads = self.model.backend, q.shape[1]
+        if self.attentions is not None:
+            parts = zip(self.attentions, q.split(self.lengths), k.split(self.lengths), strict=True)
+            for maps, q_part, k_part in parts:
+                scores = (q_part * self.scale).transpose(0, 1) @ k_part.permute(1, 2, 0)
+                lengths = torch.tensor([len(q_part)], device=q.device)
+                maps.append(ops.masked_softmax(scores[None], lengths, backend=backend)[0])
+        if self.contacts is not None:
+            weight = self.model.contact_head.regression.weight[0, layer * heads : (layer + 1) * heads]
+            ends = self.batch.cu_seqlens, self.batch.max_seqlen, self.size
+            share = ops.contact_map(q, k, *ends, self.keep, weight, self.scale, backend=backend)
+            self.contacts = self.contacts + share
+
+    def finish(self):
+        attentions = contacts = None
+        if self.attentions is not None:
+            attentions = [torch.stack(maps) for maps in self.attentions]
+        if self.contacts is not None:
+            bias = self.model.contact_head.regression.bias.to(self.contacts.dtype)
+            flat = torch.sigmoid(self.contacts + bias).split([length**2 for length in self.lengths])
+            contacts = [piece.view(length, length) for piece, length in zip(flat, self.lengths, strict=True)]
+        return attentions, contacts
