@@ -22,11 +22,12 @@ _FROM = {
     "ESMForMaskedLM": ".compat.hf",
     "ESMTokenizer": ".compat.hf",
 }
+_MODULES = ("pretrained", "variants")
 
 
 def __getattr__(name: str):
-    if name == "pretrained":
-        return importlib.import_module(".pretrained", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _FROM:
         raise AttributeError(f"module 'esm_fast' has no attribute {name!r}")
     try:
@@ -43,4 +44,4 @@ def __dir__():
     return sorted({*globals(), *_FROM, *__all__})
 
 
-__all__ = ["pretrained", *(name for name in _FROM if name != "open")]  # a star import must not hide open()
+__all__ = [*_MODULES, *(name for name in _FROM if name != "open")]  # a star import must not hide open()

@@ -1,0 +1,188 @@
+"""Which rows of which contexts a job needs: each context once, whoever asks for it; then the job on a model."""
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..alphabet import CLS, EOS, MASK, TOKENS
+from .compute import log_probs_of
+from .windows import Rule, Span, View
+
+_INDEX = {token: index for index, token in enumerate(TOKENS)}
+_NONE = 255  # no token
+
+
+class Protein:
+    """A protein, or a variant of one, as the model gets it."""
+
+    def __init__(self, text: str, rule: Rule):
+        self.text, self.rule = text, rule
+        self.ids = np.array([CLS, *(_INDEX[residue] for residue in text), EOS], dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def context(self, span: Span, masks: tuple[int, ...] = ()) -> bytes:
+        """The tokens of a span, with the residues of these indices masked."""
+        ids = self.ids[span.start : span.end].copy()
+        for at in masks:
+            if span.start <= at + 1 < span.end:
+                ids[at + 1 - span.start] = MASK
+        data = ids.tobytes()
+        return bytes([CLS]) + data + bytes([EOS]) if span.wrapped else data
+
+
+class Plan:
+    """Collects what is wanted; `run` computes it. Sinks keep their order, so nothing depends on that of the batches."""
+
+    def __init__(self):
+        self._numbers: dict[bytes, int] = {}
+        self._last: tuple = ()  # the context that was asked for last, and its number
+        self.sinks: list[Sums | Rows] = []
+        self.tokens = 0  # what the model has to compute
+
+    def context(self, protein: Protein, span: Span, masks: tuple[int, ...]) -> int:
+        """The number of a context; the same for the same tokens."""
+        key = (protein, span, masks)
+        if self._last[:1] != (key,):
+            data = protein.context(span, masks)
+            if data not in self._numbers:
+                self._numbers[data] = len(self._numbers)
+                self.tokens += len(data)
+            self._last = key, self._numbers[data]
+        return self._last[1]
+
+    def sums(self, count: int) -> "Sums":
+        """A new sink for `count` sums."""
+        self.sinks.append(Sums(self, count))
+        return self.sinks[-1]
+
+    def rows(self, count: int) -> "Rows":
+        """A new sink for `count` rows."""
+        self.sinks.append(Rows(self, count))
+        return self.sinks[-1]
+
+    def run(self, model, batch_tokens: int, on_batch: Callable[[int], None] = lambda tokens: None) -> list[np.ndarray]:
+        """The result of each sink, on this model."""
+        contexts = list(self._numbers)
+        routes = [_Route(sink, len(contexts)) for sink in self.sinks]
+        wanted = _Wanted(routes)
+        for number, log_probs in log_probs_of(model, contexts, wanted, batch_tokens, on_batch):
+            for route in routes:
+                route.take(number, wanted[number], log_probs)
+        return [route.result() for route in routes]
+
+
+class _Sink:
+    """Requests for one row of a context each, in order."""
+
+    def __init__(self, plan: Plan, count: int):
+        self.plan, self.count = plan, count
+        self.item, self.number, self.row, self.weight = array("q"), array("q"), array("q"), array("d")
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def _request(self, item: int, protein: Protein, masks: tuple[int, ...], view: View, weight: float) -> None:
+        self.item.append(item)
+        self.number.append(self.plan.context(protein, view.span, masks))
+        self.row.append(view.row)
+        self.weight.append(weight * view.weight)
+
+
+class Sums(_Sink):
+    """Per item, the sum of weight * (log p(plus) - log p(minus)) over its terms."""
+
+    def __init__(self, plan: Plan, count: int):
+        super().__init__(plan, count)
+        self.plus, self.minus = array("B"), array("B")
+
+    def add(
+        self,
+        item: int,
+        protein: Protein,
+        masks: tuple[int, ...],
+        at: int,
+        plus: str,
+        minus: str = "",
+        weight: float = 1.0,
+    ) -> None:
+        """The term of residue `at`: log p(plus) - log p(minus), or log p(plus) alone, over the views of the residue."""
+        for view in protein.rule(at):
+            self._request(item, protein, masks, view, weight)
+            self.plus.append(_INDEX[plus])
+            self.minus.append(_INDEX[minus] if minus else _NONE)
+
+    def empty(self) -> np.ndarray:
+        return np.zeros(len(self))
+
+    def fill(self, values: np.ndarray, which: np.ndarray, log_probs: np.ndarray) -> None:
+        plus, minus = _numbers(self.plus)[which], _numbers(self.minus)[which]
+        rows = np.arange(len(which))
+        subtracted = np.where(minus == _NONE, 0.0, log_probs[rows, np.where(minus == _NONE, 0, minus)])
+        values[which] = log_probs[rows, plus] - subtracted
+
+    def reduce(self, values: np.ndarray) -> np.ndarray:
+        """(count,)"""
+        weighted = values * _numbers(self.weight)
+        return np.bincount(_numbers(self.item), weighted, self.count)  # adds in the order of the terms
+
+
+class Rows(_Sink):
+    """Per item, the weighted mean of the log-probabilities of its views."""
+
+    def add(self, item: int, protein: Protein, masks: tuple[int, ...], at: int) -> None:
+        for view in protein.rule(at):
+            self._request(item, protein, masks, view, 1.0)
+
+    def empty(self) -> np.ndarray:
+        return np.zeros((len(self), len(TOKENS)))
+
+    def fill(self, values: np.ndarray, which: np.ndarray, log_probs: np.ndarray) -> None:
+        values[which] = log_probs
+
+    def reduce(self, values: np.ndarray) -> np.ndarray:
+        """(count, 33)"""
+        result = np.zeros((self.count, len(TOKENS)))
+        np.add.at(result, _numbers(self.item), values * _numbers(self.weight)[:, None])
+        return result
+
+
+def _numbers(values: array) -> np.ndarray:
+    return np.array(values, dtype=values.typecode)
+
+
+class _Route:
+    """A sink's requests, found by context, and their values on one model."""
+
+    def __init__(self, sink: Sums | Rows, contexts: int):
+        self.sink, self.values = sink, sink.empty()
+        number, self.rows = _numbers(sink.number), _numbers(sink.row)
+        self.order = np.argsort(number, kind="stable")
+        self.ends = np.searchsorted(number, np.arange(contexts + 1), sorter=self.order)
+
+    def of(self, number: int) -> np.ndarray:
+        """The requests for rows of a context."""
+        return self.order[self.ends[number] : self.ends[number + 1]]
+
+    def take(self, number: int, rows: np.ndarray, log_probs: np.ndarray) -> None:
+        """rows: ascending, what log_probs are of."""
+        if len(which := self.of(number)):
+            self.sink.fill(self.values, which, log_probs[np.searchsorted(rows, self.rows[which])])
+
+    def result(self) -> np.ndarray:
+        return self.sink.reduce(self.values)
+
+
+class _Wanted(Sequence):
+    """Per context the rows that any sink wants, ascending."""
+
+    def __init__(self, routes: list[_Route]):
+        self._routes = routes
+
+    def __len__(self) -> int:
+        return len(self._routes[0].ends) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return np.unique(np.concatenate([route.rows[route.of(number)] for route in self._routes]))

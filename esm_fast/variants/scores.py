@@ -1,0 +1,128 @@
+"""One protein under one strategy: its variants' scores, its scan, its log-probabilities, on any model."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ..alphabet import TOKENS
+from .bind import WILD_TYPE, Bound, Change
+from .parse import STANDARD
+from .plan import Plan, Protein
+from .strategies import strategy as strategy_named
+from .windows import RESIDUES, WINDOWS, rule
+
+_COLUMNS = [TOKENS.index(residue) for residue in STANDARD]
+# Variants planned together: what one plan may hold of contexts (bytes) and of terms.
+_PLAN_TOKENS, _PLAN_TERMS = 1 << 27, 1 << 22
+
+
+class Proteins:
+    """A wild type and what is made of it, under one window and the lengths that one model takes."""
+
+    def __init__(self, wild_type: str, window: str, longest: int | None):
+        self.window, self.longest = window, longest
+        self.size = RESIDUES if longest is None else min(RESIDUES, longest)
+        self._rules: dict[int, Callable] = {}
+        self._last: Protein | None = None
+        self.wild_type = self(wild_type)
+
+    def __call__(self, text: str) -> Protein:
+        if self._last is None or self._last.text != text:
+            if len(text) not in self._rules:
+                self._rules[len(text)] = rule(self.window, len(text), self.longest)
+            self._last = Protein(text, self._rules[len(text)])
+        return self._last
+
+
+class Job:
+    """Variants of one protein under one strategy, for any number of models."""
+
+    def __init__(self, wild_type: str, strategy: str, window: str = "auto", *, compat: bool = False):
+        self.text, self.how = wild_type, strategy_named(strategy)
+        self.window = self.how.WINDOW if window == "auto" else window
+        if self.window not in WINDOWS:
+            raise ValueError(f"window is {window!r}; choose one of auto, {', '.join(WINDOWS)}")
+        self.add = getattr(self.how, "add_compat", self.how.add) if compat else self.how.add
+        if compat and self.how.NAME == "masked" and self.window == "proteingym":
+            raise ValueError("compat: ProteinGym's script has no masked marginals over overlapping windows")
+        self._proteins: dict[int | None, Proteins] = {}
+
+    def proteins(self, model) -> Proteins:
+        longest = model.config.max_residues
+        if longest not in self._proteins:
+            self._proteins[longest] = Proteins(self.text, self.window, longest)
+        return self._proteins[longest]
+
+    def refuse(self, bound: Bound, proteins: Proteins | None = None) -> str:
+        """Why a variant has no score under this strategy, or ""."""
+        if bound.stop is not None and not self.how.STOPS:
+            return f"{self.how.NAME} has no score for a stop; pllr has"
+        if bound.stop is None and bound.substitutions is None and not self.how.LENGTHS:
+            return f"{self.how.NAME} has no score for another length; pllr and pll have"
+        proteins = proteins or Proteins(self.text, self.window, RESIDUES)
+        return self.how.refuse(bound, proteins) if hasattr(self.how, "refuse") else ""
+
+    # ---- variants
+
+    def plans(self, model, variants: list[Bound]) -> Iterator[tuple[list[int], Plan]]:
+        """Numbers of variants, and the plan of their sums."""
+        proteins = self.proteins(model)
+        numbers, plan = [], Plan()
+        sums = plan.sums(len(variants))
+        for number, bound in enumerate(variants):
+            if bound.stop is not None:
+                continue
+            self.add(sums, len(numbers), bound, proteins)
+            numbers.append(number)
+            if plan.tokens > _PLAN_TOKENS or len(sums) > _PLAN_TERMS:
+                yield numbers, plan
+                numbers, plan = [], Plan()
+                sums = plan.sums(len(variants))
+        if numbers:
+            yield numbers, plan
+
+    def score(self, model, variants: list[Bound], budget: int, on_batch: Callable = lambda tokens: None) -> np.ndarray:
+        """float64 (variants,)"""
+        scores = np.zeros(len(variants))
+        for numbers, plan in self.plans(model, variants):
+            (found,) = plan.run(model, budget, on_batch)
+            scores[numbers] = found[: len(numbers)]
+        stops = [i for i, bound in enumerate(variants) if bound.stop is not None]
+        if stops:
+            ratios = ratios_of(self.log_probs(model, False, budget, on_batch), self.text)
+            for i in stops:
+                scores[i] = ratios[variants[i].stop + 1 :].min()
+        return scores
+
+    # ---- whole proteins
+
+    def rows_plan(self, model, masked: bool | tuple[int, ...]) -> Plan:
+        """masked: whether each residue is in turn, or those that are together."""
+        protein, plan = self.proteins(model).wild_type, Plan()
+        rows = plan.rows(len(protein))
+        together = () if isinstance(masked, bool) else masked
+        for at in range(len(protein)):
+            rows.add(at, protein, (at,) if masked is True else together, at)
+        return plan
+
+    def log_probs(
+        self, model, masked: bool | tuple[int, ...], budget: int, on_batch: Callable = lambda tokens: None
+    ) -> np.ndarray:
+        """float64 (residues, 33)"""
+        (found,) = self.rows_plan(model, masked).run(model, budget, on_batch)
+        return found
+
+    def scan(self, model, budget: int, on_batch: Callable = lambda tokens: None) -> np.ndarray:
+        """float64 (residues, 20): every substitution, less the wild type."""
+        if not self.how.LENGTHS:
+            return ratios_of(self.log_probs(model, self.how.MASKED, budget, on_batch), self.text)
+        variants = [Bound((Change(at, at + 1, new),)) for at in range(len(self.text)) for new in STANDARD]
+        variants = [WILD_TYPE if self.text[v.changes[0].start] == v.changes[0].new else v for v in variants]
+        scores = self.score(model, [*variants, WILD_TYPE], budget, on_batch)
+        return (scores[:-1] - scores[-1]).reshape(-1, len(STANDARD))
+
+
+def ratios_of(log_probs: np.ndarray, protein: str) -> np.ndarray:
+    """(residues, 20) log p(substitution) - log p(wild type), columns in the order of STANDARD."""
+    own = log_probs[np.arange(len(protein)), [TOKENS.index(residue) for residue in protein]]
+    return log_probs[:, _COLUMNS] - own[:, None]
