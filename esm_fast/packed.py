@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_any, tree_map
 
 from . import _C
+from .ops import contract
 from .ops.registry import BackendError, Request, explain, select
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -120,6 +121,9 @@ class PackedWeight(torch.Tensor):
 
     def _as_parameter(self, tensor: torch.Tensor) -> torch.Tensor:
         return nn.Parameter(tensor, requires_grad=False) if isinstance(self, nn.Parameter) else tensor
+
+
+contract.PLAIN.add(PackedWeight)
 
 
 def plain(value):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import _C
+from .ops import contract
 from .ops.quantize import Quantized, int8_linear, quantize
 from .packed import MATRICES, PackedWeight
 
@@ -56,6 +57,8 @@ class Int8Weight(PackedWeight):
     def __repr__(self, **options) -> str:
         return f"Int8Weight({self.shape[0]} x {self.shape[1]}, around it {self.dtype})"
 
+
+contract.PLAIN.add(Int8Weight)
 
 _NATIVE = ("avx512vnni", "avx512bf16", "amx")  # levels that multiply 8 bits faster than 16
 

@@ -93,9 +93,11 @@ class Encoder(nn.Module):
             out.representations[0] = x
         between = [number for number in layers if 0 < number < self.config.layers]
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
-        stack = self._stack(x, batch, depth, between)
-        if depth and not (attentions or contacts) and ops.transformer_stack.has_kernel(stack, self.backend):
-            x, *streams = ops.transformer_stack(**stack, backend=self.backend)
+        all_at_once = None
+        if depth and not (attentions or contacts):
+            all_at_once = ops.transformer_stack.kernel_call(self.backend, **self._stack(x, batch, depth, between))
+        if all_at_once is not None:
+            x, *streams = all_at_once()
             out.representations |= dict(zip(between, streams, strict=True))
         else:
             for number, layer in enumerate(self.layers[:depth], start=1):

@@ -3,20 +3,18 @@
 import torch
 import torch.nn.functional as F
 
-from .common import AWKWARD_LENGTHS, Maker, require, require_offsets, spans
+from .common import AWKWARD_LENGTHS, Maker, spans
+from .contract import Contract, alike, factor, longest, offsets
 from .registry import Case, Cost, op
 
-
-def check(q, k, v, cu_seqlens, max_seqlen, scale):
-    require(
-        q.ndim == 3 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype,
-        "attention_varlen",
-        "q, k, v must be (n, heads, head_dim), of one dtype",
-        q=q,
-        k=k,
-        v=v,
-    )
-    require_offsets(cu_seqlens, "attention_varlen")
+CONTRACT = Contract(
+    q=alike("n", "heads", "head_dim"),
+    k=alike("n", "heads", "head_dim"),
+    v=alike("n", "heads", "head_dim"),
+    cu_seqlens=offsets("n"),
+    max_seqlen=longest(),
+    scale=factor(),
+)
 
 
 def _case(name, lengths, heads, head_dim) -> Case:
@@ -48,7 +46,7 @@ def shapes(q, k, v, cu_seqlens, max_seqlen, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
 def attention_varlen(q, k, v, cu_seqlens, max_seqlen: int, scale: float):
     """Bidirectional attention (Vaswani et al. 2017) within each sequence.
 

@@ -28,7 +28,9 @@ def layer_norm(x, weight, bias, eps):
 
 def linear(x, weight, bias):
     """x W' + b. Weights of 8 bits bring their own definition (esm_fast/quantized.py)."""
-    return weight.linear(x, bias) if hasattr(weight, "linear") else F.linear(x, weight, bias)
+    if hasattr(weight, "linear"):
+        return weight.linear(x, bias)
+    return F.linear(x, weight, bias if bias.dtype == weight.dtype else bias.to(weight.dtype))
 
 
 def gelu(x):
@@ -39,19 +41,6 @@ def gelu(x):
 def spans(cu_seqlens) -> list[tuple[int, int]]:
     """[(first row, one past the last row)] of each packed sequence."""
     return list(itertools.pairwise(cu_seqlens.tolist()))
-
-
-def require(condition: bool, op_name: str, problem: str, **tensors) -> None:
-    """Raises ValueError naming the op, the problem and every shape involved."""
-    if not condition:
-        shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None)
-        raise ValueError(f"{op_name}: {problem}; got {shapes}")
-
-
-def require_offsets(cu_seqlens, op_name: str) -> None:
-    """Raises ValueError unless cu_seqlens is what `Maker.cu_seqlens` makes: kernels read its memory as int32."""
-    fits = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0
-    require(fits, op_name, "cu_seqlens must be int32, (sequences + 1,)", cu_seqlens=cu_seqlens)
 
 
 class Maker:

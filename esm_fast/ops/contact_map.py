@@ -10,20 +10,29 @@ so a layer adds its heads to one T x T sum; the 660 maps of ESM-1b never exist t
 
 import torch
 
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, require_offsets, spans
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, spans
+from .contract import Contract, alike, count, factor, flags, floats, longest, offsets
 from .registry import Case, Cost, op
 
 
-def check(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
-    require(q.ndim == 3 and q.shape == k.shape, "contact_map", "q and k must be (n, heads, head_dim)", q=q, k=k)
-    require(
-        keep.shape == q.shape[:1] and keep.dtype == torch.bool, "contact_map", "keep must be (n,) bool", q=q, keep=keep
-    )
-    require(weight.shape == q.shape[1:2], "contact_map", "weight must be (heads,)", q=q, weight=weight)
-    require_offsets(cu_seqlens, "contact_map")
-    if cu_seqlens.device.type == "cpu":  # elsewhere looking would mean waiting for the device
-        needed = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
-        require(size == needed, "contact_map", f"size must be {needed}, is {size}", cu_seqlens=cu_seqlens)
+def _size_fits(known, cu_seqlens, size, **_):
+    if cu_seqlens.device.type != "cpu":  # looking would mean waiting for the device
+        return None
+    needed = sum((end - start) ** 2 for start, end in spans(cu_seqlens))
+    return None if size == needed else f"size must be {needed}, is {size}"
+
+
+CONTRACT = Contract(
+    _size_fits,
+    q=alike("n", "heads", "head_dim"),
+    k=alike("n", "heads", "head_dim"),
+    cu_seqlens=offsets("n"),
+    max_seqlen=longest(),
+    size=count(most=2**62),
+    keep=flags("n"),
+    weight=floats("heads"),
+    scale=factor(),
+)
 
 
 def _case(name, lengths, heads, head_dim) -> Case:
@@ -59,7 +68,7 @@ def shapes(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale):
     return q.new_empty(size, dtype=accumulate_dtype(q.dtype))
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q", shapes=shapes)
 def contact_map(q, k, cu_seqlens, max_seqlen: int, size: int, keep, weight, scale: float):
     """One layer's contribution to the contact logits, bias not included.
 

@@ -4,29 +4,31 @@ import torch
 import torch.nn.functional as F
 
 from ..alphabet import MASK, PAD
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, require, require_offsets, spans
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, layer_norm, spans
+from .contract import Contract, flag, floats, indices, offsets, real, weights
 from .registry import Case, Cost, op
 
 # Of the tokens seen in pretraining, 15 % were selected and 80 % of these shown as <mask>, whose embedding is zero.
 KEPT_IN_TRAINING = 1 - 0.15 * 0.8
 
 
-def check(tokens, positions, cu_seqlens, token_table, position_table, ln_weight, ln_bias, token_dropout, scale, eps):
-    require(
-        tokens.ndim == 1 and tokens.shape == positions.shape,
-        "embedding",
-        "tokens and positions must be (n,)",
-        tokens=tokens,
-        positions=positions,
-    )
-    require(
-        token_table.shape[1] == position_table.shape[1],
-        "embedding",
-        "the tables must have one width",
-        token_table=token_table,
-        position_table=position_table,
-    )
-    require_offsets(cu_seqlens, "embedding")
+def _both_or_none(known, ln_weight, ln_bias, **_):
+    return "ln_weight and ln_bias must be both given or both None" if (ln_weight is None) != (ln_bias is None) else None
+
+
+CONTRACT = Contract(
+    _both_or_none,
+    tokens=indices("n", below="vocabulary"),
+    positions=indices("n", below="max_positions"),
+    cu_seqlens=offsets("n"),
+    token_table=weights("vocabulary", "width"),
+    position_table=weights("max_positions", "width"),
+    ln_weight=floats("width", optional=True),
+    ln_bias=floats("width", optional=True),
+    token_dropout=flag(),
+    scale=floats("sequences", optional=True),
+    eps=real(),
+)
 
 
 def _case(name, lengths, width, *, norm=True, token_dropout=True) -> Case:
@@ -85,7 +87,7 @@ def shapes(tokens, positions, cu_seqlens, token_table, *_):
     return token_table.new_empty(tokens.shape[0], token_table.shape[1], dtype=dtype)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="token_table", shapes=shapes)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="token_table", shapes=shapes)
 def embedding(
     tokens,
     positions,
@@ -119,4 +121,4 @@ def embedding(
         per_token = torch.repeat_interleave(scale.to(wide), cu_seqlens.diff().long(), output_size=len(tokens))
         x = (x * per_token[:, None]).masked_fill((tokens == MASK)[:, None], 0.0)
     x = x + F.embedding(positions, position_table, padding_idx=PAD).to(wide)
-    return x if ln_weight is None else layer_norm(x, ln_weight, ln_bias, eps)
+    return x if ln_weight is None else layer_norm(x, ln_weight, ln_bias, eps).to(wide)

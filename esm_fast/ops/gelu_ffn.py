@@ -1,21 +1,19 @@
 """gelu_ffn: x + fc2(gelu(fc1(LN(x)))), the second half of a transformer layer, row by row."""
 
-from .common import Maker, gelu, layer_norm, linear, require
+from .common import Maker, gelu, layer_norm, linear
+from .contract import Contract, floats, real, weights
 from .registry import Case, Cost, op
 
-
-def check(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
-    require(x.ndim == 2, "gelu_ffn", "x must be (n, width)", x=x)
-    hidden, width = fc1_weight.shape
-    fits = x.shape[1] == width and fc2_weight.shape == (width, hidden)
-    require(
-        fits,
-        "gelu_ffn",
-        "fc1 must be (hidden, width) and fc2 (width, hidden)",
-        x=x,
-        fc1_weight=fc1_weight,
-        fc2_weight=fc2_weight,
-    )
+CONTRACT = Contract(
+    x=floats("n", "width"),
+    ln_weight=floats("width"),
+    ln_bias=floats("width"),
+    fc1_weight=weights("hidden", "width"),
+    fc1_bias=floats("hidden"),
+    fc2_weight=weights("width", "hidden"),
+    fc2_bias=floats("width"),
+    eps=real(),
+)
 
 
 def _case(name, n, width, hidden) -> Case:
@@ -56,7 +54,7 @@ def cost(x, fc1_weight, **_) -> Cost:
     return Cost(2 * n * weights, 2 * stream + weights * fc1_weight.element_size(), between)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="fc1_weight")
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="fc1_weight")
 def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps: float = 1e-5):
     """Feed-forward block of a pre-LN transformer, with the exact GELU.
 
@@ -68,4 +66,4 @@ def gelu_ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
         (n, width) in x's dtype.
     """
     normed = layer_norm(x, ln_weight, ln_bias, eps).to(fc1_weight.dtype)
-    return x + linear(gelu(linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return (x + linear(gelu(linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)).to(x.dtype)

@@ -3,24 +3,44 @@
 import torch
 import torch.nn.functional as F
 
-from .common import Maker, accumulate_dtype, gelu, layer_norm, require
+from .common import Maker, accumulate_dtype, gelu, layer_norm, linear
+from .contract import INTEGERS, Contract, Indices, floats, indices, real, weights
 from .registry import Case, Cost, op
 
 IGNORED = -100  # the target of a row that adds nothing to the loss, as for torch's cross-entropy
 
 
-def check(x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows, targets, eps):
-    width = x.shape[-1]
-    fits = dense_weight.shape == (width, width) and token_table.shape[1] == width
-    require(
-        x.ndim == 2 and fits,
-        "masked_lm_head",
-        "x (n, width), dense (width, width), token_table (vocabulary, width)",
-        x=x,
-        dense_weight=dense_weight,
-        token_table=token_table,
-    )
-    require(targets is None or rows is not None, "masked_lm_head", "targets need the rows they belong to", x=x)
+def _between(known, rows, targets, x, **_):
+    """rows: numbers, negative ones counted from the last, or one flag a row; as torch indexes."""
+    if targets is None:
+        return None
+    if rows is None:
+        return "targets need the rows they belong to"
+    count = int(rows.sum()) if rows.dtype == torch.bool else len(rows)
+    return None if len(targets) == count else f"targets must be one for each of the {count} rows, got {len(targets)}"
+
+
+def _rows_exist(rows, known):
+    n = known.sizes["n"]
+    if rows.dtype == torch.bool:
+        return None if len(rows) == n else f"must have a flag for each of the {n} rows, not {len(rows)}"
+    low, high = (bound.item() for bound in rows.aminmax()) if len(rows) else (0, -1)
+    return None if low >= -n and high < n else f"must be from {-n} to {n - 1}, and holds {low} to {high}"
+
+
+CONTRACT = Contract(
+    _between,
+    x=floats("n", "width"),
+    dense_weight=weights("width", "width"),
+    dense_bias=floats("width"),
+    ln_weight=floats("width"),
+    ln_bias=floats("width"),
+    token_table=weights("vocabulary", "width"),
+    bias=floats("vocabulary"),
+    rows=Indices("m", dtypes=INTEGERS | {torch.bool}, optional=True, inside=_rows_exist),
+    targets=indices("targets", below="vocabulary", ignored=IGNORED, optional=True),
+    eps=real(),
+)
 
 
 def _case(name, n, width, masked=None) -> Case:
@@ -61,7 +81,7 @@ def unpack(outputs):
     return (*outputs, None)[:2]  # without targets there is no loss
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="dense_weight", unpack=unpack)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="dense_weight", unpack=unpack)
 def masked_lm_head(
     x, dense_weight, dense_bias, ln_weight, ln_bias, token_table, bias, rows=None, targets=None, eps: float = 1e-5
 ):
@@ -70,8 +90,8 @@ def masked_lm_head(
     Args:
         x: (n, width), the final representation.
         dense_weight (width, width), dense_bias, ln_weight, ln_bias (width,), token_table (vocabulary, width), bias.
-        rows: (m,) int64, the rows to compute; None for all.
-        targets: (m,) int64, the right token of each of these rows, or IGNORED.
+        rows: (m,) integers, the rows to compute, negative ones counted from the last; or (n,) bool; None for all.
+        targets: (m,) integers, the right token of each of these rows, or IGNORED.
 
     Returns:
         (logits, loss): logits (m or n, vocabulary) in the weights' dtype; loss the SUM of the cross-entropies in fp32
@@ -79,10 +99,12 @@ def masked_lm_head(
     """
     if rows is not None:
         x = x[rows]
-    hidden = gelu(F.linear(x.to(dense_weight.dtype), dense_weight, dense_bias))
+    hidden = gelu(linear(x.to(dense_weight.dtype), dense_weight, dense_bias))
     normed = layer_norm(hidden, ln_weight, ln_bias, eps).to(token_table.dtype)
-    logits = F.linear(normed, token_table, bias)
+    logits = linear(normed, token_table, bias)
     if targets is None:
         return logits, None
     wide = logits.to(accumulate_dtype(logits.dtype))
-    return logits, F.cross_entropy(wide, targets, reduction="sum").to(torch.promote_types(wide.dtype, torch.float32))
+    return logits, F.cross_entropy(wide, targets.long(), reduction="sum").to(
+        torch.promote_types(wide.dtype, torch.float32)
+    )

@@ -6,20 +6,11 @@ come from queries and keys even where the maps are returned beside them, so no s
 
 import torch
 
-from .common import Maker, accumulate_dtype, require
+from .common import Maker, accumulate_dtype
+from .contract import Contract, floats, integers
 from .registry import Case, Cost, op
 
-
-def check(scores, lengths):
-    require(
-        scores.ndim == 4 and scores.shape[-1] == scores.shape[-2],
-        "masked_softmax",
-        "scores must be (batch, heads, T, T)",
-        scores=scores,
-    )
-    require(
-        lengths.shape == scores.shape[:1], "masked_softmax", "lengths must be (batch,)", scores=scores, lengths=lengths
-    )
+CONTRACT = Contract(scores=floats("batch", "heads", "length", "length"), lengths=integers("batch"))
 
 
 def _case(name, lengths, heads) -> Case:
@@ -45,7 +36,7 @@ def cost(scores, lengths) -> Cost:
     return Cost(5 * scores.numel(), valid * scores.element_size() + scores.numel() * wide)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="scores")
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="scores")
 def masked_softmax(scores, lengths):
     """Row-wise softmax over the valid keys of each sequence.
 

@@ -5,24 +5,27 @@ Each is the other's transpose, and so the other's gradient.
 
 import torch
 
-from .common import Maker, require
+from .common import Maker
+from .contract import Contract, Tensor, anything, count
 from .registry import Case, Cost, op
 
 
-def _check_rows(rows, op_name):
-    require(rows.ndim == 1 and rows.dtype == torch.int64, op_name, "rows must be int64, (n,)", rows=rows)
+def _rising(size: str):
+    """Row numbers, strictly increasing, below a symbol's size."""
+
+    def inside(rows, known):
+        if not len(rows):
+            return None
+        first, last = rows[0].item(), rows[-1].item()
+        if first >= 0 and last < known.sizes[size] and bool((rows[1:] > rows[:-1]).all()):
+            return None
+        return f"must rise strictly, from 0 or more to {known.sizes[size] - 1} or less"
+
+    return Tensor("n", dtypes=frozenset({torch.int64}), inside=inside)
 
 
-def check_pack(padded, rows):
-    require(padded.ndim == 2, "pack_rows", "padded must be (size, width)", padded=padded)
-    _check_rows(rows, "pack_rows")
-
-
-def check_unpack(packed, rows, size):
-    shaped = packed.ndim == 2 and rows.shape == packed.shape[:1]
-    require(shaped, "unpack_rows", "packed must be (n, width) and rows (n,)", packed=packed, rows=rows)
-    _check_rows(rows, "unpack_rows")
-    require(len(rows) <= size, "unpack_rows", f"{len(rows)} rows do not fit into size={size}", rows=rows)
+PACK = Contract(padded=anything("size", "width"), rows=_rising("size"))
+UNPACK = Contract(packed=anything("n", "width"), rows=_rising("size"), size=count(makes="size"))
 
 
 def _case(name, kept: list[int], size: int, width: int, *, packed: bool) -> Case:
@@ -73,7 +76,7 @@ def cost_of_unpack(packed, rows, size) -> Cost:
 
 
 @op(
-    check=check_pack,
+    contract=PACK,
     cases=lambda: _cases(packed=False),
     bench_cases=lambda: _bench_cases(packed=False),
     cost=cost_of_pack,
@@ -93,7 +96,7 @@ def pack_rows(padded, rows):
 
 
 @op(
-    check=check_unpack,
+    contract=UNPACK,
     cases=lambda: _cases(packed=True),
     bench_cases=lambda: _bench_cases(packed=True),
     cost=cost_of_unpack,

@@ -2,14 +2,11 @@
 
 import torch
 
-from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, require, require_offsets, spans
+from .common import AWKWARD_LENGTHS, Maker, accumulate_dtype, spans
+from .contract import Contract, floats, offsets
 from .registry import Case, Cost, op
 
-
-def check(x, cu_seqlens, weight):
-    require(x.ndim == 2, "pool", "x must be (n, width)", x=x)
-    require(weight.shape == x.shape[:1], "pool", "weight must be (n,)", x=x, weight=weight)
-    require_offsets(cu_seqlens, "pool")
+CONTRACT = Contract(x=floats("n", "width"), cu_seqlens=offsets("n"), weight=floats("n"))
 
 
 def _case(name, lengths, width, *, ends=False) -> Case:
@@ -45,7 +42,7 @@ def shapes(x, cu_seqlens, weight):
     return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1], dtype=accumulate_dtype(x.dtype))
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="x", shapes=shapes)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="x", shapes=shapes)
 def pool(x, cu_seqlens, weight):
     """The weighted sum of each sequence's rows: with 1 / residues, and 0 on <cls> and <eos>, the mean over residues.
 

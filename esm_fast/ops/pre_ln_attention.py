@@ -6,41 +6,29 @@ import torch
 
 from .attention_varlen import attention_varlen
 from .attention_varlen import shapes as attention_shapes
-from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, require, require_offsets, spans
+from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, spans
+from .contract import Contract, flag, floats, heads_of, longest, offsets, real, weights
 from .registry import Case, Cost, op
 
-
-def check(
-    x,
-    cu_seqlens,
-    max_seqlen,
-    ln_weight,
-    ln_bias,
-    q_weight,
-    q_bias,
-    k_weight,
-    k_bias,
-    v_weight,
-    v_bias,
-    out_weight,
-    out_bias,
-    heads,
-    eps,
-    rotary,
-    return_qk,
-):
-    width = x.shape[-1]
-    require(x.ndim == 2, "pre_ln_attention", "x must be (n, width)", x=x)
-    require(width % heads == 0, "pre_ln_attention", f"width must be a multiple of {heads} heads", x=x)
-    for name, weight in dict(q=q_weight, k=k_weight, v=v_weight, out=out_weight).items():
-        require(
-            weight.shape == (width, width),
-            "pre_ln_attention",
-            f"{name}_weight must be (width, width)",
-            x=x,
-            weight=weight,
-        )
-    require_offsets(cu_seqlens, "pre_ln_attention")
+CONTRACT = Contract(
+    x=floats("n", "width"),
+    cu_seqlens=offsets("n"),
+    max_seqlen=longest(),
+    ln_weight=floats("width"),
+    ln_bias=floats("width"),
+    q_weight=weights("width", "width"),
+    q_bias=floats("width"),
+    k_weight=weights("width", "width"),
+    k_bias=floats("width"),
+    v_weight=weights("width", "width"),
+    v_bias=floats("width"),
+    out_weight=weights("width", "width"),
+    out_bias=floats("width"),
+    heads=heads_of("width"),
+    eps=real(),
+    rotary=floats(2, "n", "head_dim", optional=True),
+    return_qk=flag(),
+)
 
 
 def _case(name, lengths, heads, head_dim, rotary=False) -> Case:
@@ -127,14 +115,14 @@ def compose(
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     mixed = attention(q, k, v, cu_seqlens, max_seqlen, (width // heads) ** -0.5)
-    out = x + linear(mixed.reshape(n, width), out_weight, out_bias)
+    out = (x + linear(mixed.reshape(n, width), out_weight, out_bias)).to(x.dtype)
     return (out, q, k) if return_qk else out
 
 
 shapes = partial(compose, attention=attention_shapes)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q_weight", shapes=shapes)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="q_weight", shapes=shapes)
 def pre_ln_attention(
     x,
     cu_seqlens,

@@ -1,21 +1,23 @@
 """Ops and the kernels that implement them.
 
-An op is its contract: a signature, a check, a differentiable pure-PyTorch reference, test cases and a cost. A kernel is
-one backend's implementation of one op. `select` chooses a kernel by the order in `preference`; every kernel that cannot
-run says why, and a backend asked for by name runs or raises those reasons. `reference` is always the last choice.
+An op is its contract: a signature, what its arguments must be, a differentiable pure-PyTorch reference, test cases and
+a cost. A kernel is one backend's implementation of one op. `select` chooses a kernel by the order of `preference`: each
+kernel that cannot run says why, and a backend asked for by name runs or raises those reasons. `reference` comes last.
 """
 
 import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
+from . import opaque
+from .contract import Contract
 from .gradients import run_with_gradients
 from .preference import REFERENCE, priority_of
 
@@ -97,7 +99,7 @@ class Op:
 
     name: str
     reference: Callable
-    check: Callable[..., None]
+    contract: Contract
     cases: Callable[[], list[Case]]
     bench_cases: Callable[[], list[Case]]
     cost: Callable[..., Cost]
@@ -112,13 +114,54 @@ class Op:
         return self.run(*args, backend=backend, **kwargs)
 
     def run(self, *args, backend: str | None = None, **kwargs):
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        self.check(**bound.arguments)
-        request = self.request(bound.arguments)
-        kernel = select(self.name, request, backend)
-        values = tuple(bound.arguments.values())
+        arguments = self.bind(args, kwargs)
+        kernel, request = self._chosen(arguments, backend)
+        values = tuple(arguments.values())
         return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
+
+    def kernel_call(self, backend: str | None, **arguments) -> Callable | None:
+        """The call, checked, if it needs no gradients and a kernel would run it, one of the backend that is named if
+        one is; else None: the caller has another way that does not end at the reference."""
+        if torch.compiler.is_compiling() and self.shapes is None:
+            return None
+        arguments = self.bind((), arguments)
+        kernel, request = self._chosen(arguments, backend)
+        if request.grad or kernel.backend == REFERENCE or backend not in (None, kernel.backend):
+            return None
+        return functools.partial(kernel.forward, *arguments.values())
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, in the signature's order; TypeError as for any function. Faster than `signature`."""
+        arguments = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
+        missing = any(arguments[name] is inspect.Parameter.empty for name in self._required)
+        twice = args and kwargs and not kwargs.keys().isdisjoint(list(self._defaults)[: len(args)])
+        if missing or twice or len(args) > len(self._defaults) or len(arguments) > len(self._defaults):
+            self.signature.bind(*args, **kwargs)  # raises
+        return arguments
+
+    @functools.cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return {name: parameter.default for name, parameter in self.signature.parameters.items()}
+
+    @functools.cached_property
+    def _required(self) -> list[str]:
+        return [name for name, default in self._defaults.items() if default is inspect.Parameter.empty]
+
+    def check(self, **arguments) -> list[torch.Tensor]:
+        """All tensors among the arguments. Raises ValueError for what the op cannot be computed of, on any backend."""
+        return self.contract.check(self.name, arguments)
+
+    def _chosen(self, arguments: dict[str, Any], backend: str | None) -> tuple[Kernel, Request]:
+        """The kernel for arguments that are right, and the request it was chosen for."""
+        tensors = self.check(**arguments)
+        request = self.request(arguments, tensors)
+        if (reason := opaque.why(tensors)) is None:
+            return select(self.name, request, backend), request
+        require_backend(backend)
+        *others, reference = kernels(self.name)
+        if any(kernel.backend == backend for kernel in others):
+            raise BackendError(f"{self.name} cannot run on backend {backend!r} here: {reason}")
+        return reference, request
 
     def _in_graph(self, *args, **kwargs):
         """While torch.compile traces: a call of the op's operator, or a break of the graph; see `graph`."""
@@ -126,19 +169,14 @@ class Op:
             return torch.compiler.disable(self.run)(*args, **kwargs)
         return self.unpack(getattr(torch.ops.esm_fast, self.name)(*args, **kwargs))
 
-    def request(self, arguments: dict[str, Any]) -> Request:
-        lead = next(tensor for tensor in _tensors(arguments[self.dtype_of]) if tensor.ndim > 1)
+    def request(self, arguments: dict[str, Any], tensors: Sequence[torch.Tensor] | None = None) -> Request:
+        """tensors: all that are among the arguments, where they are known."""
+        lead = arguments[self.dtype_of]
+        if not isinstance(lead, torch.Tensor):
+            lead = next(tensor for tensor in _tensors(lead[0]) if tensor.ndim > 1)
         arch = torch.cuda.get_device_capability(lead.device) if lead.device.type == "cuda" else None
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments))
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors or _tensors(arguments))
         return Request(lead.device.type, arch, lead.dtype, _head_dim(arguments), grad)
-
-    def has_kernel(self, arguments: dict[str, Any], backend: str | None) -> bool:
-        """Whether a call without gradients would run a kernel, and one of the backend that is named, if one is."""
-        if torch.compiler.is_compiling() and self.shapes is None:
-            return False
-        request = self.request(arguments)
-        kernel = select(self.name, request, backend)
-        return not request.grad and kernel.backend != REFERENCE and backend in (None, kernel.backend)
 
 
 def _tensors(tree) -> Iterator[torch.Tensor]:
@@ -154,7 +192,7 @@ def _head_dim(arguments: dict[str, Any]) -> int | None:
 _OF_THE_REFERENCE = object()
 
 
-def op(*, check, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFERENCE, unpack=_alone):
+def op(*, contract, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFERENCE, unpack=_alone):
     """Decorates a reference: its name and signature become the op's, its annotations (int, float, bool) tell the
     arguments that are no tensors."""
 
@@ -162,7 +200,7 @@ def op(*, check, cases, cost, dtype_of, bench_cases=None, shapes=_OF_THE_REFEREN
         name = reference.__name__
         signature = inspect.signature(reference)
         known = reference if shapes is _OF_THE_REFERENCE else shapes
-        OPS[name] = Op(name, reference, check, cases, bench_cases or cases, cost, dtype_of, signature, known, unpack)
+        OPS[name] = Op(name, reference, contract, cases, bench_cases or cases, cost, dtype_of, signature, known, unpack)
         _KERNELS[name] = [Kernel(name, REFERENCE, reference, priority=priority_of(REFERENCE), differentiable=reference)]
         return OPS[name]
 

@@ -1,11 +1,13 @@
 """transformer_stack: all layers of a transformer, one after the other; `pre_ln_attention` and `gelu_ffn`, composed."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
-from .common import AWKWARD_LENGTHS, require, require_offsets
+from .common import AWKWARD_LENGTHS
+from .contract import Contract, Records, floats, heads_of, longest, offsets, real, weights
 from .gelu_ffn import _case as ffn_case
 from .gelu_ffn import cost as ffn_cost
 from .gelu_ffn import gelu_ffn
@@ -46,25 +48,41 @@ class LayerWeights(NamedTuple):
         return self[10:16]
 
 
-def _shapes(width: int, hidden: int) -> list[tuple[int, ...]]:
-    vector, square = (width,), (width, width)
-    attention = [vector, vector, *[square, vector] * 4]
-    return [*attention, vector, vector, (hidden, width), (hidden,), (width, hidden), vector]
+def _layers_exist(known, layers, return_layers, **_):
+    known_ones = all(isinstance(number, Integral) and 1 <= number <= len(layers) for number in return_layers)
+    return None if known_ones else f"return_layers must be from 1 to {len(layers)}, not {tuple(return_layers)}"
 
 
-def check(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
-    name = "transformer_stack"
-    require(x.ndim == 2, name, "x must be (n, width)", x=x)
-    require(x.shape[1] % heads == 0, name, f"width must be a multiple of {heads} heads", x=x)
-    require_offsets(cu_seqlens, name)
-    require(len(layers) > 0, name, "there must be at least one layer", x=x)
-    known = all(1 <= number <= len(layers) for number in return_layers)
-    require(known, name, f"return_layers must be from 1 to {len(layers)}, not {tuple(return_layers)}", x=x)
-    for number, layer in enumerate(layers, start=1):
-        tensors = dict(zip(LayerWeights._fields, layer.attention + layer.ffn, strict=False))
-        expected = _shapes(x.shape[1], layer.fc1_weight.shape[0])
-        fits = [tensor.shape for tensor in tensors.values()] == expected
-        require(fits, name, f"the tensors of layer {number} must have the shapes {expected}", x=x, **tensors)
+CONTRACT = Contract(
+    _layers_exist,
+    x=floats("n", "width"),
+    cu_seqlens=offsets("n"),
+    max_seqlen=longest(),
+    layers=Records(
+        LayerWeights,
+        noun="layer",
+        own=("hidden",),
+        attn_ln_weight=floats("width"),
+        attn_ln_bias=floats("width"),
+        q_weight=weights("width", "width"),
+        q_bias=floats("width"),
+        k_weight=weights("width", "width"),
+        k_bias=floats("width"),
+        v_weight=weights("width", "width"),
+        v_bias=floats("width"),
+        out_weight=weights("width", "width"),
+        out_bias=floats("width"),
+        ffn_ln_weight=floats("width"),
+        ffn_ln_bias=floats("width"),
+        fc1_weight=weights("hidden", "width"),
+        fc1_bias=floats("hidden"),
+        fc2_weight=weights("width", "hidden"),
+        fc2_bias=floats("width"),
+        attn_eps=real(),
+        ffn_eps=real(),
+    ),
+    heads=heads_of("width"),
+)
 
 
 def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=()) -> Case:
@@ -113,7 +131,7 @@ def cost(x, cu_seqlens, layers, heads, return_layers, **_) -> Cost:
     return Cost(flops, transferred)
 
 
-@op(check=check, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers", shapes=None)
+@op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers", shapes=None)
 def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights], heads, return_layers=()):
     """Every layer of a pre-LN transformer: attention block, feed-forward block, next layer.
 

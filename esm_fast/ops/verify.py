@@ -94,10 +94,9 @@ def _rms(x: torch.Tensor) -> torch.Tensor:
 
 
 def bound(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
-    filled = op.signature.bind(**arguments)
-    filled.apply_defaults()
-    op.check(**filled.arguments)
-    return dict(filled.arguments)
+    filled = op.bind((), arguments)
+    op.check(**filled)
+    return filled
 
 
 def widened(arguments: dict[str, Any]) -> dict[str, Any]:

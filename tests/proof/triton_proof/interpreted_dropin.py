@@ -23,7 +23,7 @@ def triton_unasked(monkeypatch):
         kernels = [dataclasses.replace(kernel, yields=registry.Kernel.yields) if kernel.backend == "triton" else kernel
                    for kernel in registry.kernels(name)]  # fmt: skip
         monkeypatch.setitem(registry._KERNELS, name, kernels)
-    monkeypatch.setattr(OPS["transformer_stack"].__class__, "has_kernel", lambda *_: False)  # layer by layer
+    monkeypatch.setattr(OPS["transformer_stack"].__class__, "kernel_call", lambda *_, **__: None)  # layer by layer
     registry.select.cache_clear()
     with sanitizer.recording() as launches:
         yield
