@@ -61,39 +61,52 @@ ESM_INLINE void copy_end(const bf16* a, size_t lda, int height, int count, bf16*
 }
 
 // The weights of so many steps stay in the first-level cache for the next tile of rows; the rest, and the rows, pass it
-// by.
-constexpr int kKept = 20;
+// by. What the epilogue touches has to fit there too.
+constexpr int kKept = 14;
 
-// One step of a tile: the sums += rows (`stride` bytes apart) x 16 lines of a panel.
-template <class A>
-ESM_INLINE void step(int number, bool lower, const A* rows, size_t stride, const void* lines) {
+// The loads and products of one step, the loads of each product before it: sums += rows (`stride` bytes apart) x 16
+// lines of a panel. turn(register) is called for each register of sums before its product.
+template <class A, class Turn>
+ESM_INLINE void step(bool kept, bool lower, const A* rows, size_t stride, const void* lines, const Turn& turn) {
     const char *upper = reinterpret_cast<const char*>(rows), *left = static_cast<const char*>(lines), *right = left + 64;
+    constexpr bool kBytes = sizeof(A) == 1;
     // The intrinsics do not say what they read: all stores before this line are made before them.
     asm volatile("" : : "r"(upper), "r"(left) : "memory");
     _tile_stream_loadd(4, upper, stride);
-    if (number < kKept) {
+    if (kept)
         _tile_loadd(6, left, kLine);
-        _tile_loadd(7, right, kLine);
-    } else {
+    else
         _tile_stream_loadd(6, left, kLine);
-        _tile_stream_loadd(7, right, kLine);
-    }
-    if (lower) _tile_stream_loadd(5, upper + kRegisterRows * stride, stride);
-    if constexpr (sizeof(A) == sizeof(bf16)) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (lower) {
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    } else {
+    turn(0);
+    if constexpr (kBytes)
         _tile_dpbusd(0, 4, 6);
+    else
+        _tile_dpbf16ps(0, 4, 6);
+    if (kept)
+        _tile_loadd(7, right, kLine);
+    else
+        _tile_stream_loadd(7, right, kLine);
+    turn(1);
+    if constexpr (kBytes)
         _tile_dpbusd(1, 4, 7);
-        if (lower) {
-            _tile_dpbusd(2, 5, 6);
-            _tile_dpbusd(3, 5, 7);
-        }
-    }
+    else
+        _tile_dpbf16ps(1, 4, 7);
+    if (!lower) return;
+    _tile_stream_loadd(5, upper + kRegisterRows * stride, stride);
+    turn(3);
+    if constexpr (kBytes)
+        _tile_dpbusd(3, 5, 7);
+    else
+        _tile_dpbf16ps(3, 5, 7);
+    turn(2);
+    if constexpr (kBytes)
+        _tile_dpbusd(2, 5, 6);
+    else
+        _tile_dpbf16ps(2, 5, 6);
+}
+template <class A>
+ESM_INLINE void step(bool kept, bool lower, const A* rows, size_t stride, const void* lines) {
+    step(kept, lower, rows, stride, lines, [](int) {});
 }
 
 // The sums, of 4 bytes each, to rows of so many elements.
@@ -125,9 +138,9 @@ ESM_INLINE void tile(int height, const bf16* a, size_t lda, const bf16* panel, i
     for (int k = 0, number = 0; k < in; k += kInputs, ++number, panel += kInputs * kPanel) {
         if (in - k < kInputs) {
             copy_end(a + k, lda, height, in - k, end);
-            step(number, lower, end, kInputs * sizeof(bf16), panel);
+            step(number < kKept, lower, end, kInputs * sizeof(bf16), panel);
         } else {
-            step(number, lower, a + k, lda * sizeof(bf16), panel);
+            step(number < kKept, lower, a + k, lda * sizeof(bf16), panel);
         }
         beside();
     }
@@ -155,7 +168,7 @@ inline void tile_of(int height, const biased8* a, size_t lda, const int8* panel,
             _tile_loadd(3, right, 0);
         }
         for (int k = 0; k < inputs; k += kInputs8, ++number, lines += kInputs8 * kPanel)
-            step(number, lower, a + first + k, lda, lines);
+            step(number < kKept, lower, a + first + k, lda, lines);
         store_sums(lower, sums, kPanel);
         const F s0 = load_as<F>(panel + 128), s1 = load_as<F>(panel + 192);
         for (int r = 0; r < height; ++r) {
@@ -184,35 +197,124 @@ struct Finishing {
     }
 };
 
+// The registers of sums pass from one tile to the next, each between two products: its sums to where the last tile's
+// belong, then its own to begin with. All stores in one place would have the next products wait, by some 300 cycles.
+// Sums lie as a tile of kPanel columns.
+struct Turn {
+    float* last;
+    const float* begin;  // or null for zeros
+
+    ESM_INLINE void operator()(int number) const {
+        constexpr size_t kStride = kPanel * sizeof(float), kBelow = kRegisterRows * kPanel;
+        switch (number) {
+            case 0:
+                if (last) _tile_stored(0, last, kStride);
+                if (begin)
+                    _tile_loadd(0, begin, kStride);
+                else
+                    _tile_zero(0);
+                return;
+            case 1:
+                if (last) _tile_stored(1, last + kRegisterRows, kStride);
+                if (begin)
+                    _tile_loadd(1, begin + kRegisterRows, kStride);
+                else
+                    _tile_zero(1);
+                return;
+            case 2:
+                if (last) _tile_stored(2, last + kBelow, kStride);
+                if (begin)
+                    _tile_loadd(2, begin + kBelow, kStride);
+                else
+                    _tile_zero(2);
+                return;
+            default:
+                if (last) _tile_stored(3, last + kBelow + kRegisterRows, kStride);
+                if (begin)
+                    _tile_loadd(3, begin + kBelow + kRegisterRows, kStride);
+                else
+                    _tile_zero(3);
+        }
+    }
+};
+
+// Steps that a panel takes at once: with more, the rows would leave the second-level cache between two panels.
+constexpr int kMostSteps = 56;
+
+// What a GEMM of bf16 does in which order. Every tile has the same height, so that the registers are configured once:
+// the last one begins early, and its first rows are computed twice. Of many inputs some go through all panels before the
+// next ones do, and the sums rest in memory meanwhile; they are the same sums.
+struct Order {
+    int rows, steps, tiles, height, passes;
+
+    Order(int64_t rows_, int in)
+        : rows(int(rows_)), steps(int(round_up(in, kInputs) / kInputs)),
+          tiles(int((rows_ + kTileRows<bf16> - 1) / kTileRows<bf16>)), height((rows + tiles - 1) / tiles),
+          passes((steps + kMostSteps - 1) / kMostSteps) {}
+    int first_step(int pass) const { return steps * pass / passes; }
+    int first_row(int tile) const { return tile + 1 < tiles ? tile * height : rows - height; }
+    int known_rows(int tile) const { return tile * height - first_row(tile); }
+};
+
 // gemm.h's, but the epilogue of a tile runs beside the products of the next one, and so do prefetches of the next
 // panel into the second-level cache, which the rows' tiles share out evenly among themselves.
 template <class Finish>
 void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, int first_panel, int last_panel,
           const Finish& finish) {
-    constexpr int kMostLines = 8;  // prefetches per 32 inputs: more would displace the loads
     if (rows <= 0) return;
     const double start = clock_start();
-    alignas(64) float sums[2][kTileRows<bf16> * kPanel];
+    const Order order(rows, in);
+    const int tiles = order.tiles, height = order.height, panels = last_panel - first_panel;
+    const bool lower = height > kRegisterRows;
+    constexpr size_t kTile = kTileRows<bf16> * kPanel;
+    float* resting = nullptr;
+    if (order.passes > 1) resting = static_cast<float*>(scratch(8, size_t(panels) * tiles * kTile * sizeof(float)));
+    alignas(64) float sums[2][kTile];
+    alignas(64) bf16 end[kTile];
+    float* last_sums = nullptr;
     Finishing last;
-    const int steps = int(round_up(in, kInputs) / kInputs), tiles = int((rows + kTileRows<bf16> - 1) / kTileRows<bf16>);
-    const int even = (kPanel + tiles - 1) / tiles, lines = even < kMostLines ? even : kMostLines;
-    const int rows_a_step = (kTileRows<bf16> + steps - 1) / steps;  // so that a tile is finished within the next one
     bool turn = false;
-    for (int panel = first_panel; panel < last_panel; ++panel) {
-        const bf16* weights = packed + panel * panel_size(packed, in);
-        const char* ahead = reinterpret_cast<const char*>(weights + panel_size(packed, in));
-        const char* end = panel + 1 < last_panel ? ahead + panel_size(packed, in) * sizeof(bf16) : ahead;
-        Tiles<bf16>{rows}.each([&](int64_t row, int height) {
-            float* c = sums[turn];
-            tile(height, a + row * lda, lda, weights, in, c, kPanel, [&] {
-                last.advance(rows_a_step, finish);
-                for (int i = 0; i < lines && ahead < end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-            });
-            last = Finishing{c, row, height, panel * kPanel, 0};
-            turn = !turn;
-        });
+    configure(height);
+    for (int pass = 0; pass < order.passes; ++pass) {
+        const int first = order.first_step(pass), beyond = order.first_step(pass + 1), steps = beyond - first;
+        const bool final = pass + 1 == order.passes;
+        const int even = (kPanel * steps + tiles * steps - 1) / (tiles * steps), lines = even < 8 ? even : 8;
+        const int rows_a_step = steps > 1 ? (height + steps - 2) / (steps - 1) : height;
+        for (int panel = first_panel; panel < last_panel; ++panel) {
+            const bf16* weights = packed + panel * panel_size(packed, in) + size_t(first) * kInputs * kPanel;
+            const char* ahead = reinterpret_cast<const char*>(weights + panel_size(packed, in));
+            const char* ahead_end = panel + 1 < last_panel ? ahead + size_t(steps) * kInputs * kPanel * sizeof(bf16) : ahead;
+            for (int tile = 0; tile < tiles; ++tile) {
+                const bf16* row = a + order.first_row(tile) * int64_t(lda);
+                float* rest = resting ? resting + (size_t(panel - first_panel) * tiles + tile) * kTile : nullptr;
+                const Turn pass_on{last_sums, pass ? rest : nullptr};
+                last_sums = final ? sums[turn] : rest;
+                for (int k = first; k < beyond; ++k) {
+                    const bf16 *from = row + k * kInputs, *b = weights + size_t(k - first) * kInputs * kPanel;
+                    size_t stride = lda * sizeof(bf16);
+                    if (in - k * kInputs < kInputs) {
+                        copy_end(from, lda, height, in - k * kInputs, end);
+                        from = end, stride = kInputs * sizeof(bf16);
+                    }
+                    if (k == first) {
+                        step(true, lower, from, stride, b, pass_on);
+                    } else {
+                        step(k - first < kKept, lower, from, stride, b);
+                        last.advance(rows_a_step, finish);
+                    }
+                    for (int i = 0; i < lines && ahead < ahead_end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                }
+                last.advance(height, finish);
+                last = Finishing();
+                if (final) {
+                    last = Finishing{sums[turn], order.first_row(tile), height, panel * kPanel, order.known_rows(tile)};
+                    turn = !turn;
+                }
+            }
+        }
     }
-    last.advance(kTileRows<bf16>, finish);
+    store_sums(lower, last_sums, kPanel);
+    last.advance(height, finish);
     clock_stop(Phase::kGemm, start);
 }
 

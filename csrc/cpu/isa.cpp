@@ -107,7 +107,7 @@ void parallel(size_t n, size_t grain, void (*body)(void*, size_t, size_t), void*
 int parallel_width() { return threads(); }
 
 void* scratch(int slot, size_t bytes) {
-    static thread_local Scratch slots[8];
+    static thread_local Scratch slots[9];
     return slots[slot].at_least(bytes);
 }
 
