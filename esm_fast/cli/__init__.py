@@ -115,13 +115,18 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def _termination_as_exit():
-    """SIGTERM, as a cluster's scheduler sends it, unwinds the stack, so that temporary files go."""
+    """SIGTERM, as a scheduler sends it, and SIGHUP, as a terminal that closes, unwind: temporary files go.
+
+    A signal that is ignored (nohup) stays so.
+    """
 
     def leave(number, _frame):
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in numbers:
+            signal.signal(number, before[number])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..files.atomic import atomic
+from ..files.atomic import atomic, remove_leftovers
 from .common import (
     InputError,
     add_batch_tokens,
@@ -96,11 +96,11 @@ def _output_folder(text: str, force: bool) -> Path:
 
 
 @contextmanager
-def _archive(path: Path):
+def _archive(path: Path, tidy: bool = True):
     """add(name, contacts) for one file of all proteins."""
     from ..files.npz import NpzWriter
 
-    with atomic(path) as temporary, NpzWriter(temporary) as archive:
+    with atomic(path, tidy=tidy) as temporary, NpzWriter(temporary) as archive:
         yield archive.add
 
 
@@ -109,10 +109,11 @@ def _folder(folder: Path):
     """add(name, contacts) for a file a protein."""
 
     def add(name, contacts):
-        with _archive(folder / f"{name}.npz") as add_to_archive:
+        with _archive(folder / f"{name}.npz", tidy=False) as add_to_archive:
             add_to_archive(name, contacts)
 
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     yield add
 
 

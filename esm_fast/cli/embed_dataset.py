@@ -140,11 +140,12 @@ class _StoppedError(Exception):
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable]:
-    """Yields what raises _StoppedError once SIGTERM or SIGUSR1 came, which schedulers send ahead of the end.
+    """Yields what raises _StoppedError once SIGTERM or SIGUSR1 came, which schedulers send ahead of the end, or SIGHUP.
 
-    A second signal acts at once.
+    A second signal acts at once. One that is ignored (nohup) stays so.
     """
-    stopped, numbers = threading.Event(), (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    stopped, numbers = threading.Event(), [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number, _frame):

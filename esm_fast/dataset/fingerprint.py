@@ -3,7 +3,7 @@
 import torch
 
 from .. import _C, __version__, hub
-from .commit import digest_of, sha256
+from ..files.checksums import digest_of, sha256
 from .layout import FORMAT, pa
 
 _WEIGHTS = ("config.json", "model.safetensors", "pytorch_model.bin")

@@ -13,7 +13,8 @@ except ImportError:
         "a data set needs pyarrow: pip install 'esm_fast[dataset]'; one HDF5 file (-o NAME.h5) does not"
     ) from None
 
-from .commit import DatasetError, Output, committed
+from ..files.atomic import Output, committed
+from .errors import DatasetError
 
 FORMAT = "esm_fast data set 1"
 PLAN, RUN, LOCK = "plan.json", "run.json", ".plan.lock"

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.checked_json import DamagedError, read_json
+from ..files.checksums import digest_of
 from . import layout
-from .commit import DatasetError, digest_of, read_json
+from .errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,15 @@ def load(folder: Path) -> Plan:
     path = folder / layout.PLAN
     if not path.exists():
         raise DatasetError(f"{folder} is no data set: it has no {layout.PLAN}; esm-fast embed -o {folder} makes one")
-    content = read_json(path)
+    content = read(path)
     if content["fields"]["format"] != layout.FORMAT:
         raise DatasetError(f"{path} is of the format {content['fields']['format']!r}; this is {layout.FORMAT!r}")
     return Plan(folder, content["fields"], content["info"], content["files"], digest_of(content["fields"]))
+
+
+def read(path: Path) -> dict:
+    """plan.json or run.json. Raises DatasetError where a byte of it has changed."""
+    try:
+        return read_json(path)
+    except DamagedError as error:
+        raise DatasetError(str(error)) from None

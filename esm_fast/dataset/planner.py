@@ -15,12 +15,15 @@ import numpy as np
 
 from .. import _C
 from ..alphabet import Alphabet
+from ..files.atomic import alone, remove_leftovers
+from ..files.checked_json import write_json
+from ..files.checksums import digest_of, sha256
 from ..sequences.fasta import Records, read_fasta
 from ..sequences.names import accession
 from ..sequences.seen import Ids, Seen, keys_of
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import layout
-from .commit import DatasetError, alone, digest_of, remove_partial, sha256, write_json
+from .errors import DatasetError
 from .plan import Plan, load
 
 _LETTERS = np.frombuffer("".join(t if len(t) == 1 else "<" for t in Alphabet().all_toks).encode(), dtype=np.uint8)
@@ -38,17 +41,18 @@ def make_or_resume(
     """
     folder.mkdir(exist_ok=True)
     maker = _Maker(folder, fields, info, policy)
-    with alone(folder / layout.LOCK):
+    with alone(folder / layout.LOCK) as held:
         if not (folder / layout.PLAN).exists():
             _require_own(folder)
-            remove_partial(folder)
-            return maker.make(inputs, on_read)
+            remove_leftovers(folder)
+            with suppress(FileExistsError):  # without locks, another process may have been first
+                return maker.make(inputs, on_read, replace=held)
     plan = load(folder)
     _require_same(plan, fields)
     _require_same(plan, {"input": [_hash_of(source, on_read) for source in inputs]})
     with alone(folder / layout.LOCK):
         if not all((folder / name).exists() for name in layout.TABLES):  # a damaged one was removed
-            maker.make(inputs, on_read)
+            maker.make(inputs, on_read, replace=True)
     return plan
 
 
@@ -127,7 +131,7 @@ class _Maker:
         self.rows = self.first = 0  # sequences and records so far
         self.stored_residues = 0
 
-    def make(self, inputs: list, on_read: Callable[[], None]) -> Plan:
+    def make(self, inputs: list, on_read: Callable[[], None], *, replace: bool) -> Plan:
         folder, hashes = self.folder, []
         with (
             layout.table(folder / layout.SEQUENCES, layout.SEQUENCE_FIELDS, {}) as self.sequences_table,
@@ -148,7 +152,7 @@ class _Maker:
             _require_own_shards(folder, digest_of(fields))
         files = {name: sha256(folder / name) for name in layout.TABLES}
         content = {"fields": fields, "info": self.info | self._counts(), "files": files}
-        write_json(folder / layout.PLAN, content)
+        write_json(folder / layout.PLAN, content, replace=replace)
         return Plan(folder, fields, content["info"], files, digest_of(fields))
 
     def _counts(self) -> dict:

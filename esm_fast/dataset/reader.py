@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from . import layout, units
-from .commit import DatasetError
+from .errors import DatasetError
 from .plan import Plan, load
 
 _OPEN_UNITS = 4  # pooled tables held; neighbours in the input are neighbours there

@@ -9,8 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..files.atomic import committed
 from . import layout
-from .commit import DatasetError, committed
+from .errors import DatasetError
 from .layout import pa
 from .plan import Plan
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 
+from ..files.atomic import remove_leftovers
+from ..files.checked_json import write_json
+from ..files.checksums import sha256
 from . import layout, units
-from .commit import DatasetError, read_json, remove_partial, sha256, write_json
-from .plan import Plan, load
+from .errors import DatasetError
+from .plan import Plan, load, read
 
 
 @dataclass
@@ -34,7 +37,7 @@ def verify(folder: Path, on_unit: Callable[[int], None] = lambda residues: None)
     if found.problems:  # shards are compared with the plan's sequences
         return plan, found
     try:
-        run = read_json(folder / layout.RUN) if (folder / layout.RUN).exists() else None
+        run = read(folder / layout.RUN) if (folder / layout.RUN).exists() else None
     except DatasetError as error:
         return plan, Findings([str(error)])
     sequences = units.Sequences(plan)
@@ -53,7 +56,7 @@ def verify(folder: Path, on_unit: Callable[[int], None] = lambda residues: None)
 def finish(folder: Path, on_unit: Callable[[int], None] = lambda residues: None) -> tuple[Plan, Findings]:
     """Verifies, and writes run.json where nothing is wrong or missing: the last file of a data set."""
     for part in (folder, folder / layout.POOLED, folder / layout.RESIDUES):
-        remove_partial(part)
+        remove_leftovers(part)
     plan, found = verify(folder, on_unit)
     if not found.problems and not (folder / layout.RUN).exists():
         write_json(folder / layout.RUN, _summary(plan, found))

@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+from ..files.atomic import remove_leftovers
 from . import layout
-from .commit import remove_partial
 from .plan import Plan
 from .units import Results, Sequences, Unit, is_done, write
 
@@ -54,7 +54,7 @@ class Progress:
 def prepare_folders(plan: Plan) -> None:
     for name in (layout.POOLED, *([layout.RESIDUES] if plan.fields["residues"] else [])):
         (plan.folder / name).mkdir(exist_ok=True)
-        remove_partial(plan.folder / name)
+        remove_leftovers(plan.folder / name)
 
 
 def remaining(plan: Plan, rank: int, count: int) -> list[int]:

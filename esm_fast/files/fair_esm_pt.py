@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .atomic import atomic
+from .atomic import atomic, remove_leftovers
 
 
 class TorchFolder:
@@ -17,6 +17,7 @@ class TorchFolder:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         return self
 
     def __exit__(self, *_):
@@ -30,7 +31,7 @@ class TorchFolder:
         """entries: arrays, or dictionaries {layer: array}, under fair-esm's keys."""
         content = {"label": label} | {key: _tensors(value) for key, value in entries.items()}
         # Not durable: a file cut short is written again by the next run.
-        with atomic(self.folder / f"{name}.pt", durable=False) as temporary:
+        with atomic(self.folder / f"{name}.pt", durable=False, tidy=False) as temporary:
             torch.save(content, temporary)
 
 

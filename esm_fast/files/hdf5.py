@@ -19,7 +19,7 @@ class HDF5Writer:
         self.path, self.layers, self.store, self.attributes = path, layers, store, attributes
 
     def __enter__(self):
-        self.file = h5py.File(self.path, "w")
+        self.file = h5py.File(self.path, "w", locking=False)
         self.file.attrs.update(self.attributes)
         # A layer's group exists even when no protein is written.
         several = len(self.layers) > 1

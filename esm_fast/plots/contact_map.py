@@ -19,5 +19,5 @@ def write_map(path: Path, contacts: np.ndarray, title: str) -> None:
     axes.set(xlabel="residue", ylabel="residue")
     axes.set_title(title if len(title) <= 60 else title[:59] + "…", fontsize=9, parse_math=False)
     figure.colorbar(image, cax=figure.add_axes((0.86, 0.1, 0.025, 0.8064)), label="contact probability")
-    with atomic(path, durable=False) as temporary:
+    with atomic(path, durable=False, tidy=False) as temporary:
         figure.savefig(temporary, format="png")

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from ..dataset.commit import DatasetError, read_json, sha256, write_json
 from ..files.atomic import sync
+from ..files.checked_json import DamagedError, read_json, write_json
+from ..files.checksums import sha256
 from .processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -129,7 +130,7 @@ def newest(folder: Path, processes: Processes) -> Saved | None:
     path = found[-1]
     try:
         info = read_json(path / _INFO)
-    except (OSError, DatasetError) as error:
+    except (OSError, DamagedError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {_ADVICE}") from None
     files = info["files"]
     mine = sorted(files)[processes.rank :: processes.world]

@@ -5,15 +5,13 @@ spool and hashes each record, the second copies what is kept.
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..files.atomic import sync
+from ..files.atomic import atomic_folder
 from ..sequences.fasta import FastaError, read_fasta
 from ..sequences.names import accession, identifier
 from ..sequences.tokenize import SKIPPED_LISTED, Policy, Report, Tokens, tokenize
@@ -63,27 +61,17 @@ def prepare(
     Raises:
         FastaError, FileExistsError, ValueError.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another name or remove it")
     if not 0 <= valid_share < 1:
         raise ValueError(f"the share held out is {valid_share}; give 0 or more, less than 1")
-    summary, partial = Summary(), out.with_name(f".{out.name}-{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        spool = _Spool(partial, policy, summary, clusters, progress)
+    summary = Summary()
+    with atomic_folder(Path(out)) as folder:
+        spool = _Spool(folder, policy, summary, clusters, progress)
         for source in sources:
             spool.add(source)
         kept = spool.copy(valid_share)
         if not kept:
             raise FastaError(f"no record is left: all {summary.report.records} were skipped")
-        store.describe(partial, summary.counts())
-        for file in partial.iterdir():
-            sync(file)
-        partial.rename(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        store.describe(folder, summary.counts())
     return summary
 
 

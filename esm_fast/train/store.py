@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..dataset.commit import sha256
+from ..files.checksums import sha256
 
 VERSION = 1
 FILES = {"tokens": "<u1", "offsets": "<i8", "valid": "<u1", "names.txt": None}

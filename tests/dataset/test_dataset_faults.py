@@ -22,7 +22,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 from embedded import MIXED, contents, fasta_of, pooled, proteins, read
 
 from esm_fast.dataset import verify
-from esm_fast.dataset.commit import DatasetError
+from esm_fast.dataset.errors import DatasetError
 from esm_fast.dataset.plan import load
 from esm_fast.inference import stream
 
@@ -297,6 +297,32 @@ def test_two_processes_on_the_same_units_do_no_harm(forks, command, clean, tmp_p
     assert contents(out) == contents(clean)
 
 
+def test_without_locks_the_plan_that_was_first_stays(command, clean, tmp_path, monkeypatch, capsys):
+    """Two processes plan at once, as they do on a file system without locks; the other one is first."""
+    from esm_fast.dataset import planner
+
+    def without_locks(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    out, real, calls = tmp_path / "o", planner._texts, []
+
+    def texts(tokens):
+        calls.append(1)
+        if len(calls) == 1:
+            assert main(command(out)) == 0
+        return real(tokens)
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    monkeypatch.setattr(planner, "_texts", texts)
+    assert main(command(out, "--store", "float16")) == 1
+    assert "holds another data set: store is 'float16', and was 'float32'" in capsys.readouterr().err
+    assert contents(out) == contents(clean)
+    calls.clear()
+    out = tmp_path / "same"
+    assert main(command(out)) == 0
+    assert contents(out) == contents(clean)
+
+
 def test_a_partial_file_goes_only_when_its_writer_is_dead(command, clean, tmp_path):
     out = tmp_path / "o"
     shutil.copytree(clean, out)
@@ -317,7 +343,7 @@ def test_a_partial_file_goes_only_when_its_writer_is_dead(command, clean, tmp_pa
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_it_between_batches_and_it_goes_on(command, clean, tmp_path, monkeypatch, capsys, number):
     out, real, calls = tmp_path / "o", stream._forward, []
 

@@ -11,7 +11,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 from embedded import MIXED, fasta_of, proteins
 
-from esm_fast.dataset.commit import DatasetError
+from esm_fast.dataset.errors import DatasetError
 from esm_fast.inference import stream
 
 FASTA = fasta_of(proteins(20, seed=7)) + MIXED

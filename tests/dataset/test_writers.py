@@ -8,9 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from esm_fast.files.atomic import atomic
 from esm_fast.files.fair_esm_pt import TorchFolder
 from esm_fast.files.hdf5 import HDF5Writer
 from esm_fast.files.npz import NpzWriter
@@ -84,42 +82,6 @@ def test_every_record_gets_a_name_of_its_own():
     rng, names = random.Random(0), Names(file_name)
     texts = ["".join(rng.choices("a/_2", k=rng.randint(1, 5))) for _ in range(3000)]
     assert len({names.give(text) for text in texts}) == len(texts)
-
-
-def test_atomic_writes_all_or_nothing(tmp_path):
-    path = tmp_path / "a"
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_syncs_the_file_before_its_name_and_the_folder_after(tmp_path, monkeypatch):
-    events = []
-    real_sync, real_replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.path.realpath(f"/proc/self/fd/{fd}")), real_sync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
-    with atomic(tmp_path / "a") as temporary:
-        temporary.write_text("x")
-    assert events == [str(temporary), "rename", str(tmp_path.resolve())]
-
-
-def test_atomic_files_have_the_users_permissions(tmp_path):
-    (tmp_path / "plain").write_text("x")
-    with atomic(tmp_path / "a") as temporary:
-        temporary.write_text("x")
-    with atomic(tmp_path / "b") as temporary:
-        save_file({"x": torch.zeros(1)}, temporary)  # its own file, under its own name, for its owner alone
-    assert len({(tmp_path / name).stat().st_mode for name in ("plain", "a", "b")}) == 1
 
 
 def write_hdf5(path, layers, arrays, store="float32"):
