@@ -1,10 +1,10 @@
 """esm-fast map: the proteins of a data set as points in two dimensions."""
 
 import argparse
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..sequences.table import read_table
 from .common import InputError, human_bytes, output_path
 from .dataset import SOME_FAILED
 from .export import finished, layer_of
@@ -81,15 +81,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _values(path: Path, column: str | None, ids: list[str]) -> tuple[str, list[str]]:
     """The column's name, and its value for each id; empty where the table has none."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = next(rows, [])
-        if len(names) < 2:
-            raise InputError(f"{path}: line 1 names {len(names)} columns with tabs between; give an id and a value")
-        if column is not None and column not in names:
-            raise InputError(f"{path} has no column {column!r}; there are {', '.join(map(repr, names))}")
-        at = names.index(column) if column is not None else 1
-        found = {row[0]: row[at].strip() for row in rows if len(row) > at}
+    names, rows = read_table(path, separator="\t", quotes=False)
+    if len(names) < 2:
+        raise InputError(f"{path}: line 1 names {len(names)} columns with tabs between; give an id and a value")
+    if column is not None and column not in names:
+        raise InputError(f"{path} has no column {column!r}; there are {', '.join(map(repr, names))}")
+    at = names.index(column) if column is not None else 1
+    found = {row.values[names[0]]: row.values[names[at]].strip() for row in rows}
     if ids and not any(name in found for name in ids):
         raise InputError(f"{path}: its column {names[0]!r} holds none of the data set's ids, such as {ids[0]!r}")
     return names[at], [found.get(name, "") for name in ids]

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ NAME = "pretrain"
 HELP = "pretrain a model from a recipe"
 DESCRIPTION = """\
 Pretrains a model by masked language modelling on a store of esm-fast prepare, as the recipe, a YAML
-file, says. The same command again goes on from the newest checkpoint, bit for bit. The output folder
-holds log.jsonl, curves.png, checkpoints, best.safetensors (the lowest held-out loss so far) and, at
-the end, model.safetensors; esm-fast embed --model takes both."""
+file, says. The same command again resumes from the newest whole checkpoint, bit for bit; on SIGTERM
+or SIGUSR1 it saves and ends with exit code 75. The output folder holds log.jsonl, curves.png,
+checkpoints, best.safetensors (the lowest held-out loss so far) and, at the end, model.safetensors;
+esm-fast embed --model takes both."""
 EXAMPLES = """\
   esm-fast pretrain examples/esm1b_t6_demo.yaml
   esm-fast pretrain recipe.yaml --fast-dev-run
@@ -36,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     environment.prepare()
     import torch
 
     from ..train.loop import Trainer
     from ..train.processes import joined
     from ..train.recipe import read_recipe
+    from ..train.running import STOPPED, Stopped
     from ..train.store import open_store
 
     try:
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         if args.fast_dev_run:
             recipe = _small(recipe, processes.world)
             if processes.first:
-                shutil.rmtree(recipe.output, ignore_errors=True)
+                _remove_earlier(Path(recipe.output))
             processes.wait()
         if recipe.plot:
             _require_matplotlib()
@@ -65,9 +68,23 @@ def run(args: argparse.Namespace) -> None:
             _train(trainer)
         except FloatingPointError as error:
             raise InputError(str(error)) from None
+        except Stopped as stopped:
+            if processes.first:
+                print(stopped)
+            return STOPPED
         if processes.first:
             print(f"held out  perplexity {_perplexity(trainer.best)} at best")
             print(f"output    {Path(recipe.output)}")
+    return 0
+
+
+def _remove_earlier(output: Path) -> None:
+    """The trial run before this one. What is no run of ours stays."""
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() or not (output / "recipe.json").is_file():
+        raise InputError(f"{output} is in the way of the trial run, and is none; move it, or choose another output")
+    shutil.rmtree(output)
 
 
 def _small(recipe, world: int):

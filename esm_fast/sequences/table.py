@@ -31,11 +31,13 @@ class Table(NamedTuple):
     rows: Iterator[Row]
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, *, separator: str | None = None, quotes: bool = True) -> Table:
     """Reads a table with a header line: separated by tabs, commas or semicolons, whichever line 1 has most of.
 
     Plain, gz, bz2, xz or zst; UTF-8 with or without a byte-order mark, or UTF-16 with one. A column that is pandas'
     index, the first and without a name, is left out. Rows are read as they are asked for.
+
+    separator: the one to take. quotes: False where a quote is a character like others, as in UniProt's tables.
 
     Raises TableError, OSError; iterating over the rows too.
     """
@@ -43,9 +45,10 @@ def read_table(path: str | Path) -> Table:
     lines = _lines(path)
     first = next(lines, "")
     if not first.strip():
-        raise TableError(f"{path}: line 1 is empty; it must name the columns")
-    separator = max(_SEPARATORS, key=first.count)
-    read = csv.reader(_from(first, lines), delimiter=separator, strict=True)
+        raise TableError(f"{path}: line 1 names 0 columns; it must name them all")
+    separator = separator or max(_SEPARATORS, key=first.count)
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    read = csv.reader(_from(first, lines), delimiter=separator, quoting=quoting, strict=True)
     columns = _record(path, read)
     skip = 1 if len(columns) > 1 and columns[0] in _INDEX else 0
     if twice := sorted({name for name in columns if columns.count(name) > 1}):

@@ -4,9 +4,10 @@ Every process writes and reads its share: parameters are divided, and Adam's mom
 number of processes reads what any other wrote, however they shared the optimiser.
 """
 
+import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ from .processes import Processes
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _INFO = "checkpoint.json"  # the run's numbers, and the files' checksums and its own
 _FILE_BYTES = 2**30  # a process holds a file in memory while it writes it
-_ADVICE = "delete it to go on from the one before"
+_ADVICE = "choose another output folder, or delete it to begin again"
+# Names of our own alone: what else lies in these folders is somebody's.
+_OWN = re.compile(r"step_\d{9}")
+_OWN_PARTIAL = re.compile(r"\.step_\d{9}\.partial")
 
 
 class CheckpointError(ValueError):
@@ -72,10 +76,16 @@ def _partial(path: Path) -> Path:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote has left, by our hand or by safetensors' own."""
-    for pattern in (".*.partial", ".tmp??????"):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    """Removes the checkpoints that a process was killed over."""
+    for leftover in _named(folder, _OWN_PARTIAL):
+        shutil.rmtree(leftover)
+
+
+def _named(folder: Path, name: re.Pattern) -> list[Path]:
+    """The folders in `folder` of this very form of name, links not among them, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
 
 @contextmanager
@@ -115,29 +125,52 @@ def _reason(error: CheckpointException) -> str:
 
 
 def paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step_*"))
+    """The checkpoints in a folder, oldest first. Copies and backups under other names are not among them."""
+    return _named(folder, _OWN)
 
 
-def newest(folder: Path, processes: Processes) -> Saved | None:
-    """Verifies the newest checkpoint, each process some of its files; None where there is none.
+def newest(folder: Path, processes: Processes, tell: Callable[[str], None] = warnings.warn) -> Saved | None:
+    """The newest checkpoint that is whole, verified by each process in part; None where there is none.
 
-    Raises CheckpointError, in all processes where it does in one.
+    A damaged one is told of, and set aside as `step_N.damaged`. Raises CheckpointError where all are damaged, in all
+    processes alike.
     """
-    found = paths(folder)
-    if not found:
-        return None
-    path = found[-1]
+    damaged = []
+    for path in reversed(paths(folder)):
+        processes.wait()
+        state, problems = _verified(path, processes)
+        if not problems:
+            for one, why in damaged if processes.first else ():
+                tell(f"{one} is damaged ({why}): resuming from {path.name}; it is kept as {_set_aside(one).name}")
+            processes.wait()
+            return Saved(path, state)
+        damaged.append((path, ", ".join(problems)))
+    if damaged:
+        path, why = damaged[0]
+        raise CheckpointError(f"{path} is damaged: {why}; there is no whole one before it; {_ADVICE}")
+    return None
+
+
+def _verified(path: Path, processes: Processes) -> tuple[dict, list[str]]:
+    """(the run's numbers, what is wrong: the same in all processes)."""
+    state, problems = {}, []
     try:
         info = read_json(path / _INFO)
-    except (OSError, DamagedError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {_ADVICE}") from None
-    files = info["files"]
-    mine = sorted(files)[processes.rank :: processes.world]
-    problems = [problem for name in mine if (problem := _problem(path / name, files[name]))]
-    if problems := sum(processes.gather(problems), []):
-        raise CheckpointError(f"{path} is damaged: {', '.join(problems)}; {_ADVICE}")
-    return Saved(path, info["state"])
+        state, files = info["state"], info["files"]
+        mine = sorted(files)[processes.rank :: processes.world]
+        problems = [problem for name in mine if (problem := _problem(path / name, files[name]))]
+    except (OSError, DamagedError, KeyError) as error:
+        problems = [str(error)]
+    return state, list(dict.fromkeys(sum(processes.gather(problems), [])))
+
+
+def _set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that the run can write that step again."""
+    for number in range(1000):
+        aside = path.with_name(f"{path.name}.damaged" + (f".{number}" if number else ""))
+        if not aside.exists():
+            return path.rename(aside)
+    raise CheckpointError(f"{path.parent} holds too many damaged checkpoints; remove them")
 
 
 def _problem(file: Path, digest: str) -> str | None:

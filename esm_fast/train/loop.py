@@ -2,8 +2,9 @@
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,10 +24,12 @@ from .model import InPrecision, MaskedLM, new_model, training_flops
 from .processes import Processes
 from .recipe import Recipe, as_dict
 from .report import Log, plot
+from .running import Stopped, asked_to_stop, only_run
 from .schedule import LossScale, cooldown_factor, learning_rate
 from .store import Store
 
 _VALIDATION = -1  # the epoch of every validation: always the same crops and masks
+_WRITING = ".writing"  # a folder of the run's own: safetensors writes by temporary files, which a kill leaves
 
 
 class Work(NamedTuple):
@@ -64,15 +67,23 @@ class Trainer:
         self.best: float | None = None  # the lowest held-out loss
 
     def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
-        """on_step gets the number of steps done, and that step's numbers."""
+        """on_step gets the number of steps done, and that step's numbers.
+
+        On SIGTERM or SIGUSR1, whichever process gets it, the step is finished and saved. Raises Stopped then,
+        CheckpointError, and BusyError where another process trains into the same output.
+        """
+        with only_run(self.output, self.processes), asked_to_stop() as asked:
+            self._train(on_step, asked)
+
+    def _train(self, on_step: Callable[[int, dict], None], asked: list[int]) -> None:
         recipe = self.recipe
         self._resume()
         log = Log(self.output, self.step, recipe.tensorboard) if self.processes.first else None
         began, tokens, flops = time.perf_counter(), 0, 0.0
         for work in _ahead(self._work(step) for step in range(self.step, recipe.steps)):
-            entry = self._step(work)
+            entry = self._step(work, asked)
             self.step += 1
-            tokens, flops = tokens + int(work.lengths.sum()), flops + entry.pop("flops")
+            tokens, flops, stop = tokens + int(work.lengths.sum()), flops + entry.pop("flops"), entry.pop("stop")
             if self._due(recipe.log_every):
                 seconds = time.perf_counter() - began
                 entry |= {"tokens_per_second": tokens / seconds, "mfu": self._mfu(flops / seconds)}
@@ -88,10 +99,24 @@ class Trainer:
                 paused = time.perf_counter()
                 self._save()
                 began += time.perf_counter() - paused
+            if stop and self.step < recipe.steps:
+                if not self._due(recipe.save_every):
+                    self._save()
+                if log:
+                    log.close()
+                raise Stopped(f"stopped after step {self.step}, which is saved; the same command resumes")
         if log:
             log.close()
-            weights.save(self.esm, self.output / "model.safetensors")
+            self._publish("model.safetensors")
         self.processes.wait()
+
+    def _publish(self, name: str) -> None:
+        """Writes the model as it is into the output, whole or not at all."""
+        folder = self.output / _WRITING
+        folder.mkdir(exist_ok=True)
+        weights.save(self.esm, folder / name)
+        (folder / name).replace(self.output / name)
+        folder.rmdir()
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.recipe.steps
@@ -104,11 +129,13 @@ class Trainer:
 
     def _share(self, records: np.ndarray, epoch: int, masker: Masker) -> Work:
         lengths = masker.lengths(records)
-        mine = share(lengths, self.processes.world, self.recipe.batch_tokens)[self.processes.rank]
+        ranks = min(self.processes.world, len(records)) if masker is self.valid_masker else self.processes.world
+        shares = share(lengths, ranks, self.recipe.batch_tokens)
+        mine = shares[self.processes.rank] if self.processes.rank < ranks else []  # few held-out proteins
         batches = [masker.batch(records[part], epoch) for part in mine]
         return Work(batches, lengths, int(masker.selected(records, epoch).sum()))
 
-    def _step(self, work: Work) -> dict:
+    def _step(self, work: Work, asked: Sized = ()) -> dict:
         """Accumulates the gradient of the mean loss over the step's selected tokens, and updates the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         scale = self.scale.scale if self.scale else 1.0
@@ -124,11 +151,12 @@ class Trainer:
         rate = learning_rate(self.updates, self.recipe.learning_rate, self.recipe.warmup)
         rate *= cooldown_factor(self.step, self.recipe.steps, self.recipe.cooldown)
         norm = self._update(rate, scale)
-        loss = self.processes.sum(float(total))[0] / max(work.selected, 1)
+        loss, stop = self.processes.sum(float(total), float(len(asked)))
+        loss /= max(work.selected, 1)
         entry = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": int(work.lengths.sum())}
         if self.scale:
             entry["loss_scale"] = scale
-        return entry | {"flops": training_flops(self.recipe.model, work.lengths, work.selected)}
+        return entry | {"stop": stop > 0, "flops": training_flops(self.recipe.model, work.lengths, work.selected)}
 
     def _update(self, rate: float, scale: float) -> float | None:
         """Returns the gradient's norm; None where it overflowed and the step was skipped."""
@@ -188,7 +216,7 @@ class Trainer:
         if log:
             log.add(step=self.step, valid_loss=loss, valid_perplexity=math.exp(loss), valid_selected=work.selected)
             if self.best is None or loss < self.best:
-                weights.save(self.esm, self.output / "best.safetensors")
+                self._publish("best.safetensors")
             if self.recipe.plot:
                 plot(log.path, self.output / "curves.png")
         self.best = loss if self.best is None else min(self.best, loss)
@@ -208,11 +236,11 @@ class Trainer:
         return self.output / "checkpoints"
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint of this very run. Raises CheckpointError where it is another's."""
+        """Resumes from the newest checkpoint of this very run. Raises CheckpointError where it is another's."""
         if self.processes.first:
-            self.output.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_partial(self._checkpoints)
-            checkpoint.remove_partial(self.output)
+            if not (self.output / _WRITING).is_symlink():
+                shutil.rmtree(self.output / _WRITING, ignore_errors=True)
         self.processes.wait()
         saved = checkpoint.newest(self._checkpoints, self.processes)
         if saved is not None:

@@ -1,6 +1,8 @@
 """A recipe: everything that defines a pretraining run, read from YAML (or JSON, which is YAML too)."""
 
 import dataclasses
+import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,29 @@ MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "pl
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file and the entry."""
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+# Entry -> (whether a value fits, what to give): a value outside would train uphill, or not at all.
+_RANGES = {
+    **dict.fromkeys(
+        ("steps", "step_tokens", "batch_tokens", "log_every", "valid_every", "save_every", "keep"),
+        (lambda value: 1 <= value < 2**62, "a whole number from 1"),
+    ),
+    **dict.fromkeys(
+        ("warmup", "cooldown", "valid_tokens"), (lambda value: 0 <= value < 2**62, "a whole number from 0")
+    ),
+    **dict.fromkeys(("init_std", "learning_rate", "eps"), (_positive, "a number above 0")),
+    **dict.fromkeys(
+        ("clip", "peak_tflops"), (lambda value: value is None or _positive(value), "a number above 0, or null")
+    ),
+    "seed": (lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "a number from 0"),
+    "betas": (lambda value: 0 <= value < 1, "two numbers from 0 to below 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +89,12 @@ class Recipe:
         for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING, "attention": attention}.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        for name in ("steps", "step_tokens", "batch_tokens", "log_every", "valid_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name, (fits, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if not all(fits(part) for part in (value if isinstance(value, tuple) else (value,))):
+                raise RecipeError(f"{name} is {value}; give {expected}")
+        if self.cooldown > self.steps:
+            raise RecipeError(f"cooldown is {self.cooldown}, more than the {self.steps} steps of the run")
 
     def differences(self, other: dict) -> list[str]:
         """Entries in which another recipe, as a dictionary, is a different run."""
@@ -129,14 +157,26 @@ def _fields(kind: type, values, where: str) -> dict:
     return {name: _typed(name, value, fields[name].type) for name, value in values.items()}
 
 
+def _pair(name: str, value) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"{name} is {value!r}; expected two numbers, such as [0.9, 0.98]") from None
+    return first, second
+
+
 def _typed(name: str, value, kind):
     wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,), float | None: (int, float, type(None))}
     if kind == tuple[float, float]:
-        return tuple(float(part) for part in value)
+        return _pair(name, value)
     if kind not in wanted:
         return value  # a group, read by the caller
     if isinstance(value, str) and float in (kind, *getattr(kind, "__args__", ())):
-        value = float(value)
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, wanted[kind]) or (isinstance(value, bool) and kind is not bool):
         raise RecipeError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
-    return float(value) if kind is float else value
+    try:
+        return float(value) if kind is float else value
+    except OverflowError:
+        raise RecipeError(f"{name} is {value!r}, too large a number") from None

@@ -74,6 +74,13 @@ def test_a_page_holds_every_protein_and_nothing_foreign(drawn, folder):
     assert text.count("</script>") == 1
 
 
+def test_a_table_with_long_cells_and_quotes_is_read(drawn, tmp_path):
+    """UniProt's lists of variants are longer than csv's default limit, and hold quotes that mean nothing."""
+    table = tmp_path / "t.tsv"
+    table.write_text("Entry\tVariants\tFamily\np1\t" + 'V 12; "' * 30000 + '\talpha\np2\t"\tbeta\n')
+    assert "2 with a value" in drawn("map.html", "--table", table, "--column", "Family").out
+
+
 def test_a_picture_has_the_colours_of_the_table(drawn, tmp_path):
     image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
     table = tmp_path / "t.tsv"

@@ -230,7 +230,7 @@ def test_tables_as_programs_write_them(tmp_path, content):
         (b'sequence,label\nMKT,1\n"5-NT,2\nMKV,3\n', "t.csv: line 3: a quote that opens there is never closed"),
         (b"sequence,label\nMKT,1\0\n", "t.csv: line 2 holds a NUL"),
         (b"sequence,sequence,label\nM,M,1\n", "t.csv: line 1 names the column 'sequence' twice"),
-        (b"", "t.csv: line 1 is empty"),
+        (b"", "t.csv: line 1 names 0 columns"),
         (b"sequence,label\n", "t.csv has no rows"),
         (gzip.compress(PLAIN.encode())[:-20], "t.csv: "),
     ],

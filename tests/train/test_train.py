@@ -1,11 +1,14 @@
 """The training loop: the curve of a plain loop over fair-esm's model, of several processes, and of a run cut off."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -27,8 +30,9 @@ from esm_fast.train.loop import Trainer
 from esm_fast.train.model import new_model
 from esm_fast.train.prepare import prepare
 from esm_fast.train.processes import Processes
-from esm_fast.train.recipe import RecipeError, read_recipe, recipe_from
+from esm_fast.train.recipe import Recipe, RecipeError, as_dict, read_recipe, recipe_from
 from esm_fast.train.report import Log, read_log
+from esm_fast.train.running import BusyError, Stopped, only_run
 from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate
 from esm_fast.train.store import open_store
 
@@ -213,7 +217,7 @@ def test_another_run_is_not_continued(store, tmp_path):
     train(store, tmp_path, steps=6, batch_tokens=300)  # longer, and in smaller batches: the same run
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
+def test_a_damaged_checkpoint_alone_is_refused_by_name(store, tmp_path):
     train(store, tmp_path, steps=4)
     path = checkpoint.paths(tmp_path / "checkpoints")[-1]
     (file,) = path.glob("*.safetensors")
@@ -222,7 +226,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
     info = path / "checkpoint.json"
     assert '"updates": 4' in info.read_text()
     for damage, problem in (
-        (lambda: file.write_bytes(content), f"{file.name} does not match its checksum; delete it"),
+        (
+            lambda: file.write_bytes(content),
+            "does not match its checksum; there is no whole one before it",
+        ),
         (lambda: file.write_bytes(content[:1000]), "does not match"),
         (file.unlink, f"{file.name} is missing"),
         (lambda: info.write_text(info.read_text().replace('"updates": 4', '"updates": 5')), "its own checksum"),
@@ -231,6 +238,83 @@ def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path):
         damage()
         with pytest.raises(checkpoint.CheckpointError, match=problem):
             train(store, tmp_path)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
+    """Said, set aside, and made again: the curve is that of a run without damage."""
+    train(store, tmp_path / "whole")
+    train(store, tmp_path / "cut", steps=8)
+    newest = checkpoint.paths(tmp_path / "cut" / "checkpoints")[-1]
+    for damage in range(2):
+        (file,) = newest.glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 64
+        file.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"step_000000008 is damaged .*: resuming from step_000000004"):
+            train(store, tmp_path / "cut", steps=8 if damage == 0 else 12)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    left = sorted(path.name for path in newest.parent.iterdir())
+    assert left == ["step_000000008", "step_000000008.damaged", "step_000000008.damaged.1", "step_000000012"]
+
+
+def test_only_the_runs_own_files_are_touched(store, tmp_path):
+    """What others keep in these folders stays, and no run is resumed from a copy."""
+    foreign = [".tmpAbC123/results.csv", ".notes.partial", "checkpoints/.tmpXyZ987", "checkpoints/step_last/notes",
+               "checkpoints/step_000000001_good/x", "checkpoints/.step_000000003.partial.bak/x"]  # fmt: skip
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("theirs")
+    train(store, tmp_path, steps=8, save_every=2)
+    shutil.copytree(tmp_path / "checkpoints" / "step_000000008", tmp_path / "checkpoints" / "step_000000099.bak")
+    (tmp_path / "checkpoints" / "step_000000007").symlink_to("step_000000099.bak")
+    trainer = train(store, tmp_path, steps=12, save_every=2)
+    assert trainer.step == 12 and [entry["step"] for entry in read_log(tmp_path / "log.jsonl") if "loss" in entry] == [
+        *range(1, 13)
+    ]
+    assert all((tmp_path / name).read_text() == "theirs" for name in foreign)
+    assert (tmp_path / "checkpoints" / "step_000000099.bak").exists()
+    assert (tmp_path / "checkpoints" / "step_000000007").is_symlink()
+
+
+def test_two_runs_never_share_an_output(store, tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with only_run(tmp_path / "run", ALONE):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(60)
+    with pytest.raises(BusyError, match="another process trains into"):
+        train(store, tmp_path / "run")
+    leave.set()
+    thread.join()
+    train(store, tmp_path / "run", steps=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_saves(store, tmp_path, number):
+    """Between two checkpoints; the same run resumes, and nothing was lost."""
+    stopped = Trainer(recipe(store, tmp_path / "cut", save_every=50), store, ALONE)
+    with pytest.raises(Stopped, match="stopped after step 5"):
+        stopped.train(lambda step, entry: os.kill(os.getpid(), number) if step == 4 else None)
+    assert [path.name for path in checkpoint.paths(tmp_path / "cut" / "checkpoints")] == ["step_000000005"]
+    train(store, tmp_path / "whole", save_every=50)
+    train(store, tmp_path / "cut", save_every=50)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_a_trial_run_removes_trial_runs_alone(store, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {json.dumps(MODEL)}\nstore: {store.path}\noutput: {tmp_path}\nsteps: 9\n"
+    )
+    (tmp_path / "fast_dev_run").mkdir()
+    (tmp_path / "fast_dev_run" / "mine").write_text("precious")
+    assert main(["pretrain", str(tmp_path / "recipe.yaml"), "--fast-dev-run"]) == 1
+    assert "is in the way of the trial run" in capsys.readouterr().err
+    assert (tmp_path / "fast_dev_run" / "mine").read_text() == "precious"
 
 
 def test_a_large_checkpoint_is_several_files(store, tmp_path, monkeypatch):
@@ -276,6 +360,19 @@ def test_processes_share_a_run(store, tmp_path):
 
 
 # ---- precision, and numbers that are none
+
+
+def test_fewer_held_out_proteins_than_processes(store, tmp_path):
+    """Each is validated once, whoever has it."""
+    whole = Trainer(recipe(store, tmp_path), store, ALONE)
+    records = whole.valid_records[:2]
+    counted = []
+    for rank in range(3):
+        trainer = Trainer.__new__(Trainer)
+        trainer.__dict__.update(whole.__dict__, processes=Processes(rank, 3, torch.device("cpu")))
+        work = trainer._share(records, -1, trainer.valid_masker)
+        counted += [number for batch in work.batches for number in batch.batch.order.tolist()]
+    assert sorted(counted) == sorted(records.tolist())
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -469,3 +566,51 @@ def test_the_environment_is_set_before_torch_reads_it():
         timeout=600,
     )
     assert done.stdout.split() == ["False", "7", SETTINGS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]], done.stderr
+
+
+VALUES = [
+    None,
+    True,
+    "",
+    "many",
+    "1e-4",
+    -1,
+    0,
+    1,
+    3,
+    -0.5,
+    0.5,
+    1e400,
+    float("nan"),
+    10**400,
+    [],
+    [0.9],
+    [0.9, 2],
+    {},
+    [[]],
+]
+
+
+@pytest.mark.parametrize("entry", [f.name for f in dataclasses.fields(Recipe)])
+def test_every_entry_of_a_recipe_is_taken_or_refused_by_name(tmp_path, entry):
+    """Wrong types and ranges alike; what is taken can be written and read again."""
+    plain = dict(model=MODEL, store="s", output="o", steps=5)
+    taken = 0
+    for value in VALUES:
+        try:
+            made = recipe_from(plain | {entry: value})
+        except RecipeError as error:
+            assert entry in str(error) or (entry == "steps" and "cooldown" in str(error)), (value, error)
+        else:
+            assert recipe_from(json.loads(json.dumps(as_dict(made)))) == made
+            taken += 1
+    assert taken < len(VALUES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(cooldown=-5), dict(cooldown=6), dict(learning_rate=-1e-4), dict(betas=[0.9, 1.0]), dict(weight_decay=-1)],
+)
+def test_a_recipe_that_would_train_uphill_or_not_at_all_is_refused(wrong):
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        recipe_from(dict(model=MODEL, store="s", output="o", steps=5) | wrong)
