@@ -9,6 +9,14 @@ from fakes import fair_esm_model, save_fair_esm
 from forks import Forks
 
 
+@pytest.fixture(autouse=True, scope="session")
+def remembered(tmp_path_factory):
+    """What is remembered of files stays out of the user's cache, here and in the commands that tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESM_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def fair_model():
     """A random `esm.ProteinBertModel`, three layers of 4 heads x 8."""

@@ -88,7 +88,7 @@ def _from_fair_key(key: str) -> str:
 
 def _without_mask_row(table: torch.Tensor) -> torch.Tensor:
     table = table.clone()
-    table[MASK] = 0
+    table[MASK : MASK + 1] = 0  # none in a table that is too short, which is found when it meets its size
     return table
 
 
@@ -164,7 +164,7 @@ class _ESM1Family(family.Family):
         if getattr(content.get("args"), "arch", None) != "roberta_large":
             return None
         args = {name.removeprefix("encoder_"): value for name, value in vars(content["args"]).items()}
-        tensors = {_from_fair_key(key): tensor for key, tensor in content["model"].items()}
+        tensors = family.renamed(content["model"], _from_fair_key)
         config = Config(
             **{name: _positive(args, name) for name in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")},
             max_positions=_positive(args, "max_positions"),

@@ -6,6 +6,7 @@ configurations of other packages' files, positions, limits and first weights sta
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 REGRESSION = "-contact-regression.pt"  # what fair-esm's regressions are called, after the name of their model
+LARGEST = 1 << 24  # of any size of a model, which is checked before anything is made of it
 TRAINED_RESIDUES = 1022  # of the longest crops that the published models were trained on
 
 
@@ -37,6 +39,9 @@ class Config:
     attention_heads: int
 
     def __post_init__(self):
+        for field in fields(self):
+            if problem := _problem(getattr(self, field.name), field.type):
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}, expected {problem}")
         if self.embed_dim % self.attention_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of {self.attention_heads} attention heads")
 
@@ -53,6 +58,16 @@ class Config:
     def window_residues(self) -> int:
         """What a protein is cut to on request, to one piece or to windows."""
         return self.max_residues or TRAINED_RESIDUES
+
+
+def _problem(value: object, kind: type) -> str | None:
+    """What a size should be and is not. No size is near the largest, whose products still fit 64 bits."""
+    if kind is int:
+        return None if type(value) is int and 0 < value <= LARGEST else f"a positive integer up to {LARGEST:,}"
+    if kind is float:
+        positive = type(value) in (int, float) and 0 < value < math.inf
+        return None if positive else "a positive number"
+    return None if type(value) is kind else {bool: "true or false"}.get(kind, f"a {kind.__name__}")
 
 
 class Part(NamedTuple):
@@ -203,6 +218,18 @@ def translate_hf_key(key: str, top: dict[str, str], ignored: tuple[str, ...]) ->
         if bare.startswith(theirs):
             return prefix + ours + bare.removeprefix(theirs)
     return key
+
+
+def renamed(tensors: dict[str, torch.Tensor], rename: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
+    """Tensors under other names; those renamed to None are left out. LayoutError for two of one name that differ."""
+    result: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = rename(key)
+        if name in result and not torch.equal(result[name], tensor):
+            raise LayoutError(f"{name} is there twice, with different numbers")
+        if name is not None:
+            result[name] = tensor
+    return result
 
 
 def require_hf(hf: dict, wanted: dict[str, Any], title: str) -> None:

@@ -1,6 +1,7 @@
 """A model from a checkpoint, each tensor checked."""
 
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import of_config
 from ..packed import PackedWeight
-from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
+from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError, raise_problems, shown
+from .safe import require_dense
 
 
 def build(
@@ -22,10 +24,12 @@ def build(
     A missing, extra, mis-shaped or non-finite tensor is a CheckpointError naming it. Without contact regression or
     language-model head the model loads, with a warning unless we wrote the file, and says so when these are asked for.
     """
+    tensors = dict(checkpoint.tensors)
+    require_dense(checkpoint.source, {key: t for key, t in tensors.items() if not isinstance(t, PackedWeight)})
+    _check_depth(checkpoint)
     with without_values():
         model_class = model_class or of_config(checkpoint.config).model
         model = model_class(checkpoint.config, backend=backend).requires_grad_(not checkpoint.packed)
-    tensors = dict(checkpoint.tensors)
     if not any(key.startswith("lm_head.") for key in tensors):
         warnings.warn(f"{checkpoint.source} has no language-model head: logits are not available", stacklevel=2)
         model.lm_head = None
@@ -36,10 +40,20 @@ def build(
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)
-    model.load_state_dict(_converted(checkpoint.source, tensors, dtype), assign=True)
+    model.load_state_dict(_apart(_converted(checkpoint.source, tensors, dtype), model.tied()), assign=True)
     if model.lm_head is not None:
         model.lm_head.weight = model.embed_tokens.weight
     return model
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """The model is not made before this: a damaged number of layers would take hours and all memory."""
+    found = {int(number[1]) for key in checkpoint.tensors if (number := re.match(r"layers\.(\d{1,9})\.", key))}
+    if checkpoint.config.layers > len(found):
+        raise CheckpointError(
+            f"{checkpoint.source} does not fit its configuration, which says {checkpoint.config.layers:,} layers: "
+            f"there are tensors of {len(found):,}"
+        )
 
 
 def _tie(source: Path, tied: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
@@ -53,14 +67,12 @@ def _tie(source: Path, tied: dict[str, str], tensors: dict[str, torch.Tensor]) -
 
 def _check_tensors(source: Path, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size]) -> None:
     problems = [f"missing {key}" for key in sorted(set(expected) - set(tensors))]
-    problems += [f"unexpected {key}" for key in sorted(set(tensors) - set(expected))]
+    problems += [f"unexpected {shown(key)}" for key in sorted(set(tensors) - set(expected))]
     for key in sorted(set(expected) & set(tensors)):
         tensor = tensors[key]
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            problems.append(f"{key} is no floating-point tensor")
-        elif tensor.shape != expected[key]:
+        if tensor.shape != expected[key]:
             problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(expected[key])}")
-    _raise(source, problems)
+    raise_problems(source, problems)
 
 
 def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -75,14 +87,20 @@ def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
             continue
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
             problems.append(f"{key} holds NaN or infinity")
-        converted[key] = tensor.to(dtype)
+        converted[key] = tensor.to(dtype).resolve_neg().contiguous()
         if converted[key] is not tensor:
             mapped.forget(tensor)
-    _raise(source, problems)
+    raise_problems(source, problems)
     return converted
 
 
-def _raise(source: Path, problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{source} does not fit its configuration: {'; '.join(problems[:10])}{more}")
+def _apart(tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> dict[str, torch.Tensor]:
+    """With a copy of each tensor that shares memory with another, as a file may have it: training would change both."""
+    ordinary = [key for key, t in tensors.items() if not isinstance(t, PackedWeight) and key not in tied]
+    end = 0
+    for key in sorted(ordinary, key=lambda key: tensors[key].data_ptr()):
+        tensor = tensors[key]
+        if tensor.data_ptr() < end:
+            tensors[key] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return tensors

@@ -16,6 +16,20 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, unsafe, incomplete or of another family; the message names file and key."""
 
 
+def shown(name: object) -> str:
+    """A name out of a file, for a message: what a terminal would take as a command is escaped."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def raise_problems(source: Path, problems: list[str]) -> None:
+    """CheckpointError of the first ten, if there are any."""
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"{source} does not fit its configuration: {'; '.join(problems[:10])}{more}")
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint in fair-esm's canonical keys. kind: "fair-esm", "transformers" or "esm_fast".

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ..models.family import REGRESSION, LayoutError, families, titles
+from ..models.family import REGRESSION, families, titles
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
-from .safe import read_torch
+from .safe import read_torch, require_tensors
 
 
 def is_content(content) -> bool:
@@ -16,9 +16,12 @@ def is_content(content) -> bool:
 
 
 def read_content(path: Path, content: dict) -> Checkpoint:
+    if not all(isinstance(name, str) for name in vars(content["args"])):
+        raise CheckpointError(f"{path} is no checkpoint: its arguments have names that are no text")
+    require_tensors(path, content["model"])
     try:
         found = [read for family in families().values() if (read := family.from_fair_esm(content)) is not None]
-    except LayoutError as error:
+    except ValueError as error:  # LayoutErrors, and sizes that cannot be
         raise CheckpointError(f"{path}: {error}") from None
     if not found:
         arch = getattr(content["args"], "arch", None)
@@ -36,4 +39,4 @@ def _contact_regression(path: Path) -> dict[str, torch.Tensor]:
     found = content.get("model") if isinstance(content, dict) else None
     if not isinstance(found, dict) or set(found) != CONTACT_KEYS:
         raise CheckpointError(f"{side} is no contact regression: expected 'model' with {sorted(CONTACT_KEYS)}")
-    return found
+    return require_tensors(side, found)

@@ -17,8 +17,8 @@ from ..models.encoder import Encoder
 from ..models.family import Config, config_class
 from ..packed import PackedWeight
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
-from .huggingface import read_folder
-from .safe import read_safetensors, safetensors_errors
+from .huggingface import read_beside_config
+from .safe import parsed_json, read_safetensors, safetensors_errors
 
 FORMAT = "esm_fast"
 
@@ -38,6 +38,7 @@ def save(model: Encoder, path: str | Path) -> str:
         metadata |= {"packed": kinds.pop(), "layout": str(_C.LAYOUT), "sha256_start": _start_checksum(config, tensors)}
         write = packed_file.write
     else:
+        metadata["sha256_config"] = _digest(config)
         write = save_file
     with atomic(Path(path), durable=False) as temporary:
         write(tensors, temporary, metadata)
@@ -66,19 +67,32 @@ def read_file(path: Path, verify: bool) -> Checkpoint:
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         if (path.parent / "config.json").exists():
-            return read_folder(path.parent)
+            return read_beside_config(path)
         raise CheckpointError(f"{path} was not written by 'esm-fast convert' and has no config.json beside it")
-    try:
-        values = json.loads(metadata["config"])
-        config = config_class(values)(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration cannot be read ({error})") from None
+    config = _config(path, metadata)
     tensors, forget = read_safetensors(path), MappedFiles().forget
     if "packed" in metadata:
         tensors, forget = _packed(path, config, tensors, metadata), lambda tensor: None
     if ("packed" not in metadata or verify) and checksum(tensors, after=forget) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
     return Checkpoint(path, "esm_fast", config, tensors, metadata.get("sha256"))
+
+
+def _config(path: Path, metadata: dict[str, str]) -> Config:
+    text = metadata.get("config", "")
+    # Older files have no checksum of it; those with prepacked matrices have one over it and their other tensors.
+    if metadata.get("sha256_config", _digest(text)) != _digest(text):
+        raise CheckpointError(f"{path} is damaged: its configuration does not match its checksum; convert it again")
+    values = parsed_json(text, f"the configuration in {path}")
+    try:
+        return config_class(values)(**values)
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("__init__() ")[2] or error
+        raise CheckpointError(f"{path}: its configuration is damaged or of another version: {reason}") from None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _packed(path: Path, config: Config, stored: dict[str, torch.Tensor], metadata: dict[str, str]):

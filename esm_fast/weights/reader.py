@@ -5,7 +5,7 @@ from pathlib import Path
 from ..models.family import titles
 from . import fair_esm, huggingface, native
 from .checkpoint import Checkpoint, CheckpointError
-from .safe import is_safetensors, read_torch
+from .safe import kind_of, read_torch
 
 
 def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
@@ -23,13 +23,13 @@ def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         return huggingface.read_folder(path)
-    if is_safetensors(path):
+    if kind_of(path) == "safetensors":
         return native.read_file(path, verify)
     content = read_torch(path)
     if fair_esm.is_content(content):
         return fair_esm.read_content(path, content)
     if (path.parent / "config.json").exists():
-        return huggingface.read_folder(path.parent)
+        return huggingface.read_beside_config(path, content)
     raise CheckpointError(
         f"{path} is no checkpoint of {titles()}: expected fair-esm's 'args' and 'model', or a config.json beside it"
     )

@@ -1,0 +1,247 @@
+"""Whether the bytes of a file are those that were written: checksums, read once per file and remembered.
+
+A torch archive holds a CRC of each of its records, which torch does not compare; a Hugging Face cache names its blobs
+by their SHA-256. A file that was found right is known by path, inode, size and times (mtime and ctime), in this process
+and in a small file of the user's cache, so that later starts read nothing twice. A cache that others can write to, or
+that is damaged, is ignored.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .checkpoint import CheckpointError
+
+_CHUNK = 1 << 20
+_REMEMBERED = 256  # files, the latest ones
+_SETTLED = 2.0  # seconds; a file changed later than that before it was read could change again within one tick
+_LONGEST_PICKLE = 64 << 20  # of an archive: a model's names and shapes take a few hundred kB
+
+
+class Identity(NamedTuple):
+    """What tells a file, and a change of it, without reading it."""
+
+    path: str
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def identity(path: Path) -> Identity:
+    real = os.path.realpath(path)
+    state = os.stat(real)
+    return Identity(real, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a file with one identity. sha256: of all its bytes. archive: each record fits its CRC."""
+
+    sha256: str | None = None
+    archive: bool = False
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, from an earlier reading if the file has not changed since."""
+    known = _facts(identity(path))
+    return known.sha256 or _read(path, known, hashed=True).sha256
+
+
+def require_intact_archive(path: Path) -> None:
+    """Raises CheckpointError for a torch archive of which a record does not fit its CRC."""
+    known = _facts(identity(path))
+    if not known.archive:
+        _read(path, known, hashed=False)
+
+
+def require_as_named(path: Path) -> None:
+    """Raises CheckpointError for a blob of a Hugging Face cache whose bytes are not those it is named after."""
+    blob = Path(os.path.realpath(path))
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not {blob.name}; remove {blob} and download it again")
+
+
+def _read(path: Path, known: Facts, *, hashed: bool) -> Facts:
+    """Reads the whole file once for all that is not known yet."""
+    before = identity(path)
+    digest = hashlib.sha256() if hashed else None
+    with open(before.path, "rb", buffering=0) as file:
+        records = _records(path, file) if file.read(4) == b"PK\x03\x04" else []
+        _compare(path, file, records, digest)
+    if identity(path) != before:
+        raise CheckpointError(f"{path} changed while it was read; start again")
+    facts = Facts(digest.hexdigest() if digest else known.sha256, bool(records) or known.archive)
+    _remember(before, facts)
+    return facts
+
+
+# --- archives -------------------------------------------------------------------------------------------------------
+
+
+class _Record(NamedTuple):
+    start: int
+    size: int
+    crc: int
+    name: str
+
+
+def _records(path: Path, file) -> list[_Record]:
+    """Where the records of a torch archive lie, in this order, each checked to be stored as torch stores it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        records = sorted(_Record(_start(file, entry), entry.file_size, entry.CRC, entry.filename) for entry in entries)
+    except Exception as error:  # zipfile raises many types for damaged archives
+        raise CheckpointError(f"{path} is damaged or incomplete ({error}); download or write it again") from None
+    end = 0
+    for record in records:
+        if record.start < end:
+            raise CheckpointError(f"{path} is damaged: two records share bytes; download or write it again")
+        if record.name.endswith("/data.pkl") and record.size > _LONGEST_PICKLE:
+            raise CheckpointError(f"{path} is no checkpoint: {record.size:,} bytes describe its tensors")
+        end = record.start + record.size
+    if len({record.name for record in records}) < len(records):
+        raise CheckpointError(f"{path} is damaged: two records have one name; download or write it again")
+    if records and not any(record.crc for record in records):
+        warnings.warn(f"{path} was written without checksums: damage to it would not be seen", stacklevel=2)
+        return [record._replace(crc=-1) for record in records]
+    return records
+
+
+def _start(file, entry: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin: where torch looks, which is after the names that stand before the record itself."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise ValueError(f"its record {entry.filename!r} is compressed, which torch's are not")
+    file.seek(entry.header_offset)
+    head = file.read(30)
+    if len(head) < 30 or head[:4] != b"PK\x03\x04":
+        raise ValueError(f"there is no record at {entry.header_offset}")
+    name, extra = struct.unpack("<HH", head[26:30])
+    if file.read(name).decode("utf-8" if entry.flag_bits & 0x800 else "cp437") != entry.orig_filename:
+        raise ValueError(f"the record of {entry.filename!r} has another name")
+    return entry.header_offset + 30 + name + extra
+
+
+def _compare(path: Path, file, records: list[_Record], digest) -> None:
+    """Reads a file from its beginning to its end, once."""
+    buffer, at = memoryview(bytearray(_CHUNK)), 0
+
+    def take(size: int | None, crc: int = 0) -> int:
+        nonlocal at
+        while size is None or size > 0:
+            got = file.readinto(buffer[: size and min(size, _CHUNK)])
+            if not got:
+                break
+            piece, at = buffer[:got], at + got
+            crc = zlib.crc32(piece, crc)
+            if digest:
+                digest.update(piece)
+            size = size and size - got
+        return crc
+
+    file.seek(0)
+    for record in records:
+        if digest:
+            take(record.start - at)
+        else:
+            at = file.seek(record.start)
+        if record.crc != -1 and take(record.size) != record.crc:
+            raise CheckpointError(
+                f"{path} is damaged: its record {record.name!r} does not match its checksum; download or write it again"
+            )
+    if digest:
+        take(None)
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------------
+
+_known: dict[Identity, Facts] = {}
+
+
+def _facts(of: Identity) -> Facts:
+    if of not in _known and (stored := _stored().get(_key(of))) is not None:
+        _known[of] = stored
+    return _known.get(of, Facts())
+
+
+def _remember(of: Identity, facts: Facts) -> None:
+    _known[of] = facts
+    latest = max(of.mtime_ns, of.ctime_ns) / 1e9
+    if 0 <= latest < time.time() - _SETTLED:
+        _store(_stored() | {_key(of): facts})
+
+
+def _key(of: Identity) -> str:
+    return hashlib.sha256(repr(tuple(of)).encode()).hexdigest()
+
+
+def cache_folder() -> Path | None:
+    """Of what this module remembers: $ESM_FAST_CACHE, or esm_fast in the user's cache; None for a user without one."""
+    try:
+        return Path(os.environ.get("ESM_FAST_CACHE") or _user_cache() / "esm_fast").expanduser().absolute()
+    except RuntimeError:  # no home
+        return None
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def _file() -> Path | None:
+    """Where the facts stand, in a folder that nobody else may write to."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except (OSError, AttributeError):
+        return None
+    mine = state.st_uid == os.geteuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder / "checked.json" if mine else None
+
+
+def _stored() -> dict[str, Facts]:
+    try:
+        handle = os.open(_file(), os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            content = json.loads(file.read(_REMEMBERED * 512))
+        return {key: _checked(Facts(**facts)) for key, facts in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _checked(facts: Facts) -> Facts:
+    if type(facts.archive) is not bool or not (facts.sha256 is None or re.fullmatch("[0-9a-f]{64}", facts.sha256)):
+        raise ValueError("damaged")
+    return facts
+
+
+def _store(facts: dict[str, Facts]) -> None:
+    """Best effort: two processes at once may lose one's facts, which are then found again."""
+    latest = dict(list(facts.items())[-_REMEMBERED:])
+    file = _file()
+    if file is None:
+        return
+    try:
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".checked-")
+    except OSError:
+        return
+    try:
+        with os.fdopen(handle, "w") as out:
+            json.dump({key: asdict(value) for key, value in latest.items()}, out)
+        os.replace(temporary, file)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
