@@ -24,6 +24,7 @@ from . import (
     pretrain,
     search,
     submit,
+    variants,
     verify,
     warmup,
 )
@@ -39,6 +40,7 @@ _COMMANDS = (
     map,
     extract,
     fill_mask,
+    variants,
     contacts,
     convert,
     prepare,

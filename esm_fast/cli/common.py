@@ -18,11 +18,12 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message is one sentence that says what to do."""
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default=DEMO,
+        nargs="+" if several else None,
+        default=[DEMO] if several else DEMO,
         metavar="NAME|PATH",
         help="esm1b_t33_650M_UR50S, facebook/esm-1b, esm1v_t33_650M_UR90S_1 ... 5; a fair-esm .pt file, a Hugging Face "
         "folder or a file of esm-fast convert; or random:NAME[:seed] (default: %(default)s, which comes with the "

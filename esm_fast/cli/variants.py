@@ -1,0 +1,261 @@
+"""esm-fast variants: scores of variants in a table, or of every substitution of the proteins."""
+
+import argparse
+import time
+from collections import Counter
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+
+from ..variants.parse import STANDARD, shown
+from .common import (
+    InputError,
+    add_batch_tokens,
+    add_model,
+    add_policies,
+    dtype_of,
+    human_bytes,
+    is_random,
+    load_model,
+    output_path,
+    progress,
+)
+
+NAME = "variants"
+ORDER = 23
+HELP = "variant effects: tables of variants, or all substitutions, scored"
+DESCRIPTION = """\
+Scores variants of proteins: the lower, the less likely the model finds them (docs/variants.md says
+what each strategy computes and costs, and which to choose).
+
+--variants FILE   tables of variants, told apart by content: ProteinGym's and predict.py's CSV (mutant),
+                  esm-variants' CSV (mut_name), its matrix and its pairs (wt_seq, mut_seq, start_pos),
+                  MaveDB's (hgvs_pro), AlphaMissense's TSV (protein_variant), Parquet, a variant a line;
+                  plain or compressed. Rows and columns stay, a column a model is added
+without           all 19 substitutions of each residue
+
+OUT ends in .csv, .tsv, .parquet (also .csv.gz, .tsv.gz); .png and .html draw a heat map of one protein."""
+EXAMPLES = """\
+  esm-fast variants tem1.fasta -o scores.csv --variants tem1.csv --offset auto --strategy masked
+  esm-fast variants p53.fasta -o p53.html --model esm1b_t33_650M_UR50S
+  esm-fast variants p53.fasta -o p53.csv --png --model esm1v_t33_650M_UR90S_1 esm1v_t33_650M_UR90S_2
+  esm-fast variants proteome.fasta.gz -o atlas.parquet
+"""
+_DRAWN = (".png", ".html")
+_LISTED = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fasta", nargs="*", metavar="FASTA", help="the wild types; none for a table of pairs")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="OUT.csv, .tsv, .parquet, .png or .html")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="FILE", help="tables of variants")
+    parser.add_argument("--variant-col", metavar="NAME", help="column with the variants (default: found by its name)")
+    parser.add_argument(
+        "--protein-col", metavar="NAME", help="column with the proteins' ids (default: found by its name)"
+    )
+    parser.add_argument(
+        "--strategy",
+        default="wt",
+        metavar="NAME",
+        help="wt, masked, masked-joint, mutant, pll, pllr (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        default="auto",
+        choices=("auto", "optimal", "brandes", "proteingym", "error", "whole"),
+        help="for proteins over 1,022 residues (default: %(default)s, what the strategy was published with)",
+    )
+    parser.add_argument(
+        "--combine",
+        default="mean",
+        choices=("mean", "min", "none"),
+        help="column for several models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--offset",
+        type=_offset,
+        default=0,
+        metavar="N|auto",
+        help="position p is residue p - N of the protein (default: 0)",
+    )
+    parser.add_argument(
+        "--invalid",
+        default="error",
+        choices=("error", "keep"),
+        help="rows that do not fit their protein, or have no score under the strategy; keep leaves the score empty and "
+        "says why in a column (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compat", action="store_true", help="reproduce the published scripts' errors (pll: off by one)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("long", "matrix", "proteingym", "mavedb", "alphamissense"),
+        help="of all substitutions: esm-variants' table or matrix, or columns as others name them (default: long; "
+        "alphamissense for .tsv)",
+    )
+    parser.add_argument("--png", action="store_true", help="also draw each protein's heat map, in the folder OUT.maps")
+    add_batch_tokens(parser)
+    add_model(parser, several=True)
+    add_policies(parser, overlength=("window",))
+
+
+def _offset(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..variants.strategies import strategy
+    from ..variants.tables import ENDINGS
+
+    out = output_path(args.output, args.force)
+    strategy(args.strategy)
+    if not args.output.lower().endswith(ENDINGS + _DRAWN):
+        raise InputError(f"{out} ends in none of {', '.join(ENDINGS + _DRAWN)}")
+    if not args.fasta and not args.variants:
+        raise InputError("give a FASTA of wild types, or with --variants a table that has them (wt_seq)")
+    proteins, report = _proteins(args) if args.fasta else ({}, None)
+    if args.variants:
+        from .variants_table import score_tables
+
+        return score_tables(args, out, proteins, report, Models(args))
+    return _scan(args, out, proteins, report, Models(args))
+
+
+class Models:
+    """The models of the command line, one after another; names for their columns."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.names = args, []
+        for path in args.model:
+            stem = Path(path).name if Path(path).exists() else path
+            name = stem.removesuffix(".safetensors").removesuffix(".pt")
+            self.names.append(name if name not in self.names else f"{name}_{self.names.count(name) + 1}")
+        self.combined = None if len(self.names) < 2 or args.combine == "none" else args.combine
+
+    def __iter__(self):
+        """(model, budget), one in memory at a time."""
+        from ..inference.embed import token_budget
+
+        args = self.args
+        for path in args.model:
+            dtype = dtype_of(argparse.Namespace(**{**vars(args), "model": path}))
+            model = load_model(path, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
+            yield model, token_budget(model, args.batch_tokens)
+            del model
+
+    @property
+    def said(self) -> str:
+        warning = "  (RANDOM WEIGHTS: THESE NUMBERS MEAN NOTHING)" if any(map(is_random, self.args.model)) else ""
+        return ", ".join(self.args.model) + warning
+
+    def combine(self, columns: list):
+        """The columns, and their combination where it is asked for."""
+        import numpy as np
+
+        how = {"mean": np.mean, "min": np.min}.get(self.combined)
+        return [*columns, how(columns, axis=0)] if how else columns
+
+
+def job_factory(args: argparse.Namespace):
+    """The job of a protein's text; jobs are kept, since several models share them."""
+    from ..variants.scores import Job
+
+    return cache(partial(Job, strategy=args.strategy, window=args.window, compat=args.compat))
+
+
+def _proteins(args: argparse.Namespace):
+    """{id: residues}, and the report of reading them."""
+    from ..alphabet import TOKENS
+    from ..sequences.fasta import read_fasta
+    from ..sequences.names import accession
+    from ..sequences.tokenize import Policy, Report, tokenize
+    from ..variants.bind import require_protein
+
+    policy, report, proteins = Policy(unknown=args.unknown, empty=args.empty, overlength="window"), Report(), {}
+    for path in args.fasta:
+        for records in read_fasta(path):
+            tokens = tokenize(records, policy, report)
+            bounds = tokens.offsets.tolist()
+            for header, start, end in zip(tokens.headers, bounds, bounds[1:], strict=False):
+                text = "".join(TOKENS[i] for i in tokens.ids[start:end].tolist())
+                if (name := _name(args.duplicates, accession(header), proteins)) is None:
+                    continue
+                try:
+                    proteins[name] = require_protein(text)
+                except ValueError as error:
+                    raise InputError(f"{path}: {shown(name)}: {error}") from None
+    if not proteins:
+        raise InputError(f"nothing is left to score: all {report.records} records were skipped")
+    return proteins, report
+
+
+def _name(duplicates: str, wanted: str, taken: dict) -> str | None:
+    """The name of a record: the second P1 is P1_2, or left out (None), or refused."""
+    if wanted not in taken or duplicates == "skip":
+        return None if wanted in taken else wanted
+    if duplicates == "error":
+        raise InputError(f"the id {shown(wanted)} is there twice; --duplicates keep names the second {shown(wanted)}_2")
+    return next(name for n in count(2) if (name := f"{wanted}_{n}") not in taken)
+
+
+def protein_lines(proteins: dict[str, str], report) -> list[str]:
+    residues = sum(map(len, proteins.values()))
+    rare = residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
+    left_out = report.records - len(proteins)
+    lines = [f"proteins  {len(proteins):,} of {report.records:,} records, {residues:,} residues"]
+    if left_out:
+        empty, unknown = report.empty, report.skipped_unknown
+        lines.append(
+            f"skipped   {unknown:,} unknown residue, {empty:,} empty, {left_out - empty - unknown:,} duplicate"
+        )
+    if rare:
+        lines.append(f"rare      {rare:,} residues U, O, B, Z or X, scored against their own token")
+    return lines
+
+
+# ---- all substitutions
+
+
+def _cost(job, residues: int) -> int:
+    """About the tokens of a scan."""
+    width = min(residues + 2, 1024)
+    if job.how.LENGTHS:
+        return 19 * residues * (residues if job.how.NAME == "pll" else 1) * width
+    return residues * width if job.how.MASKED else residues + 2
+
+
+def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: Models) -> int:
+    from .variants_scan import write_scans
+
+    job_of, start = job_factory(args), time.perf_counter()
+    total = sum(_cost(job_of(text), len(text)) for text in proteins.values()) * len(args.model)
+    with progress(total, unit="tokens") as bar:
+        if len(args.model) == 1:
+            ((model, budget),) = iter(models)
+            scans = ((name, text, [job_of(text).scan(model, budget, bar.update)]) for name, text in proteins.items())
+        else:
+            found: dict[str, list] = {name: [] for name in proteins}
+            for model, budget in models:
+                for name, text in proteins.items():
+                    found[name].append(job_of(text).scan(model, budget, bar.update).astype("float32"))
+            scans = ((name, text, models.combine(found[name])) for name, text in proteins.items())
+        rows = write_scans(args, out, scans, models, len(proteins))
+    summary(args, models, protein_lines(proteins, report), Counter(rows=rows), out, time.perf_counter() - start)
+    return 0
+
+
+def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float) -> None:
+    window = "" if args.window == "auto" else f", windows {args.window}"
+    notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
+    print("\n".join(lines))
+    print(f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s")
+    print(f"strategy  {args.strategy}{window}{', with the published errors' if args.compat else ''}")
+    print(f"model     {models.said}")
+    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+
+
+def listed(problems) -> list[str]:
+    lines = [f"  row {problem.row + 1}: {problem.error}" for problem in problems[:_LISTED]]
+    return lines + ([f"  and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else [])

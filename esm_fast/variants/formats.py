@@ -1,0 +1,124 @@
+"""The forms that tables of variants come in, told apart by their columns, and those that scans are written in."""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .parse import STANDARD, THREE_LETTERS
+from .tables import Table, TableError
+
+BRANDES_ORDER = "KRHEDNQTSCGAVLIMPYFW"  # rows of esm-variants' matrix
+_POSITION = re.compile(r"([A-Z]) ?(\d+)")
+# The column with the variant, the one with its protein, and whose form it is.
+_KNOWN = (
+    ("mut_name", "seq_id", "esm-variants"),
+    ("protein_variant", "uniprot_id", "AlphaMissense"),
+    ("hgvs_pro", "", "MaveDB"),
+    ("mutant", "", "ProteinGym or predict.py"),
+    ("variant", "", ""),
+    ("mutation", "", ""),
+    ("mutations", "", ""),
+)
+_PROTEINS = ("seq_id", "uniprot_id", "protein_id", "protein", "accession", "uniprot", "id")
+PAIRS = ("wt_seq", "mut_seq", "start_pos")
+
+
+class Layout(NamedTuple):
+    """Where a table has what; -1 for what it has not."""
+
+    variant: int
+    protein: int = -1
+    pairs: tuple[int, int, int] | None = None  # both sequences and where they begin to differ, instead of variants
+    mutated: int = -1  # ProteinGym's mutated_sequence, which has to be what the variant makes
+
+
+def layout_of(table: Table, variant: str | None = None, protein: str | None = None) -> Layout:
+    """Raises TableError where no column holds variants."""
+    columns = table.columns
+    if variant is None and all(name in columns for name in PAIRS):
+        return Layout(-1, pairs=tuple(columns.index(name) for name in PAIRS))
+    if variant is None:
+        variant = next((name for name, *_ in _KNOWN if name in columns), None)
+    for name in (variant, protein):
+        if name is not None and name not in columns:
+            raise TableError(f"{table.path} has no column {name!r}; there are {', '.join(map(repr, columns))}")
+    if variant is None:
+        known = ", ".join(name for name, *_ in _KNOWN)
+        raise TableError(
+            f"{table.path}: none of its columns ({', '.join(columns[:8])}) is one for variants ({known}); name it with "
+            "--variant-col"
+        )
+    if protein is None:
+        protein = next((name for name in _PROTEINS if name in columns and name != variant), None)
+    places = [columns.index(name) if name in columns else -1 for name in (protein, "mutated_sequence")]
+    return Layout(columns.index(variant), places[0], mutated=places[1])
+
+
+class Matrix:
+    """esm-variants' matrix of log-ratios, read as a table: a row for each substitution, column by column."""
+
+    def __init__(self, table: Table):
+        self.path, self.comments, self._table = table.path, table.comments, table
+        self.columns = ["mut_name", "given_score"]
+
+    def rows(self) -> Iterator[list[str]]:
+        positions = [_POSITION.fullmatch(name) for name in self._table.columns[1:]]
+        lines = list(self._table.rows())
+        for place, found in enumerate(positions, start=1):
+            for line in lines:
+                yield [f"{found[1]}{found[2]}{line[0]}", line[place]]
+
+
+def opened(path) -> "Table | Matrix":
+    table = Table(path)
+    names = table.columns[1:]
+    return Matrix(table) if names and all(_POSITION.fullmatch(name) for name in names) else table
+
+
+# ---- scans
+
+
+def _single(protein: str, order: str) -> Iterator[tuple[int, str, str, int]]:
+    """(position, wild type, mutant, column of the scan) of all 19 substitutions of each residue."""
+    for i, own in enumerate(protein):
+        yield from ((i + 1, own, new, STANDARD.index(new)) for new in order if new != own)
+
+
+def _long(name: str, protein: str) -> Iterator[tuple[list[str], tuple[int, int]]]:
+    for position, own, new, column in _single(protein, BRANDES_ORDER):
+        yield [name, f"{own}{position}{new}"], (position - 1, column)
+
+
+def _proteingym(name: str, protein: str) -> Iterator[tuple[list[str], tuple[int, int]]]:
+    for position, own, new, column in _single(protein, STANDARD):
+        mutated = f"{protein[: position - 1]}{new}{protein[position:]}"
+        yield [name, f"{own}{position}{new}", mutated], (position - 1, column)
+
+
+def _mavedb(name: str, protein: str) -> Iterator[tuple[list[str], tuple[int, int]]]:
+    for position, own, new, column in _single(protein, STANDARD):
+        yield [name, f"p.{THREE_LETTERS[own]}{position}{THREE_LETTERS[new]}"], (position - 1, column)
+
+
+class Form(NamedTuple):
+    """How a scan is written: the columns before the scores, the score's own name, and the rows."""
+
+    columns: list[str]
+    score: str
+    rows: object  # (name, protein) -> (cells, (residue, column of the scan))
+
+
+FORMS = {
+    "long": Form(["seq_id", "mut_name"], "esm_score", _long),
+    "proteingym": Form(["seq_id", "mutant", "mutated_sequence"], "esm_score", _proteingym),
+    "mavedb": Form(["seq_id", "hgvs_pro"], "score", _mavedb),
+    "alphamissense": Form(["uniprot_id", "protein_variant"], "esm_score", _long),
+}
+
+
+def matrix_rows(protein: str, scan: np.ndarray) -> tuple[list[str], Iterator[list]]:
+    """Header and rows of esm-variants' matrix: a column a residue, a row a substitution."""
+    header = ["", *(f"{own} {i + 1}" for i, own in enumerate(protein))]
+    return header, ([new, *scan[:, STANDARD.index(new)].tolist()] for new in BRANDES_ORDER)

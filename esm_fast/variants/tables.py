@@ -1,0 +1,193 @@
+"""Tables of variants: CSV, TSV, Parquet, lists of one variant a line; plain or compressed, told apart by content.
+
+A table is read as often as it is needed, a row at a time, and its cells stay the text that they were.
+"""
+
+import csv
+import gzip
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..sequences.compression import DamagedStreamError, decompress
+from .parse import VariantError, parse
+
+PARQUET = b"PAR1"
+_DELIMITERS = "\t,;"
+_READ_BYTES = 1 << 20
+
+
+class TableError(ValueError):
+    """A table that cannot be used; the message names file and line, and what to do."""
+
+
+class Table:
+    """columns; `rows()` gives lists of as many cells; comments: lines with # before the header, as they were."""
+
+    def __init__(self, path: Path):
+        self.path, self.comments = path, []
+        with path.open("rb") as file:
+            self.is_parquet = file.read(4) == PARQUET
+        if self.is_parquet:
+            self.columns = _parquet(path).schema_arrow.names
+            return
+        with self._text() as text:
+            self._skip, header = self._comments_of(text)
+            self.delimiter = next((d for d in _DELIMITERS if d in header), ",")
+            cells = next(csv.reader([header], delimiter=self.delimiter), [])
+        self.is_list = not any(cells) or _is_variant(header.strip()) or _is_variant(cells[0])
+        self.columns = ["mutant"] if self.is_list else cells
+        if self.is_list and header.strip() == "":
+            raise TableError(f"{path}: the file is empty; give one variant a line, or a table with a header")
+
+    def _comments_of(self, text) -> tuple[int, str]:
+        """How many lines stand before the header, and the header."""
+        for number, line in enumerate(text):
+            if not line.startswith("#"):
+                return number, line.rstrip("\r\n")
+            self.comments.append(line.rstrip("\r\n"))
+        return 0, ""
+
+    @contextmanager
+    def _text(self) -> Iterator[io.TextIOBase]:
+        try:
+            with self.path.open("rb") as file:
+                stream = io.BufferedReader(_Pieces(decompress(file, _READ_BYTES)))
+                yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        except (UnicodeDecodeError, csv.Error, DamagedStreamError) as error:
+            raise TableError(f"{self.path}: no table that can be read: {error}") from None
+
+    def rows(self) -> Iterator[list[str]]:
+        """Raises TableError for a row of another length, and for bytes that are no text."""
+        if self.is_parquet:
+            yield from self._parquet_rows()
+            return
+        with self._text() as text:
+            for _ in range(self._skip + (not self.is_list)):
+                next(text)
+            if self.is_list:
+                yield from ([line.strip()] for line in text if line.strip())
+            else:
+                yield from self._csv_rows(text)
+
+    def _csv_rows(self, text) -> Iterator[list[str]]:
+        reader = csv.reader(text, delimiter=self.delimiter)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(self.columns):
+                line = reader.line_num + self._skip + 1
+                raise TableError(f"{self.path}: line {line} has {len(row)} cells, and the header {len(self.columns)}")
+            yield row
+
+    def _parquet_rows(self) -> Iterator[list[str]]:
+        file = _parquet(self.path)
+        for group in range(file.num_row_groups):
+            columns = [column.to_pylist() for column in file.read_row_group(group).columns]
+            yield from (["" if cell is None else str(cell) for cell in row] for row in zip(*columns, strict=True))
+
+
+class _Pieces(io.RawIOBase):
+    """An iterator of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._left = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._left:
+            if (piece := next(self._pieces, None)) is None:
+                return 0
+            self._left = piece
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def _is_variant(text: str) -> bool:
+    try:
+        parse(text)
+    except VariantError:
+        return False
+    return True
+
+
+def _parquet(path: Path):
+    return _pyarrow().parquet.ParquetFile(path)
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError("Parquet needs pyarrow: pip install 'esm_fast[dataset]'; CSV does not") from None
+    return pyarrow
+
+
+# ---- writing
+
+ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".csv.gz", ".tsv.gz")
+
+
+@contextmanager
+def writer(path: Path, name: str, columns: list[str], numbers: set[str], comments: list[str] = ()):
+    """Yields what takes rows: cells of text, and of `numbers` floats. The form is that of `name`'s ending.
+
+    A number that is not there (NaN) is an empty cell, in Parquet a null.
+    """
+    if name.endswith(".parquet"):
+        with _parquet_writer(path, columns, numbers) as add:
+            yield add
+        return
+    delimiter = "\t" if name.removesuffix(".gz").endswith((".tsv", ".txt")) else ","
+    with _opened(path, name.endswith(".gz")) as file:
+        file.writelines(f"{comment}\n" for comment in comments)
+        table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        table.writerow(columns)
+        yield lambda row: table.writerow([number(cell) if isinstance(cell, float) else cell for cell in row])
+
+
+def number(value: float) -> str:
+    """With as many digits as the published tables have."""
+    return "" if value != value else f"{value:.6f}"
+
+
+@contextmanager
+def _opened(path: Path, compressed: bool) -> Iterator[io.TextIOBase]:
+    with path.open("wb") as raw:
+        binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if compressed else raw  # the same bytes at any time
+        text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield text
+        text.flush()
+        text.detach()
+        if compressed:
+            binary.close()
+
+
+@contextmanager
+def _parquet_writer(path: Path, columns: list[str], numbers: set[str]):
+    pa = _pyarrow()
+    schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in columns])
+    waiting: list[list] = []
+
+    def flush() -> None:
+        arrays = [
+            pa.array([None if isinstance(cell, float) and cell != cell else cell for cell in cells], field.type)
+            for cells, field in zip(zip(*waiting, strict=True), schema, strict=True)
+        ]
+        file.write_table(pa.Table.from_arrays(arrays, schema=schema))
+        waiting.clear()
+
+    def add(row: list) -> None:
+        waiting.append(row)
+        if len(waiting) == 1 << 16:
+            flush()
+
+    with pa.parquet.ParquetWriter(path, schema) as file:
+        yield add
+        if waiting:
+            flush()
