@@ -227,21 +227,24 @@ def _cost(job, residues: int) -> int:
 
 
 def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: Models) -> int:
+    from ..variants.scores import scans
     from .variants_scan import write_scans
 
-    job_of, start = job_factory(args), time.perf_counter()
+    job_of, start, names = job_factory(args), time.perf_counter(), list(proteins)
     total = sum(_cost(job_of(text), len(text)) for text in proteins.values()) * len(args.model)
     with progress(total, unit="tokens") as bar:
+
+        def scanned(model, budget: int):
+            return scans(model, proteins.values(), args.strategy, args.window, budget, bar.update)
+
         if len(args.model) == 1:
             ((model, budget),) = iter(models)
-            scans = ((name, text, [job_of(text).scan(model, budget, bar.update)]) for name, text in proteins.items())
+            found = zip(names, proteins.values(), ([scan] for scan in scanned(model, budget)), strict=True)
         else:
-            found: dict[str, list] = {name: [] for name in proteins}
-            for model, budget in models:
-                for name, text in proteins.items():
-                    found[name].append(job_of(text).scan(model, budget, bar.update).astype("float32"))
-            scans = ((name, text, models.combine(found[name])) for name, text in proteins.items())
-        rows = write_scans(args, out, scans, models, len(proteins))
+            columns = [[scan.astype("float32") for scan in scanned(*one)] for one in models]
+            together = (models.combine(list(group)) for group in zip(*columns, strict=True))
+            found = zip(names, proteins.values(), together, strict=True)
+        rows = write_scans(args, out, found, models, len(proteins))
     summary(args, models, protein_lines(proteins, report), Counter(rows=rows), out, time.perf_counter() - start)
     return 0
 

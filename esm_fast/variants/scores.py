@@ -1,19 +1,20 @@
 """One protein under one strategy: its variants' scores, its scan, its log-probabilities, on any model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from ..alphabet import TOKENS
 from .bind import WILD_TYPE, Bound, Change
 from .parse import STANDARD
-from .plan import Plan, Protein
+from .plan import Plan, Protein, Rows
 from .strategies import strategy as strategy_named
 from .windows import RESIDUES, WINDOWS, rule
 
 _COLUMNS = [TOKENS.index(residue) for residue in STANDARD]
 # Variants planned together: what one plan may hold of contexts (bytes) and of terms.
 _PLAN_TOKENS, _PLAN_TERMS = 1 << 27, 1 << 22
+_BATCHES_AHEAD = 8  # of small proteins that are scanned together
 
 
 class Proteins:
@@ -98,12 +99,15 @@ class Job:
 
     def rows_plan(self, model, masked: bool | tuple[int, ...]) -> Plan:
         """masked: whether each residue is in turn, or those that are together."""
-        protein, plan = self.proteins(model).wild_type, Plan()
-        rows = plan.rows(len(protein))
-        together = () if isinstance(masked, bool) else masked
-        for at in range(len(protein)):
-            rows.add(at, protein, (at,) if masked is True else together, at)
+        plan = Plan()
+        self.add_rows(plan.rows(len(self.text)), 0, model, masked)
         return plan
+
+    def add_rows(self, rows: Rows, first: int, model, masked: bool | tuple[int, ...]) -> None:
+        """Those of all residues, as the items from `first` on."""
+        protein, together = self.proteins(model).wild_type, () if isinstance(masked, bool) else masked
+        for at in range(len(protein)):
+            rows.add(first + at, protein, (at,) if masked is True else together, at)
 
     def log_probs(
         self, model, masked: bool | tuple[int, ...], budget: int, on_batch: Callable = lambda tokens: None
@@ -120,6 +124,35 @@ class Job:
         variants = [WILD_TYPE if self.text[v.changes[0].start] == v.changes[0].new else v for v in variants]
         scores = self.score(model, [*variants, WILD_TYPE], budget, on_batch)
         return (scores[:-1] - scores[-1]).reshape(-1, len(STANDARD))
+
+
+def scans(
+    model, texts: Iterable[str], strategy: str, window: str, budget: int, on_batch: Callable = lambda tokens: None
+) -> Iterator[np.ndarray]:
+    """The scan of each protein, as `Job.scan`; small ones share batches, which does not show in the numbers."""
+    group: list[Job] = []
+    for text in texts:
+        job = Job(text, strategy, window)
+        if job.how.LENGTHS:
+            yield job.scan(model, budget, on_batch)
+            continue
+        group.append(job)
+        if sum(len(job.text) ** (1 + job.how.MASKED) for job in group) > _BATCHES_AHEAD * budget:
+            yield from _scanned(model, group, budget, on_batch)
+            group = []
+    yield from _scanned(model, group, budget, on_batch)
+
+
+def _scanned(model, jobs: list[Job], budget: int, on_batch: Callable) -> Iterator[np.ndarray]:
+    if not jobs:
+        return
+    plan, ends = Plan(), np.cumsum([len(job.text) for job in jobs])
+    rows = plan.rows(int(ends[-1]))
+    for job, end in zip(jobs, ends.tolist(), strict=True):
+        job.add_rows(rows, end - len(job.text), model, job.how.MASKED)
+    (found,) = plan.run(model, budget, on_batch)
+    for job, part in zip(jobs, np.split(found, ends[:-1]), strict=True):
+        yield ratios_of(part, job.text)
 
 
 def ratios_of(log_probs: np.ndarray, protein: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import esm_fast
 from esm_fast import _C, variants
-from esm_fast.variants.scores import Job
+from esm_fast.variants.scores import Job, scans
 from esm_fast.variants.strategies import strategies
 
 STRATEGIES = sorted(strategies())
@@ -101,6 +101,14 @@ def test_a_long_protein_shares_its_windows(ours, protein):
     assert Job(text, "masked").rows_plan(ours, masked=True).tokens == 1040 * 1024
     assert tokens_computed(lambda note: variants.scan(ours, text, on_batch=note)) == 2 * 1024
     assert Job(text, "wt", "optimal").rows_plan(ours, masked=False).tokens == (1042 - 1024 + 1) * 1024
+
+
+@pytest.mark.parametrize("strategy", ["wt", "masked", "pllr"])
+def test_proteins_scanned_together_are_as_alone(model, protein, strategy):
+    texts = [protein(length, seed=length) for length in (5, 1, 17, 9)]
+    together = list(scans(model, texts, strategy, "auto", 40))
+    for text, found in zip(texts, together, strict=True):
+        np.testing.assert_array_equal(found, variants.scan(model, text, strategy=strategy))
 
 
 def test_half_precision_keeps_the_head_in_float32(fair_checkpoint, protein):
