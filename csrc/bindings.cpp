@@ -65,6 +65,11 @@ py::object stray(const esm::FastaParser& parser) {
     return py::make_tuple(parser.stray_line(), py::bytes(parser.stray_text()));
 }
 
+py::object large(const esm::FastaParser& parser) {
+    if (!parser.large_line()) return py::none();
+    return py::make_tuple(parser.large_line(), py::bytes(parser.large_header()));
+}
+
 // (tokens, None), or (None, (row, begin, end)) for the first row with an unknown run.
 py::tuple encode_texts(const py::tuple& strings, size_t limit) {
     std::vector<esm::Text> texts;
@@ -169,12 +174,13 @@ PYBIND11_MODULE(_C, module) {
     module.def("threads", &esm::threads);
     module.def("set_threads", &set_threads, "n"_a);
     py::class_<esm::FastaParser>(module, "FastaParser")
-        .def(py::init<>())
+        .def(py::init<size_t>(), "limit"_a)
         .def("feed", &feed, "data"_a)
         .def("finish", &esm::FastaParser::finish)
         .def("take", &take)
         .def_property_readonly("ready", &esm::FastaParser::ready)
-        .def_property_readonly("stray", &stray);
+        .def_property_readonly("stray", &stray)
+        .def_property_readonly("large", &large);
     module.def("encode_texts", &encode_texts, "strings"_a, "limit"_a);
     module.def("encode_records", &encode_records, "residues"_a, "offsets"_a);
     module.def("plan", &plan, "lengths"_a, "budget"_a);

@@ -78,9 +78,11 @@ struct RecordBatch {
 };
 
 // Turns FASTA bytes, fed in pieces cut anywhere, into records. Residues are upper-cased and lose their white space
-// (as bytes.split has it); every other byte is kept for the tokeniser to judge.
+// (as bytes.split has it); every other byte is kept for the tokeniser to judge. Parsing ends at a record of more than
+// `limit` bytes, header and residues, so that memory stays within it.
 class FastaParser {
   public:
+    explicit FastaParser(size_t limit = SIZE_MAX) : limit_(limit) {}
     void feed(const uint8_t* data, size_t size);
     void finish();       // no more bytes: the open record is complete
     RecordBatch take();  // the complete records since the last call; the open one stays
@@ -91,13 +93,18 @@ class FastaParser {
     int64_t stray_line() const { return stray_line_; }
     const std::string& stray_text() const { return stray_text_; }
 
+    // The record that is too large: the line of its header (0: there is none) and the first bytes of that.
+    int64_t large_line() const { return large_line_; }
+    std::string large_header() const;
+
   private:
     void text(const uint8_t* begin, const uint8_t* end);
     void close();
     void check_bom();
 
     RecordBatch batch_;
-    int64_t line_ = 1;
+    size_t limit_;
+    int64_t line_ = 1, large_line_ = 0;
     size_t bom_ = 0;  // bytes of the byte-order mark seen, at the start
     size_t ready_ = 0;
     bool at_start_ = true, in_record_ = false, in_header_ = false, line_start_ = true, after_cr_ = false;

@@ -4,7 +4,7 @@ namespace esm {
 namespace {
 
 constexpr uint8_t kBom[3] = {0xEF, 0xBB, 0xBF};
-constexpr size_t kStrayShown = 40;
+constexpr size_t kShown = 40;  // bytes of a text in a message
 
 inline bool is_space(uint8_t c) { return c == ' ' || uint8_t(c - '\t') < 5; }
 inline uint8_t upper(uint8_t c) { return uint8_t(c - 'a') < 26 ? c ^ 0x20 : c; }
@@ -47,7 +47,7 @@ void FastaParser::feed(const uint8_t* data, size_t size) {
     }
     batch_.residues.reserve(size);               // all that these bytes can add
     const uint8_t *lf = nullptr, *cr = nullptr;  // the next of each, at p or after; each is searched for once
-    while (p < end && !stray_line_) {
+    while (p < end && !stray_line_ && !large_line_) {
         if (std::exchange(after_cr_, false) && *p == '\n') {
             ++p;
             continue;
@@ -83,17 +83,24 @@ void FastaParser::check_bom() {
 
 // A piece of a line.
 void FastaParser::text(const uint8_t* begin, const uint8_t* end) {
-    if (in_header_) {
-        batch_.headers.append(begin, end);
-    } else if (in_record_) {
-        Bytes& residues = batch_.residues;
-        residues.set_size(residues.size() + fold(begin, end - begin, residues.reserve(end - begin)));
-    } else {
+    if (!in_record_) {
         begin = std::find_if_not(begin, end, is_space);
         if (begin == end) return;
         stray_line_ = line_;
-        stray_text_.assign(begin, std::min(end, begin + kStrayShown));
+        stray_text_.assign(begin, std::min(end, begin + kShown));
+        return;
     }
+    Bytes& residues = batch_.residues;
+    if (in_header_)
+        batch_.headers.append(begin, end);
+    else
+        residues.set_size(residues.size() + fold(begin, end - begin, residues.reserve(end - begin)));
+    const size_t header = batch_.headers.size() - last(batch_.header_ends);
+    if (header + residues.size() - last(batch_.residue_ends) > limit_) large_line_ = batch_.lines.back();
+}
+
+std::string FastaParser::large_header() const {
+    return batch_.headers.substr(last(batch_.header_ends), kShown);
 }
 
 // The open record, if any, is complete.

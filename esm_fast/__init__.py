@@ -12,6 +12,7 @@ _FROM = {
     "ProteinBertModel": ".compat.fair_esm",
     "accelerate": ".compat.accelerate",
     "unaccelerate": ".compat.accelerate",
+    "build_dataset": ".dataset.build",
     "open": ".dataset.reader",
     "embed": ".inference.embed",
     "load": ".inference.load",

@@ -3,14 +3,14 @@
 import argparse
 import os
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
 
+from ..console import check_space, human_bytes, progress  # noqa: F401, the commands'
+
 DEMO = "esm1b_t6_demo"
 _LISTED = 10
-_NATIVE_BF16 = ("avx512bf16", "amx")  # levels of esm_fast._C
 MEANINGLESS = "random weights: these numbers mean nothing"
 
 
@@ -54,9 +54,30 @@ def add_policies(parser: argparse.ArgumentParser, overlength: tuple[str, ...]) -
         "empty": (("error", "skip"), "records without residues"),
         "duplicates": (("keep", "skip", "error"), "ids seen before; keep stores the second P12345 as P12345_2"),
         "overlength": (overlength, "proteins too long for the model, over 1022 residues"),
+        "gaps": (("error", "remove", "keep"), "'-' and '.', as alignments have them; keep computes them as tokens"),
     }
     for name, (values, text) in choices.items():
         group.add_argument(f"--{name}", default=values[0], choices=values, help=f"{text} (default: %(default)s)")
+    add_max_record(group)
+
+
+def add_max_record(group) -> None:
+    group.add_argument(
+        "--max-record",
+        type=positive,
+        default=10_000_000,
+        metavar="N",
+        help="most bytes of a record, header and residues; one that has more ends the run (default: %(default)s)",
+    )
+
+
+def ingest_of(args: argparse.Namespace, max_residues: int, **more):
+    """The Ingest of --unknown, --empty, --duplicates, --overlength, --gaps and --max-record; more: its other fields."""
+    from ..sequences.ingest import Ingest
+    from ..sequences.tokenize import Policy
+
+    policy = Policy(args.unknown, args.empty, args.overlength, max_residues, args.gaps)
+    return Ingest(policy, duplicates=args.duplicates, max_record=args.max_record, **more)
 
 
 def positive(text: str) -> int:
@@ -91,34 +112,13 @@ def output_path(text: str, force: bool) -> Path:
     return path
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises InputError when the disk cannot hold about `needed` bytes more."""
-    folder = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"the output will take about {human_bytes(needed)}, and {folder} has {human_bytes(free)} free; choose "
-            "another disk, or ask for less"
-        )
-
-
 def dtype_of(args: argparse.Namespace) -> str:
     """--dtype; for auto the fastest type whose error is known, which is printed."""
     if args.dtype != "auto":
         return args.dtype
-    import torch
+    from ..inference.dtype import fastest
 
-    from .. import _C, weights
-
-    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    if Path(args.model).is_file() and (checkpoint := weights.read(args.model)).packed:
-        chosen, why = str(checkpoint.dtype).removeprefix("torch."), "that of the packed file"
-    elif on_gpu:
-        chosen, why = "float32", "this is a GPU, where bfloat16 is not proven"
-    elif _C.isa() in _NATIVE_BF16:
-        chosen, why = "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
-    else:
-        chosen, why = "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
+    chosen, why = fastest(args.model, args.device)
     print(f"dtype     {chosen} ({why})", file=sys.stderr)
     return chosen
 
@@ -171,20 +171,7 @@ def warn_random(name: str) -> None:
 
 def result_lines(counts, seconds: float, model: str) -> list[str]:
     """The part of a summary that every command with FASTA input has: nothing that happened to a record is left out."""
-    report = counts.report
-    skipped = {
-        "unknown residue": report.skipped_unknown,
-        "empty": report.empty,
-        "duplicate": counts.dropped,
-        "already done": counts.done,
-    }
-    changed = {
-        "unknown residues read as X": report.unknown,
-        "final * stripped": report.stops_stripped,
-        "truncated": report.truncated,
-        "windowed": report.windowed,
-        "duplicates renamed": counts.renamed,
-    }
+    report, skipped = counts.report, counts.skipped | {"already done": counts.done}
     listed = [f"            record {number + 1}, {name!r}: {why}" for number, name, why in report.skipped[:_LISTED]]
     more = sum(skipped.values()) - counts.done - len(listed)
     return [
@@ -193,27 +180,12 @@ def result_lines(counts, seconds: float, model: str) -> list[str]:
         f"skipped   {', '.join(f'{count:,} {what}' for what, count in skipped.items())}",
         *listed,
         *([f"            and {more:,} more"] if more else []),
-        f"changed   {', '.join(f'{count:,} {what}' for what, count in changed.items())}",
+        f"changed   {', '.join(f'{count:,} {what}' for what, count in counts.changed.items())}",
         f"model     {model}" + (f"  ({MEANINGLESS.upper()})" if is_random(model) else ""),
     ]
 
 
-def progress(total: int | None, unit: str = "residues", done: int = 0):
-    """A bar on standard error, from `done` on. In a log file, where each of its states is a line, it moves rarely."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 10
-    options = {"unit": f" {unit}", "unit_scale": True, "mininterval": interval, "maxinterval": 2 * interval}
-    return tqdm(total=total, initial=done, **options)
-
-
 def as_flags(message: str) -> str:
     """The library's advice in the command's words: unknown='x' is --unknown x."""
-    return re.sub(r"\b(unknown|empty|overlength)='(\w+)'", r"--\1 \2", message)
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
+    message = re.sub(r"\bmax_record=N", "--max-record N", message)
+    return re.sub(r"\b(unknown|empty|overlength|duplicates|gaps)='(\w+)'", r"--\1 \2", message)

@@ -14,6 +14,7 @@ from .common import (
     add_policies,
     check_space,
     dtype_of,
+    ingest_of,
     load_model,
     output_path,
     progress,
@@ -21,6 +22,7 @@ from .common import (
 )
 
 NAME = "contacts"
+ORDER = 22
 HELP = "contact maps of a FASTA file, as npz and PNG"
 DESCRIPTION = """\
 Predicts which residues of each protein touch (C-beta atoms within 8 Angstrom): a float32 array of
@@ -60,13 +62,11 @@ def run(args: argparse.Namespace) -> None:
     from ..inference.embed import token_budget
     from ..inference.stream import CONTACTS
     from ..inference.stream import run as run_model
+    from ..sequences.ingest import Counts, Source
     from ..sequences.names import file_name
-    from ..sequences.tokenize import Policy
-    from .source import Counts, Source
 
     budget = token_budget(model, args.batch_tokens)
-    policy = Policy(args.unknown, args.empty, args.overlength, model.config.max_residues)
-    with Source(args.fasta, policy, safe=file_name, duplicates=args.duplicates) as source:
+    with Source(args.fasta, ingest_of(args, model.config.max_residues, safe=file_name)) as source:
         expected, counts, start = source.scan(), Counts(), time.perf_counter()
         check_space(out.parent, 4 * expected.squares)
         with (_archive if single else _folder)(out) as add, progress(expected.residues) as bar:

@@ -6,6 +6,7 @@ import warnings
 from .common import InputError, human_bytes, is_random, output_path
 
 NAME = "convert"
+ORDER = 30
 HELP = "a checkpoint as safetensors with a checksum"
 DESCRIPTION = """\
 Reads a fair-esm .pt file (with its contact regression beside it), a Hugging Face folder or a

@@ -3,12 +3,10 @@
 import argparse
 from pathlib import Path
 
-from .common import MEANINGLESS, InputError, positive
+from .common import InputError, positive
 
 _FILES = (".h5", ".hdf5")
-# A unit is what a crash can lose, and what memory holds three of.
-UNIT_RESIDUES, UNIT_RESIDUES_KEPT = 1 << 18, 1 << 16
-SOME_FAILED, STOPPED = 3, 75
+SOME_FAILED = 3  # exit code
 
 
 def is_dataset(output: str) -> bool:
@@ -27,7 +25,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
         "--unit-residues",
         type=positive,
         metavar="N",
-        help=f"residues in a shard (default: {UNIT_RESIDUES}, with --residues {UNIT_RESIDUES_KEPT})",
+        help="residues in a unit (default: 262144, with --residues 65536)",
     )
     group.add_argument("--log-json", metavar="FILE", help="add a JSON line for each unit; - is standard error")
 
@@ -43,20 +41,3 @@ def require_pyarrow() -> None:
         from ..dataset import layout  # noqa: F401
     except ImportError as error:
         raise InputError(str(error)) from None
-
-
-def plan_lines(plan) -> list[str]:
-    info, fields = plan.info, plan.fields
-    expected = info["requested"] - sum(info["skipped"].values())
-    return [
-        f"proteins  {expected:,} of {info['requested']:,} records, {info['sequences']:,} distinct sequences",
-        f"skipped   {', '.join(f'{count:,} {what}' for what, count in info['skipped'].items())}",
-        f"changed   {', '.join(f'{count:,} {what}' for what, count in info['changed'].items())}",
-        f"model     {info['model']}" + (f"  ({MEANINGLESS.upper()})" if "warning" in info else ""),
-        f"layers    {' '.join(map(str, fields['layers']))} ({fields['pool']}{', residues' * fields['residues']}, "
-        f"stored as {fields['store']})",
-    ]
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

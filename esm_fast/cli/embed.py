@@ -14,6 +14,7 @@ from .common import (
     check_space,
     dtype_of,
     human_bytes,
+    ingest_of,
     is_random,
     load_model,
     output_path,
@@ -23,6 +24,7 @@ from .common import (
 from .dataset import add_dataset, is_dataset, refuse_dataset_flags
 
 NAME = "embed"
+ORDER = 10
 HELP = "embeddings of FASTA files, as one HDF5 file or as a data set of any size"
 DESCRIPTION = """\
 Embeds the proteins of FASTA files (plain, gz, bz2, xz or zst; - is standard input). All input is
@@ -79,16 +81,14 @@ def run(args: argparse.Namespace) -> int | None:
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
 
     from ..files.atomic import atomic
-    from ..files.hdf5 import HDF5Writer
+    from ..files.hdf5 import HDF5Writer, unstorable
     from ..inference.embed import layer_numbers, token_budget
     from ..inference.stream import Output
     from ..inference.stream import run as run_model
+    from ..sequences.ingest import Counts, Source
     from ..sequences.names import hdf5_key
-    from ..sequences.tokenize import Policy
-    from .source import Counts, Source
 
     layers = layer_numbers(model, args.layers)
-    policy = Policy(args.unknown, args.empty, args.overlength, model.config.max_residues)
     budget = token_budget(model, args.batch_tokens)
     outputs = [Output(_POOLS[args.pool], layer) for layer in layers]
     attributes = {
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int | None:
     }
     if is_random(args.model):
         attributes["warning"] = MEANINGLESS
-    with Source(args.fasta, policy, safe=hdf5_key, duplicates=args.duplicates) as source:
+    with Source(args.fasta, ingest_of(args, model.config.max_residues, safe=hdf5_key, unstorable=unstorable)) as source:
         expected, counts = source.scan(), Counts()
         check_space(out.parent, _size(expected, model.config.embed_dim, args, len(layers)))
         written, start = 0, time.perf_counter()

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from .common import InputError, check_space, human_bytes, output_path, progress
-from .dataset import SOME_FAILED, require_pyarrow, size_of
+from .dataset import SOME_FAILED, require_pyarrow
 
 NAME = "export"
+ORDER = 14
 HELP = "a data set as HDF5, npy or fair-esm's files"
 DESCRIPTION = """\
 Writes the embeddings of a finished data set in another format:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     data = finished(args.dataset)
     from ..dataset.export import FORMATS, Ask
+    from ..dataset.report import size_of
     from ..dataset.units import has_numbers
 
     if args.to == "pt":
@@ -74,6 +76,6 @@ def layer_of(data, layer: int) -> int:
 
 def _size(data, residues: bool) -> int:
     """About the bytes of the output, without what a format adds."""
-    fields, info = data.plan.fields, data.plan.info
+    settings, info = data.plan.settings, data.plan.info
     rows = info["residues"] if residues else len(data)
-    return rows * fields["width"] * (4 if fields["store"] == "float32" else 2)
+    return rows * settings.width * (4 if settings.store == "float32" else 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from .common import InputError, check_space, load_model, positive, progress, result_lines
 
 NAME = "extract"
+ORDER = 20
 HELP = "fair-esm's extract.py: one .pt file a protein"
 DESCRIPTION = """\
 Takes the arguments of fair-esm's scripts/extract.py and writes its files: OUTDIR/<header>.pt, a
@@ -56,21 +57,27 @@ def run(args: argparse.Namespace) -> None:
     from ..files.fair_esm_pt import TorchFolder
     from ..inference.embed import layer_numbers
     from ..inference.stream import run as run_model
+    from ..sequences.fasta import FastaError
+    from ..sequences.ingest import Counts, Ingest, Source
     from ..sequences.names import file_name
     from ..sequences.tokenize import Policy
-    from .source import Counts, Source
 
     if "contacts" in args.include:
         model.contact_head.require_fitted()
     wanted = _outputs(args.include, layer_numbers(model, args.repr_layers))
     longest = model.config.max_residues
     fits = args.truncation_seq_length <= longest  # else a protein over the model's length is an error, as there
-    policy = Policy(overlength="truncate" if fits else "error", max_residues=min(args.truncation_seq_length, longest))
+    overlength, longest = "truncate" if fits else "error", min(args.truncation_seq_length, longest)
+    policy = Policy(overlength=overlength, max_residues=longest, gaps="keep")  # tokens, as there
     with (
         TorchFolder(args.output_dir) as writer,
-        Source([args.fasta_file], policy, safe=file_name, id_of=str, done=writer.has, advice=_without_flags) as source,
+        Source([args.fasta_file], Ingest(policy, id_of=str, safe=file_name, done=writer.has)) as source,
     ):
-        expected, counts, start = source.scan(), Counts(), time.perf_counter()
+        try:
+            expected = source.scan()
+        except FastaError as error:
+            raise InputError(_without_flags(str(error))) from None
+        counts, start = Counts(), time.perf_counter()
         check_space(args.output_dir, _size(wanted, expected, model.config.embed_dim))
         outputs = [output for _, output in wanted]
         with progress(expected.residues) as bar:

@@ -6,6 +6,7 @@ import json
 from .common import InputError, add_model, dtype_of, load_model, positive
 
 NAME = "fill-mask"
+ORDER = 21
 HELP = "the most probable residues at <mask>"
 DESCRIPTION = """\
 Predicts the residues at each <mask> of a sequence, as the model card's example does. With --json

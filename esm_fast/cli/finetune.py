@@ -8,6 +8,7 @@ from ..train import environment
 from .common import DEMO, InputError, is_random, positive, warn_random
 
 NAME = "finetune"
+ORDER = 42
 HELP = "a predictor of a property, from a table of labelled proteins"
 DESCRIPTION = """\
 Trains a linear head on the last layer: for a number or a class of each protein, or of each residue.

@@ -7,6 +7,7 @@ from .dataset import require_pyarrow
 from .verify import check
 
 NAME = "finish"
+ORDER = 12
 HELP = "verify a data set that several processes made, and mark it as complete"
 DESCRIPTION = """\
 Does what esm-fast verify does and, where nothing is wrong or missing, writes run.json: the counts,

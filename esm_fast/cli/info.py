@@ -10,6 +10,7 @@ from .. import __version__
 from .common import architecture, cores, human_bytes
 
 NAME = "info"
+ORDER = 50
 HELP = "this machine, the backends and why they run or not; or a checkpoint"
 DESCRIPTION = """\
 Without FILE: versions, the machine, which backend runs each op here and why the others do not, and

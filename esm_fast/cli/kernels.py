@@ -5,6 +5,7 @@ import csv
 from importlib.resources import files
 
 NAME = "kernels"
+ORDER = 51
 HELP = "what was proven of the GPU kernels, and how they fit each architecture"
 DESCRIPTION = """\
 The Triton kernels were compiled and audited for each architecture and executed in Triton's interpreter,

@@ -10,6 +10,7 @@ from .dataset import SOME_FAILED
 from .export import finished, layer_of
 
 NAME = "map"
+ORDER = 16
 HELP = "a data set as a map: a picture, or a page with ids"
 DESCRIPTION = """\
 Draws each protein of a finished data set as a point, by the two principal components of the

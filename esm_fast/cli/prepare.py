@@ -6,9 +6,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from .common import InputError, as_flags, human_bytes, progress
+from .common import InputError, add_max_record, human_bytes, progress
 
 NAME = "prepare"
+ORDER = 40
 HELP = "FASTA files to a token store for pretraining"
 DESCRIPTION = """\
 Reads FASTA files (plain, gz, bz2, xz or zst; - is standard input) into a token store: a folder of
@@ -40,34 +41,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--empty", default="error", choices=("error", "skip"), help="records without residues (default: %(default)s)"
     )
+    parser.add_argument(
+        "--gaps",
+        default="error",
+        choices=("error", "remove"),
+        help="'-' and '.', as alignments have them (default: %(default)s)",
+    )
+    add_max_record(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..sequences.fasta import FastaError
     from ..sequences.tokenize import Policy
     from ..train.prepare import prepare, read_clusters
 
     out = Path(args.output)
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist; make it first")
-    policy = Policy(args.unknown, args.empty, overlength="window")
+    policy = Policy(args.unknown, args.empty, overlength="window", gaps=args.gaps)
     clusters = read_clusters(args.clusters) if args.clusters else None
     start = time.perf_counter()
-    try:
-        with ExitStack() as stack:
-            bar = stack.enter_context(progress(None)) if sys.stderr.isatty() else None
-            summary = prepare(
-                args.fasta,
-                out,
-                policy=policy,
-                valid_share=args.valid_share,
-                clusters=clusters,
-                progress=bar.update if bar else lambda residues: None,
-            )
-    except FastaError as error:
-        raise InputError(as_flags(str(error))) from None
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress(None)) if sys.stderr and sys.stderr.isatty() else None
+        summary = prepare(
+            args.fasta,
+            out,
+            policy=policy,
+            valid_share=args.valid_share,
+            clusters=clusters,
+            max_record=args.max_record,
+            progress=bar.update if bar else lambda residues: None,
+        )
     report, seconds = summary.report, time.perf_counter() - start
-    skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty, "special token": summary.special}
+    skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty, "special token": report.specials}
     skipped["duplicate"] = summary.duplicates
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"records   {report.records:,} in {seconds:.1f} s")

@@ -12,6 +12,7 @@ from ..train import environment
 from .common import InputError, positive
 
 NAME = "pretrain"
+ORDER = 41
 HELP = "pretrain a model from a recipe"
 DESCRIPTION = """\
 Pretrains a model by masked language modelling on a store of esm-fast prepare, as the recipe, a YAML

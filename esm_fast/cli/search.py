@@ -7,6 +7,7 @@ from .common import InputError, as_flags, load_model, positive
 from .export import finished, layer_of
 
 NAME = "search"
+ORDER = 15
 HELP = "the nearest proteins of a data set, by cosine"
 DESCRIPTION = """\
 Compares each query with every protein of a data set, exactly, and prints a table: query, rank, id,
@@ -66,13 +67,13 @@ def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], li
     from ..sequences.fasta import FastaError
     from ..sequences.names import accession
 
-    fields = data.plan.fields
+    settings = data.plan.settings
     name = args.model or data.plan.info["model"]
-    if of_model(name) != fields["model"]:
+    if of_model(name) != settings.model:
         raise InputError(f"{name} is not the model that {data.folder} was made with; give --model")
-    model = load_model(name, dtype=fields["dtype"])
-    policies = {policy: fields[policy] for policy in ("unknown", "empty", "overlength")}
-    found = embed(model, args.query, layers=(layer,), pool=fields["pool"], **policies)
+    model = load_model(name, dtype=settings.dtype)
+    policies = {policy: getattr(settings, policy) for policy in ("unknown", "empty", "overlength")}
+    found = embed(model, args.query, layers=(layer,), pool=settings.pool, **policies)
     try:
         pairs = [(accession(header), arrays[layer]) for header, arrays in found]
     except FastaError as error:
@@ -82,7 +83,7 @@ def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], li
 
 def _require_same_numbers(data, other) -> None:
     for name in ("model", "pool", "dtype"):
-        if data.plan.fields[name] != other.plan.fields[name]:
+        if getattr(data.plan.settings, name) != getattr(other.plan.settings, name):
             raise InputError(f"{other.folder} has another {name} than {data.folder}: their numbers do not compare")
 
 

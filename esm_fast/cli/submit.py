@@ -6,8 +6,10 @@ from pathlib import Path
 
 from .common import InputError, cores, positive
 from .dataset import SOME_FAILED, is_dataset
+from .embed_dataset import options_of
 
 NAME = "submit"
+ORDER = 11
 HELP = "a data set as jobs of a SLURM cluster"
 DESCRIPTION = """\
 Submits esm-fast embed -o OUT/ as a SLURM array, a share of the data set a job, and esm-fast finish as
@@ -40,19 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     embed = shared(args.arguments)
-    out, arguments = embed.output, args.arguments
     if args.local and not embed.threads:  # together they have this machine's cores, and not each all of them
-        arguments = [*arguments, "--threads", str(max(1, cores() // args.nodes))]
-    slurm, request = _slurm(args)
+        embed.threads = max(1, cores() // args.nodes)
+    slurm, resources = _slurm(args)
     if not args.local and shutil.which("sbatch") is None:
         raise InputError("this machine has no sbatch: submit where SLURM is, or give --local for processes here")
-    logs = Path(args.logs or f"{out.rstrip('/')}.jobs")
-    jobs = slurm.submit(arguments, args.nodes, logs, request, "local" if args.local else "slurm")
+    options = options_of(embed, dtype=embed.dtype)
+    logs = Path(args.logs or f"{embed.output.rstrip('/')}.jobs")
+    cluster = "local" if args.local else "slurm"
+    jobs = slurm.submit(options, args.nodes, logs, resources, cluster, embed.log_json)
     print(f"jobs      {' '.join(job.job_id for job in jobs)}")
     print(f"logs      {logs}", flush=True)
     if args.local:
-        return _wait(jobs, out, logs)
-    print(f"finish    {slurm.submit_finish(out, jobs, logs, request).job_id}, when all have succeeded")
+        return _wait(jobs, embed.output, logs)
+    print(f"finish    {slurm.submit_finish(options.folder, jobs, logs, resources).job_id}, when all have succeeded")
     return 0
 
 
@@ -62,7 +65,7 @@ def shared(arguments: list[str]) -> argparse.Namespace:
 
     if arguments[:1] != ["embed"]:
         raise InputError("give the command to share at the end: esm-fast submit --nodes N embed FASTA -o OUT/ ...")
-    embed = parser().parse_args(arguments)
+    embed = parser("embed").parse_args(arguments)
     if not is_dataset(embed.output):
         raise InputError(f"{embed.output} is one file, which one process writes; give a folder, -o NAME/")
     if embed.shard:
@@ -86,7 +89,7 @@ def _slurm(args: argparse.Namespace):
             raise
         raise InputError("submit needs submitit: pip install 'esm_fast[slurm]'") from None
     minutes = max(1, round(60 * args.hours))
-    return slurm, slurm.Request(minutes, args.cpus, args.gpus, args.mem_gb, args.partition, args.account, options)
+    return slurm, slurm.Resources(minutes, args.cpus, args.gpus, args.mem_gb, args.partition, args.account, options)
 
 
 def _wait(jobs: list, out: str, logs: Path) -> int:

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from .common import human_bytes, progress
-from .dataset import SOME_FAILED, plan_lines, require_pyarrow
+from .dataset import SOME_FAILED, require_pyarrow
 
 NAME = "verify"
+ORDER = 13
 HELP = "check every byte of a data set"
 DESCRIPTION = """\
 Reads every file of a data set that esm-fast embed made, and compares: the checksums of pages, of
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(folder: Path, how) -> int:
     from ..dataset.plan import load
+    from ..dataset.report import plan_lines
 
     with progress(load(folder).info["residues"]) as bar:
         bar.set_description("verifying")

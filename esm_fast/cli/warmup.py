@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from .common import InputError, add_model, architecture, progress, require_device
 
 NAME = "warmup"
+ORDER = 52
 HELP = "compile the GPU kernels of a model beforehand"
 DESCRIPTION = """\
 Runs everything that a model of these sizes does once, on tiny batches with random weights, so that the

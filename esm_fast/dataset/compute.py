@@ -10,6 +10,7 @@ from ..inference.stream import Output, run
 from ..sequences.fasta import records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import layout
+from .settings import Settings
 from .units import Results, Unit
 
 NONFINITE, OVERFLOW, MEMORY = "not finite", "too large for float16", "out of memory"
@@ -18,18 +19,20 @@ NONFINITE, OVERFLOW, MEMORY = "not finite", "too large for float16", "out of mem
 class Computer:
     """exact: gives the same model in float32, or None where there is none beyond `model`."""
 
-    def __init__(self, model, fields: dict, exact: Callable, on_batch: Callable[[float], None] = lambda residues: None):
-        self.model, self.fields, self.exact, self.on_batch = model, fields, exact, on_batch
-        self.budget = fields["batch_tokens"]
-        pooled = [Output(fields["pool"], layer) for layer in fields["layers"]]
-        residues = [Output("per_residue", layer) for layer in fields["layers"] if fields["residues"]]
+    def __init__(
+        self, model, settings: Settings, exact: Callable, on_batch: Callable[[float], None] = lambda residues: None
+    ):
+        self.model, self.settings, self.exact, self.on_batch = model, settings, exact, on_batch
+        self.budget = settings.batch_tokens
+        pooled = [Output(settings.pool, layer) for layer in settings.layers]
+        residues = [Output("per_residue", layer) for layer in settings.layers if settings.residues]
         self.outputs, self.pooled_count = pooled + residues, len(pooled)
 
     def __call__(self, unit: Unit) -> Results:
-        dtype, width, layers = np.dtype(self.fields["store"]), self.fields["width"], self.fields["layers"]
+        dtype, width, layers = np.dtype(self.settings.store), self.settings.width, self.settings.layers
         results = Results(unit, [])
         results.pooled = {layer: np.full((len(unit.lengths), width), np.nan, dtype) for layer in layers}
-        if self.fields["residues"]:
+        if self.settings.residues:
             results.residues = {layer: np.full((unit.lengths.sum(), width), np.nan, dtype) for layer in layers}
         bounds = np.concatenate([[0], np.cumsum(unit.lengths)])
         for i, arrays in enumerate(self._arrays(self.model, unit.sequences)):
@@ -54,7 +57,7 @@ class Computer:
         if not _finite(arrays):
             return NONFINITE, []
         with np.errstate(over="ignore"):
-            stored = [array.astype(self.fields["store"], copy=False) for array in arrays]
+            stored = [array.astype(self.settings.store, copy=False) for array in arrays]
         return (status, stored) if _finite(stored) else (OVERFLOW, [])
 
     def _arrays(self, model, sequences: list[str]) -> Iterator[list[np.ndarray] | None]:
@@ -81,7 +84,9 @@ class Computer:
 
 def _tokens(sequences: list[str]) -> Tokens:
     """Those of a plan have passed its policies already."""
-    parts = [tokenize(records, Policy(overlength="window"), Report()) for records in records_from(sequences)]
+    parts = [
+        tokenize(records, Policy(overlength="window", gaps="keep"), Report()) for records in records_from(sequences)
+    ]
     offsets = np.cumsum([0, *(length for part in parts for length in part.lengths)], dtype=np.int64)
     headers, ids = [h for part in parts for h in part.headers], np.concatenate([part.ids for part in parts])
     return Tokens(headers, np.arange(len(headers)), ids, offsets)

@@ -11,7 +11,7 @@ import numpy as np
 from ..files.atomic import atomic
 from ..files.fair_esm_pt import TorchFolder
 from ..files.hdf5 import HDF5Writer
-from ..sequences.names import Names, file_name, hdf5_key
+from ..sequences.names import Ids, file_name, hdf5_key
 from .reader import Dataset
 from .units import has_numbers
 
@@ -32,10 +32,10 @@ def _proteins(data: Dataset, ask: Ask) -> Iterator[tuple[int, np.ndarray]]:
 
 def uniprot_h5(data: Dataset, out: Path, ask: Ask) -> None:
     """As UniProt publishes embeddings, and as `esm-fast embed -o OUT.h5` writes them: a data set an id."""
-    names = Names(hdf5_key)
+    names = Ids().give([hdf5_key(name) for name in data.ids], rename=True)
     with _h5(data, out, ask) as write:
         for number, array in _proteins(data, ask):
-            write(names.give(data.ids[number]), data.headers[number], array)
+            write(names[number], data.headers[number], array)
 
 
 def bio_embeddings_h5(data: Dataset, out: Path, ask: Ask) -> None:
@@ -52,15 +52,15 @@ def bio_embeddings_h5(data: Dataset, out: Path, ask: Ask) -> None:
 @contextmanager
 def _h5(data: Dataset, out: Path, ask: Ask) -> Iterator[Callable]:
     """Yields a function that writes one protein."""
-    fields, info = data.plan.fields, data.plan.info
-    attributes = {name: fields[name] for name in ("dtype", "overlength", "max_residues", "esm_fast")}
+    settings, info = data.plan.settings, data.plan.info
+    attributes = {name: getattr(settings, name) for name in ("dtype", "overlength", "max_residues", "esm_fast")}
     attributes |= {"model": info["model"], "plan": data.plan.id, "layers": [ask.layer]}
-    attributes["pool"] = "per-residue" if ask.residues else fields["pool"]
+    attributes["pool"] = "per-residue" if ask.residues else settings.pool
     if "warning" in info:
         attributes["warning"] = info["warning"]
     with (
         atomic(out) as temporary,
-        HDF5Writer(temporary, [ask.layer], store=fields["store"], attributes=attributes) as h5,
+        HDF5Writer(temporary, [ask.layer], store=settings.store, attributes=attributes) as h5,
     ):
         yield lambda key, header, array: h5.add(key, header, [array])
 
@@ -70,7 +70,7 @@ def npy(data: Dataset, out: Path, ask: Ask) -> None:
     if ask.residues:
         raise ValueError("npy is one matrix, which proteins of different lengths do not fit in; choose another format")
     numbers = [number for number in range(len(data)) if has_numbers(data.status(number))]
-    shape, dtype = (len(numbers), data.plan.fields["width"]), np.dtype(data.plan.fields["store"])
+    shape, dtype = (len(numbers), data.plan.settings.width), np.dtype(data.plan.settings.store)
     with atomic(out.with_suffix(".ids.txt")) as ids, atomic(out) as temporary:
         ids.write_text("".join(f"{data.ids[number]}\n" for number in numbers))
         rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
@@ -81,12 +81,13 @@ def npy(data: Dataset, out: Path, ask: Ask) -> None:
 
 def pt(data: Dataset, out: Path, ask: Ask) -> None:
     """A folder as fair-esm's extract.py fills it, a file a protein."""
-    pooled = {"mean": "mean_representations", "cls": "bos_representations"}[data.plan.fields["pool"]]
-    key, names = "representations" if ask.residues else pooled, Names(file_name)
+    pooled = {"mean": "mean_representations", "cls": "bos_representations"}[data.plan.settings.pool]
+    key = "representations" if ask.residues else pooled
+    names = Ids().give([file_name(header) for header in data.headers], rename=True)
     with TorchFolder(out) as folder:
         for number, array in _proteins(data, ask):
             header = data.headers[number]
-            folder.add(names.give(header), header, {key: {ask.layer: array}})
+            folder.add(names[number], header, {key: {ask.layer: array}})
 
 
 FORMATS = {"uniprot-h5": uniprot_h5, "bio-embeddings-h5": bio_embeddings_h5, "npy": npy, "pt": pt}

@@ -7,12 +7,13 @@ from ..files.checked_json import DamagedError, read_json
 from ..files.checksums import digest_of
 from . import layout
 from .errors import DatasetError
+from .settings import Settings
 
 
 @dataclass(frozen=True)
 class Plan:
     folder: Path
-    fields: dict  # what decides the bytes; see `fingerprint`
+    settings: Settings
     info: dict  # counts, and names that decide nothing
     files: dict[str, str]  # SHA-256 of the plan's tables
     id: str
@@ -30,7 +31,8 @@ def load(folder: Path) -> Plan:
     content = read(path)
     if content["fields"]["format"] != layout.FORMAT:
         raise DatasetError(f"{path} is of the format {content['fields']['format']!r}; this is {layout.FORMAT!r}")
-    return Plan(folder, content["fields"], content["info"], content["files"], digest_of(content["fields"]))
+    settings = Settings.from_json(content["fields"], path)
+    return Plan(folder, settings, content["info"], content["files"], digest_of(content["fields"]))
 
 
 def read(path: Path) -> dict:

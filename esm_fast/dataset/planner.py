@@ -13,34 +13,40 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .. import _C
 from ..alphabet import Alphabet
 from ..files.atomic import alone, remove_leftovers
 from ..files.checked_json import write_json
 from ..files.checksums import digest_of, sha256
-from ..sequences.fasta import Records, read_fasta
-from ..sequences.names import accession
-from ..sequences.seen import Ids, Seen, keys_of
-from ..sequences.tokenize import Policy, Report, Tokens, tokenize
+from ..sequences.fasta import MAX_RECORD
+from ..sequences.ingest import Batch, Counts, Ingest
+from ..sequences.seen import Seen, keys_of
+from ..sequences.tokenize import Policy, Tokens
 from . import layout
 from .errors import DatasetError
 from .plan import Plan, load
+from .settings import Settings
 
 _LETTERS = np.frombuffer("".join(t if len(t) == 1 else "<" for t in Alphabet().all_toks).encode(), dtype=np.uint8)
 _READ_BYTES = 1 << 20
 
 
 def make_or_resume(
-    folder: Path, inputs: list, fields: dict, info: dict, policy: Policy, on_read: Callable[[], None] = lambda: None
+    folder: Path,
+    inputs: list,
+    settings: Settings,
+    info: dict,
+    *,
+    max_record: int = MAX_RECORD,
+    on_read: Callable[[], None] = lambda: None,
 ) -> Plan:
     """The plan in the folder, if it is the one that these arguments make; else a new one.
 
-    inputs: FASTA paths, or "-". fields: all of the fingerprint but the input. on_read: called now and then; may raise.
-    Raises DatasetError for another plan, naming the fields that differ; FastaError for input that the policy does not
+    inputs: FASTA paths, or "-". settings: without the input. on_read: called now and then; may raise.
+    Raises DatasetError for another plan, naming the fields that differ; FastaError for input that the settings do not
     allow.
     """
     folder.mkdir(exist_ok=True)
-    maker = _Maker(folder, fields, info, policy)
+    maker = _Maker(folder, settings, info, max_record)
     with alone(folder / layout.LOCK) as held:
         if not (folder / layout.PLAN).exists():
             _require_own(folder)
@@ -48,18 +54,17 @@ def make_or_resume(
             with suppress(FileExistsError):  # without locks, another process may have been first
                 return maker.make(inputs, on_read, replace=held)
     plan = load(folder)
-    _require_same(plan, fields)
-    _require_same(plan, {"input": [_hash_of(source, on_read) for source in inputs]})
+    require_same(plan, settings)
+    require_same(plan, settings.with_input([_hash_of(source, on_read) for source in inputs]))
     with alone(folder / layout.LOCK):
         if not all((folder / name).exists() for name in layout.TABLES):  # a damaged one was removed
             maker.make(inputs, on_read, replace=True)
     return plan
 
 
-def _require_same(plan: Plan, wanted: dict) -> None:
-    differ = [name for name in wanted if plan.fields.get(name) != wanted[name]]
-    if differ:
-        said = "; ".join(f"{name} is {wanted[name]!r}, and was {plan.fields.get(name)!r}" for name in differ)
+def require_same(plan: Plan, settings: Settings) -> None:
+    """Raises DatasetError naming the fields that differ; the input only where the settings have one."""
+    if said := settings.differences(plan.settings if settings.input else plan.settings.with_input([])):
         raise DatasetError(f"{plan.folder} holds another data set: {said}. Give the same again, or another -o")
 
 
@@ -81,29 +86,28 @@ def _require_own_shards(folder: Path, plan_id: str) -> None:
 
 
 def _hash_of(source, on_read: Callable[[], None]) -> str:
-    with _Hashed(source) as stream:
-        while stream.read(_READ_BYTES):
-            on_read()
-        return stream.sha256
+    stream = _Hashed(source)
+    while stream.read(_READ_BYTES):
+        on_read()
+    return stream.sha256
 
 
 class _Hashed:
-    """A binary file that knows the SHA-256 of what was read from it."""
+    """A binary file, open from its first byte to its last, that knows the SHA-256 of what was read from it."""
 
     def __init__(self, source):
         self._source, self._hash = source, hashlib.sha256()
+        self._file: BinaryIO | None = None
         self.name = "<stdin>" if source == "-" else str(source)
 
-    def __enter__(self):
-        self._file: BinaryIO = open(0 if self._source == "-" else self._source, "rb", closefd=self._source != "-")
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
     def read(self, size: int) -> bytes:
+        if self._file is None:
+            source, closes = (0, False) if self._source == "-" else (self._source, True)
+            self._file = open(source, "rb", closefd=closes)  # noqa: SIM115, closed at its end
         data = self._file.read(size)
         self._hash.update(data)
+        if not data:
+            self._file.close()
         return data
 
     @property
@@ -122,90 +126,56 @@ class _Unit:
 
 
 class _Maker:
-    def __init__(self, folder: Path, fields: dict, info: dict, policy: Policy):
-        self.folder, self.fields, self.info = folder, fields, info
-        self.policy, self.duplicates = policy, fields["duplicates"]
-        self.report, self.dropped, self.renamed = Report(), 0, 0
-        self.ids, self.seen = Ids(), Seen()
+    def __init__(self, folder: Path, settings: Settings, info: dict, max_record: int):
+        self.folder, self.settings, self.info = folder, settings, info
+        policy = Policy(settings.unknown, settings.empty, settings.overlength, settings.max_residues, settings.gaps)
+        self.ingest = Ingest(policy, duplicates=settings.duplicates, max_record=max_record)
+        self.counts, self.seen = Counts(), Seen()
         self.unit, self.unit_residues, self.unit_rows = _Unit(), [], []
-        self.rows = self.first = 0  # sequences and records so far
-        self.stored_residues = 0
+        self.rows = self.stored_residues = 0  # so far
 
     def make(self, inputs: list, on_read: Callable[[], None], *, replace: bool) -> Plan:
-        folder, hashes = self.folder, []
+        folder, hashed = self.folder, [_Hashed(source) for source in inputs]
         with (
             layout.table(folder / layout.SEQUENCES, layout.SEQUENCE_FIELDS, {}) as self.sequences_table,
             layout.table(folder / layout.IDS, layout.ID_FIELDS, {}) as self.ids_table,
             layout.table(folder / layout.SKIPPED, layout.SKIPPED_FIELDS, {}) as self.skipped_table,
         ):
-            for number, source in enumerate(inputs):
-                with _Hashed(source) as stream:
-                    for records in read_fasta(stream):
-                        self._add(records, number)
-                        on_read()
-                    hashes.append(stream.sha256)
-                self.first = self.report.records
+            for batch in self.ingest.read(hashed, self.counts):
+                self._add(batch)
+                on_read()
             if not self.rows:
-                raise DatasetError(f"nothing is left to compute: all {self.first} records were skipped")
+                records = self.counts.report.records
+                raise DatasetError(f"nothing is left to compute: all {records} records were skipped")
             self._close_unit()
-            fields = {"input": hashes} | self.fields
+            settings = self.settings.with_input([source.sha256 for source in hashed])
+            fields = settings.to_json()
             _require_own_shards(folder, digest_of(fields))
         files = {name: sha256(folder / name) for name in layout.TABLES}
         content = {"fields": fields, "info": self.info | self._counts(), "files": files}
         write_json(folder / layout.PLAN, content, replace=replace)
-        return Plan(folder, fields, content["info"], files, digest_of(fields))
+        return Plan(folder, settings, content["info"], files, digest_of(fields))
 
     def _counts(self) -> dict:
-        report = self.report
-        skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty, "duplicate": self.dropped}
-        changed = {
-            "unknown residues read as X": report.unknown,
-            "final * stripped": report.stops_stripped,
-            "truncated": report.truncated,
-            "windowed": report.windowed,
-            "duplicates renamed": self.renamed,
-        }
         return {
-            "requested": report.records,
-            "skipped": skipped,
-            "changed": changed,
+            "requested": self.counts.report.records,
+            "skipped": self.counts.skipped,
+            "changed": self.counts.changed,
             "sequences": self.rows,
             "residues": self.stored_residues,
             "unit_residues": self.unit_residues,
             "unit_rows": self.unit_rows,
         }
 
-    def _add(self, records: Records, source: int) -> None:
-        tokens = tokenize(records, self.policy, self.report)
-        skipped = _skipped(records, tokens)
-        local = (tokens.numbers - records.first).tolist()  # places in `records`
-        wanted = [accession(header) for header in tokens.headers]
-        given = self.ids.give(wanted, rename=self.duplicates == "keep")
-        for i, name in enumerate(given):
-            if name is None:
-                self._refuse_or_skip(records, local[i], wanted[i], skipped)
-        self.renamed += sum(name is not None and name != old for name, old in zip(given, wanted, strict=True))
-        kept = [i for i, name in enumerate(given) if name is not None]
+    def _add(self, batch: Batch) -> None:
+        tokens = batch.tokens
         texts = _texts(tokens)
-        digests = [hashlib.sha256(texts[i].encode()).digest() for i in kept]
-        rows = self._rows_of(digests, [texts[i] for i in kept], tokens.lengths[kept].tolist())
-        numbers = [self.first + int(tokens.numbers[i]) for i in kept]
-        self.ids_table.add([numbers, [given[i] for i in kept], [tokens.headers[i] for i in kept], rows, digests])
-        if skipped:
-            skipped.sort()
-            lines = [int(records.lines[i]) for i, *_ in skipped]
-            columns = [[self.first + records.first + i for i, *_ in skipped], [source] * len(skipped), lines]
-            self.skipped_table.add([*columns, *map(list, list(zip(*skipped, strict=True))[1:])])
-
-    def _refuse_or_skip(self, records: Records, i: int, name: str, skipped: list) -> None:
-        if self.duplicates == "error":
-            where = f"{records.source}: record {records.first + i + 1} (line {records.lines[i]})"
-            raise DatasetError(
-                f"{where}: the id {name!r} was there before; use --duplicates keep to store it under another name, or "
-                "--duplicates skip to leave it out"
-            )
-        self.dropped += 1
-        skipped.append((i, name, "duplicate", ""))
+        digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+        rows = self._rows_of(digests, texts, tokens.lengths.tolist())
+        numbers = [batch.first + int(number) for number in tokens.numbers]
+        self.ids_table.add([numbers, batch.ids, tokens.headers, rows, digests])
+        if batch.skipped:
+            self.skipped_table.add(list(map(list, zip(*batch.skipped, strict=True))))
 
     def _rows_of(self, digests: list[bytes], texts: list[str], lengths: list[int]) -> list[int]:
         """The row of each sequence; those met for the first time join the unit."""
@@ -224,7 +194,7 @@ class _Maker:
 
     def _join(self, digest: bytes, text: str, length: int) -> None:
         unit = self.unit
-        if unit.residues and unit.residues + length > self.fields["unit_residues"]:
+        if unit.residues and unit.residues + length > self.settings.unit_residues:
             self._close_unit()
             unit = self.unit
         unit.digests.append(digest)
@@ -238,20 +208,6 @@ class _Maker:
         self.unit_residues.append(unit.residues)
         self.unit_rows.append(len(unit.texts))
         self.stored_residues += unit.residues
-
-
-def _skipped(records: Records, tokens: Tokens) -> list[tuple[int, str, str, str]]:
-    """(place in `records`, id, reason, detail) of those the policy left out."""
-    left_out = np.ones(len(records), dtype=bool)
-    left_out[tokens.numbers - records.first] = False
-    found = []
-    for i in np.flatnonzero(left_out).tolist():
-        residues = records.residues[records.offsets[i] : records.offsets[i + 1]]
-        _, _, unknown, column, _ = _C.encode_records(residues, np.array([0, len(residues)]))
-        at = int(column[0])
-        reason = ("unknown residue", f"{chr(residues[at])!r} at {at + 1}") if unknown[0] else ("empty", "")
-        found.append((i, accession(records.headers[i]), *reason))
-    return found
 
 
 def _texts(tokens: Tokens) -> list[str]:

@@ -17,7 +17,7 @@ def pca(data: Dataset, layer: int = -1) -> Projection:
 
     The sign of a direction is free: here its largest weight is positive, so that the same data give the same picture.
     """
-    width = data.plan.fields["width"]
+    width = data.plan.settings.width
     count, total, products = 0, np.zeros(width), np.zeros((width, width))
     shift = None  # near the mean, or the products of large numbers would leave nothing of small differences
     for rows in _blocks(data, layer):

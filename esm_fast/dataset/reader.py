@@ -39,7 +39,7 @@ class Dataset:
 
     def __init__(self, folder: str | Path):
         self.plan: Plan = load(Path(folder))
-        self.folder, self.layers = self.plan.folder, list(self.plan.fields["layers"])
+        self.folder, self.layers = self.plan.folder, list(self.plan.settings.layers)
         self._ends = np.cumsum([0, *self.plan.info["unit_rows"]])
         self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)
         self._sequences = units.Sequences(self.plan)
@@ -49,8 +49,8 @@ class Dataset:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        fields, info = self.plan.fields, self.plan.info
-        what = f"{len(self)} proteins, layers {self.layers}, {fields['pool']}, {fields['store']}"
+        settings, info = self.plan.settings, self.plan.info
+        what = f"{len(self)} proteins, layers {self.layers}, {settings.pool}, {settings.store}"
         return f"<esm_fast data set {self.folder}: {what}, model {info['model']}>"
 
     @cached_property
@@ -109,7 +109,7 @@ class Dataset:
 
     def residues(self, key: int | str, layer: int = -1) -> np.ndarray:
         """(residues, width), read from the disk at each call; data sets made with --residues have them."""
-        if not self.plan.fields["residues"]:
+        if not self.plan.settings.residues:
             raise DatasetError(f"{self.folder} has no residues: it was made without --residues")
         unit, at = self._with_numbers(key)
         path = layout.residues_path(self.folder, unit)
@@ -171,7 +171,7 @@ class Dataset:
         return number
 
     def _read_pooled(self, unit: int) -> _Pooled:
-        path, width = layout.pooled_path(self.folder, unit), self.plan.fields["width"]
+        path, width = layout.pooled_path(self.folder, unit), self.plan.settings.width
         with units.open_pooled(self.plan, unit) as file:
             group = layout.read_group(file, path, 0)
         layers = {layer: units.matrix(group[f"layer_{layer}"], width) for layer in self.layers}

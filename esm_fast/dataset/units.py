@@ -51,9 +51,9 @@ class Sequences:
 
 def write(plan: Plan, results: Results) -> int:
     """Commits a unit's files; returns their bytes."""
-    unit, fields = results.unit, plan.fields
+    unit, settings = results.unit, plan.settings
     metadata, size = {"plan": plan.id, "unit": str(unit.number)}, 0
-    if fields["residues"]:
+    if settings.residues:
         path = layout.residues_path(plan.folder, unit.number)
         arrays = {f"layer_{layer}": rows for layer, rows in results.residues.items()}
         arrays["offsets"] = np.concatenate([[0], np.cumsum(unit.lengths)]).astype(np.int64)
@@ -91,8 +91,8 @@ def has_numbers(status: str) -> bool:
 
 
 def fields_of(plan: Plan) -> list:
-    fields = plan.fields
-    return layout.pooled_fields(fields["layers"], fields["width"], fields["store"])
+    settings = plan.settings
+    return layout.pooled_fields(settings.layers, settings.width, settings.store)
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def is_done(plan: Plan, unit: int) -> bool:
     with suppress(DatasetError), reading(path):
         with open_pooled(plan, unit) as file:
             metadata = file.schema_arrow.metadata
-        size = layout.residues_path(plan.folder, unit).stat().st_size if plan.fields["residues"] else 0
+        size = layout.residues_path(plan.folder, unit).stat().st_size if plan.settings.residues else 0
         return size == int(metadata.get(b"residues_bytes", 0))
     return False
 

@@ -129,7 +129,7 @@ def _check_unit(plan: Plan, unit: units.Unit, known: dict[str, str] | None, foun
     if (finite != wanted).any():
         raise DatasetError(f"{path}: a row's numbers are missing or not finite, and its status does not say so")
     found.status.update(status)
-    if not plan.fields["residues"]:
+    if not plan.settings.residues:
         return
     path = layout.residues_path(plan.folder, unit.number)
     _note(path, known or {_name(path, plan): residues_sha256}, found, plan)
@@ -137,7 +137,7 @@ def _check_unit(plan: Plan, unit: units.Unit, known: dict[str, str] | None, foun
         arrays = load_safetensors(path.read_bytes())
     if arrays["offsets"].tolist() != [0, *np.cumsum(unit.lengths).tolist()]:
         raise DatasetError(f"{path} has other sequences than its plan")
-    for layer in plan.fields["layers"]:
+    for layer in plan.settings.layers:
         if (np.isfinite(arrays[f"layer_{layer}"]).all(axis=1) != np.repeat(wanted, unit.lengths)).any():
             raise DatasetError(f"{path}: a row's numbers are not finite, and its status does not say so")
 
@@ -154,15 +154,15 @@ def _pooled(plan: Plan, unit: units.Unit, path: Path, unknown: bool) -> tuple[li
     if group["digest"].to_pylist() != unit.digests or group["length"].to_pylist() != unit.lengths.tolist():
         raise DatasetError(f"{path} has other sequences than its plan")
     finite = np.ones(len(group), dtype=bool)
-    for layer in plan.fields["layers"]:
-        finite &= np.isfinite(units.matrix(group[f"layer_{layer}"], plan.fields["width"])).all(axis=1)
-    residues = metadata[b"residues_sha256"].decode() if plan.fields["residues"] else ""
+    for layer in plan.settings.layers:
+        finite &= np.isfinite(units.matrix(group[f"layer_{layer}"], plan.settings.width)).all(axis=1)
+    residues = metadata[b"residues_sha256"].decode() if plan.settings.residues else ""
     return group["status"].to_pylist(), finite, residues
 
 
 def _canonical(plan: Plan, group, path: Path) -> bool:
     """Pages have checksums, the rest of a Parquet file has none: but one version has one way only to write it."""
-    same_version = plan.fields["pyarrow"] == layout.pa.__version__
+    same_version = plan.settings.pyarrow == layout.pa.__version__
     return not same_version or layout.encoded(group, units.fields_of(plan)) == path.read_bytes()
 
 
@@ -185,7 +185,7 @@ def _name(path: Path, plan: Plan) -> str:
 
 def _strange_files(plan: Plan) -> Iterator[str]:
     wanted = {layout.pooled_path(plan.folder, unit) for unit in range(plan.units)}
-    if plan.fields["residues"]:
+    if plan.settings.residues:
         wanted |= {layout.residues_path(plan.folder, unit) for unit in range(plan.units)}
     for name in (layout.POOLED, layout.RESIDUES):
         for path in sorted((plan.folder / name).glob("*")):

@@ -29,30 +29,45 @@ class Committed:
 
 @dataclass
 class Progress:
-    """Of one process."""
+    """Where one process is, and what it has committed so far."""
 
+    stage: str = "planning"  # then "computing", then, of a process that is alone, "verifying"
+    total: int = 0  # residues of the stage; 0 while planning, which does not know it yet
+    done: int = 0  # of them, those of earlier runs included
     units: int = 0
     already_done: int = 0  # units
     sequences: int = 0
     residues: int = 0
     bytes: int = 0
     status: Counter = field(default_factory=Counter)
+    last: Committed | None = None  # set while it is told of a unit
     start: float = field(default_factory=time.perf_counter)
 
     @property
     def seconds(self) -> float:
+        """Since the stage began."""
         return time.perf_counter() - self.start
+
+    def begin(self, stage: str, total: int, done: int = 0) -> None:
+        self.stage, self.total, self.done, self.last, self.start = stage, total, done, None, time.perf_counter()
+
+    def at(self, stage: str) -> "Progress":
+        """This, where nothing was committed just now."""
+        self.stage, self.last = stage, None
+        return self
 
     def add(self, committed: Committed) -> None:
         self.units += 1
         self.sequences += committed.sequences
         self.residues += committed.residues
+        self.done += committed.residues
         self.bytes += committed.bytes
         self.status.update(committed.status)
+        self.last = committed
 
 
 def prepare_folders(plan: Plan) -> None:
-    for name in (layout.POOLED, *([layout.RESIDUES] if plan.fields["residues"] else [])):
+    for name in (layout.POOLED, *([layout.RESIDUES] if plan.settings.residues else [])):
         (plan.folder / name).mkdir(exist_ok=True)
         remove_leftovers(plan.folder / name)
 

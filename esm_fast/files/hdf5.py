@@ -38,6 +38,11 @@ class HDF5Writer:
             group.create_dataset(key, data=stored).attrs["original_id"] = header
 
 
+def unstorable(header: str) -> str | None:
+    """What an attribute cannot hold of a header."""
+    return "a NUL character, which HDF5 cannot store" if "\0" in header else None
+
+
 def check_finite(stored: np.ndarray, computed: np.ndarray, what: str) -> None:
     """Raises ValueError for NaN or infinity, telling a model that made it from a format too small for the number."""
     if np.isfinite(stored).all():

@@ -1,6 +1,7 @@
 """Compressed streams, told apart by their first bytes, to plain bytes."""
 
 import bz2
+import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -74,3 +75,23 @@ def _members(pieces: Iterator[bytes], kind: str, new_decoder: Callable, limit: i
                 data, more = getattr(decoder, "unconsumed_tail", b""), len(plain) == limit
     if decoder is not None:
         raise DamagedStreamError(f"the {kind} stream is cut short")
+
+
+class Decompressed(io.RawIOBase):
+    """The plain bytes of a stream as a file to read."""
+
+    def __init__(self, stream: BinaryIO):
+        self._pieces, self._left = decompress(stream, 1 << 20), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._left = memoryview(piece)
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count

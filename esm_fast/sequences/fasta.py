@@ -15,6 +15,8 @@ from .compression import DamagedStreamError, decompress
 from .names import identifier
 
 CHUNK_BYTES = 1 << 20
+# The longest known protein has 45,212 residues. A record far beyond is no protein, and might fill the memory.
+MAX_RECORD = 10_000_000
 
 
 class FastaError(ValueError):
@@ -25,9 +27,8 @@ class FastaError(ValueError):
 class Records:
     """Some consecutive records of a source; residues are upper-case bytes without white space."""
 
-    headers: list[
-        str
-    ]  # the text after '>', stripped; an empty one becomes 'seqnum' + the header's line index, 9 digits
+    # The text after each '>', stripped; an empty one becomes 'seqnum' + the header's line index, 9 digits.
+    headers: list[str]
     lines: np.ndarray  # int64 (n,): line of each header, from 1; 0 where there is none
     residues: np.ndarray  # uint8 (sum of lengths,)
     offsets: np.ndarray  # int64 (n + 1,): record i is residues[offsets[i] : offsets[i + 1]]
@@ -42,25 +43,33 @@ class Records:
         bounds = self.offsets.tolist()
         return zip(self.headers, map(text.__getitem__, map(slice, bounds, bounds[1:])), strict=False)
 
+    def where(self, i: int) -> str:
+        """The place of a record, for messages."""
+        line = f"line {self.lines[i]}, " if self.lines[i] else ""
+        return f"{self.source}: record {self.first + i + 1} ({line}{identifier(self.headers[i])!r})"
+
 
 # ---- FASTA
 
 
-def read_fasta(source: str | os.PathLike | BinaryIO, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Records]:
+def read_fasta(
+    source: str | os.PathLike | BinaryIO, *, chunk_bytes: int = CHUNK_BYTES, max_record: int = MAX_RECORD
+) -> Iterator[Records]:
     """Yields the records of a FASTA path, "-" (standard input) or binary file object, about `chunk_bytes` at a time.
 
     Plain, gz, bz2, xz and zst are told apart by their first bytes; several members or frames are read as one. Lines end
     in LF, CR LF or CR, a UTF-8 byte-order mark is skipped, residues are upper-cased, white space in them is dropped.
-    Headers that are not UTF-8 get U+FFFD for each bad part. Memory stays within a few chunks and the longest record.
+    Headers that are not UTF-8 get U+FFFD for each bad part. Memory stays within a few chunks and the longest record,
+    which may have max_record bytes, header and residues together.
 
     Raises FastaError, after yielding the complete records before it, where a compressed stream is cut or corrupt (but a
-    file cut just between two members is whole to any reader), where text stands before the first '>', and where there
-    is no record; OSError where the source cannot be read.
+    file cut just between two members is whole to any reader), where text stands before the first '>', where a record is
+    too large, and where there is no record; OSError where the source cannot be read.
     """
     with _open(source) as (name, stream):
         first, last = 0, "no record is complete"
         try:
-            for headers, lines, residues, offsets in _parse(stream, name, chunk_bytes):
+            for headers, lines, residues, offsets in _parse(stream, name, chunk_bytes, max_record):
                 named = [h.strip() or f"seqnum{line - 1:09d}" for h, line in zip(headers, lines, strict=True)]
                 yield Records(named, lines, residues, offsets, first, name)
                 first += len(named)
@@ -98,17 +107,17 @@ def _open(source) -> Iterator[tuple[str, BinaryIO]]:
             yield os.fsdecode(source), stream
 
 
-def _parse(stream: BinaryIO, name: str, chunk_bytes: int) -> Iterator[tuple]:
+def _parse(stream: BinaryIO, name: str, chunk_bytes: int, max_record: int) -> Iterator[tuple]:
     """Runs the C++ parser; on damage, what was complete before it comes first."""
-    parser = _C.FastaParser()
+    parser = _C.FastaParser(max_record)
     try:
         for chunk in decompress(stream, chunk_bytes):
             parser.feed(chunk)
-            _check_stray(parser, name)
+            _check(parser, name, max_record)
             if parser.ready > chunk_bytes // 2:  # a read gives that much, a small slice of a compressed one does not
                 yield parser.take()
         parser.finish()
-        _check_stray(parser, name)
+        _check(parser, name, max_record)
     except DamagedStreamError:
         if parser.ready:
             yield parser.take()
@@ -117,13 +126,48 @@ def _parse(stream: BinaryIO, name: str, chunk_bytes: int) -> Iterator[tuple]:
         yield parser.take()
 
 
-def _check_stray(parser, name: str):
+def _check(parser, name: str, max_record: int) -> None:
     if parser.stray:
         line, text = parser.stray
         raise FastaError(
-            f"{name}: line {line}: {text!r} stands before the first '>'; "
+            f"{name}: line {line}: {text!r} stands before the first '>'{_known_format(text)}; "
             "give FASTA (plain, gz, bz2, xz or zst), with a '>' header line before each sequence"
         )
+    if parser.large:
+        line, header = parser.large
+        raise FastaError(
+            f"{name}: line {line}: the record {header.decode('utf-8', 'replace').strip()!r} has more than "
+            f"{max_record:,} bytes, which no protein has; use max_record=N to read such records"
+        )
+
+
+# How files begin that are given in the place of FASTA.
+_FORMATS = {
+    b"CLUSTAL": "a Clustal alignment",
+    b"MUSCLE": "a Clustal alignment",
+    b"# STOCKHOLM": "a Stockholm alignment",
+    b"#NEXUS": "a NEXUS file",
+    b"!!AA_MULTIPLE": "an MSF alignment",
+    b"PileUp": "an MSF alignment",
+    b"#A3M": "an A3M alignment",
+    b"LOCUS ": "a GenBank file",
+    b"ID   ": "a UniProt or EMBL flat file",
+    b"HEADER ": "a PDB file",
+    b"ATOM  ": "a PDB file",
+    b"data_": "an mmCIF file",
+    b"@": "FASTQ or SAM",
+    b"<": "HTML or XML",
+    b"{": "JSON",
+    b"PK\x03\x04": "a zip archive, which has to be unpacked",
+    b"\x89HDF": "an HDF5 file",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16, which has to be saved as UTF-8",
+    b"\xfe\xff": "UTF-16, which has to be saved as UTF-8",
+}
+
+
+def _known_format(text: bytes) -> str:
+    return next((f": this looks like {what}" for start, what in _FORMATS.items() if text.startswith(start)), "")
 
 
 # ---- sequences in memory

@@ -1,7 +1,10 @@
 """Headers to ids, and ids to names: safe as file names or HDF5 keys, and each given only once."""
 
 import hashlib
-from collections.abc import Callable
+
+import numpy as np
+
+from .seen import Seen, keys_of_texts
 
 # '|' stays, though Windows refuses it: every UniProt header has it, and fair-esm's users look for such files.
 _UNSAFE_IN_FILES = frozenset('/\\:*?"<>%')
@@ -46,20 +49,52 @@ def _safe(text: str, unsafe: frozenset[str], hidden: bool) -> str:
     return data[: LONGEST - 17].decode("utf-8", "ignore") + "~" + digest
 
 
-class Names:
-    """Gives each record a name of its own: the second P12345 is P12345_2, or what comes after it if that is taken."""
+class Ids:
+    """Gives each record an id of its own: the second P12345 is P12345_2, or what comes after it if that is taken."""
 
-    def __init__(self, safe: Callable[[str], str]):
-        self._safe = safe
-        self._given: dict[str, int] = {}  # name -> the last number put behind it
+    def __init__(self):
+        self._seen = Seen()
+        self._given: dict[str, int] = {}  # of ids seen twice, the last number put behind one
 
-    def is_new(self, text: str) -> bool:
-        return self._safe(text) not in self._given
+    def give(self, wanted: list[str], *, rename: bool) -> list[str | None]:
+        """The ids of the next records; without `rename`, None for those whose id was there before."""
+        keys = keys_of_texts(wanted)
+        again = self._again(wanted, keys)
+        free = self._free([text for text, is_old in zip(wanted, again, strict=True) if is_old]) if rename else set()
+        fresh: dict[str, None] = {}
+        given: list[str | None] = []
+        for text, is_old in zip(wanted, again, strict=True):
+            name: str | None = text
+            if is_old or text in fresh:
+                name = self._next(text, fresh, free) if rename else None
+            if name is not None:
+                fresh[name] = None
+            given.append(name)
+        own = [name == text for name, text in zip(given, wanted, strict=True)]
+        renamed = [name for name, is_own in zip(given, own, strict=True) if name is not None and not is_own]
+        keys = np.concatenate([keys[own], keys_of_texts(renamed)])
+        self._seen.add(keys, np.zeros(len(keys), dtype=np.int64))
+        return given
 
-    def give(self, text: str) -> str:
-        name = wanted = self._safe(text)
-        while name in self._given:
-            self._given[wanted] += 1
-            name = f"{wanted}_{self._given[wanted]}"
-        self._given[name] = 1
-        return name
+    def _again(self, wanted: list[str], keys: np.ndarray) -> list[bool]:
+        """Which of them were there before, or are further up in the list."""
+        first = {text: i for i, text in reversed(list(enumerate(wanted)))}
+        before = self._seen.find(keys) >= 0
+        return [is_old or first[text] < i for i, (text, is_old) in enumerate(zip(wanted, before.tolist(), strict=True))]
+
+    def _free(self, texts: list[str]) -> set[str]:
+        """Names that nobody had before, among those likely to be given to them: looked up together, which is quick."""
+        last = {text: self._given.get(text, 1) for text in texts}
+        names = []
+        for text in texts:
+            last[text] += 1
+            names.append(f"{text}_{last[text]}")
+        found = self._seen.find(keys_of_texts(names))
+        return {name for name, number in zip(names, found.tolist(), strict=True) if number < 0}
+
+    def _next(self, text: str, fresh: dict[str, None], free: set[str]) -> str:
+        while True:
+            self._given[text] = self._given.get(text, 1) + 1
+            name = f"{text}_{self._given[text]}"
+            if name not in fresh and (name in free or self._seen.find(keys_of_texts([name]))[0] < 0):
+                return name

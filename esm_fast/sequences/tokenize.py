@@ -1,6 +1,9 @@
 """`Records` to `Tokens` under a `Policy`; nothing is lost without being counted."""
 
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +12,13 @@ from esm_fast import _C
 from .fasta import FastaError, Records
 from .names import identifier
 
+UNKNOWN, EMPTY, SPECIAL = "unknown residue", "empty", "special token"  # reasons
+FIRST_LETTER, GAPS = 4, (29, 30)  # ids: of the first letter; of '.' and '-', the last ones
+_GAP_BYTES = np.frombuffer(b".-", dtype=np.uint8)
+_TOKEN = re.compile(rb"<\w{1,8}>\Z")
+_PIR_CODES = ("P1", "F1", "DL", "DC", "RL", "RC", "N1", "N3", "XX")
+_SHOWN = 40  # characters of a text in a message
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -16,14 +26,18 @@ class Policy:
 
     unknown: str = "error"  # or "x": read each as X; or "skip" the record
     empty: str = "error"  # or "skip" the record
-    overlength: str = "error"  # or "truncate" to the first max_residues; or "window": left whole, to be cut later
+    overlength: str = "error"  # or "truncate" to the first max_residues; or "window": left whole, for the engine to cut
     max_residues: int = 1022  # what ESM-1b's position table has room for, beside cls and eos
+    gaps: str | None = None  # '-' and '.': "error", "remove", "keep" as tokens; None: an error in files only
+    specials: str = "keep"  # records that hold a literal token such as <mask>; or "skip" them
 
     def __post_init__(self):
         choices = {
             "unknown": ("error", "x", "skip"),
             "empty": ("error", "skip"),
             "overlength": ("error", "truncate", "window"),
+            "gaps": (None, "error", "remove", "keep"),
+            "specials": ("keep", "skip"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -41,17 +55,31 @@ class Report:
     unknown: int = 0  # residues read as X
     skipped_unknown: int = 0  # records skipped for an unknown residue
     empty: int = 0  # records skipped for having no residue
+    specials: int = 0  # records skipped for a literal special token
     stops_stripped: int = 0  # records that lost a final '*'
+    gaps_removed: int = 0  # '-' and '.'
     truncated: int = 0
     windowed: int = 0
     skipped: list[tuple[int, str, str]] = field(default_factory=list)  # (number from 0, id, reason), the first 1,000
 
     @property
     def kept(self) -> int:
-        return self.records - self.skipped_unknown - self.empty
+        return self.records - self.skipped_unknown - self.empty - self.specials
+
+    def list_skipped(self, number: int, name: str, reason: str) -> None:
+        if len(self.skipped) < _SKIPPED_LISTED:
+            self.skipped.append((number, name, reason))
 
 
-SKIPPED_LISTED = 1000
+_SKIPPED_LISTED = 1000
+
+
+class Skipped(NamedTuple):
+    """A record that a policy left out."""
+
+    place: int  # in its Records
+    reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,7 @@ class Tokens:
     numbers: np.ndarray  # int64 (n,): number of each record in its source, from 0; skipped records leave gaps
     ids: np.ndarray  # uint8 (sum of lengths,)
     offsets: np.ndarray  # int64 (n + 1,): record i is ids[offsets[i] : offsets[i + 1]]
+    skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.headers)
@@ -70,56 +99,185 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def where(self, kept: np.ndarray) -> "Tokens":
+        """Those of them for which `kept`, bool (n,), is true."""
+        if kept.all():
+            return self
+        lengths = self.lengths
+        headers = [header for header, keep in zip(self.headers, kept.tolist(), strict=True) if keep]
+        offsets = np.concatenate([[0], np.cumsum(lengths[kept], dtype=np.int64)])
+        return replace(
+            self, headers=headers, numbers=self.numbers[kept], ids=self.ids[np.repeat(kept, lengths)], offsets=offsets
+        )
+
 
 def tokenize(records: Records, policy: Policy, report: Report) -> Tokens:
     """Token ids of the records under the policy, counted in the report.
 
     A final '*' is dropped, and a literal <mask> (any special token but <pad>) is that token. Raises FastaError, naming
-    record, line and column, at the first record the policy does not allow; the report is then as it was.
+    record, line and column, at the first record the policy does not allow, and whatever the policy where a header
+    stands within residues or the records are those of a PIR file; the report is then as it was.
     """
-    ids, offsets, unknown, column, stops = _C.encode_records(records.residues, records.offsets)
-    lengths = np.diff(offsets)
-    has_unknown, is_empty = unknown > 0, lengths == 0
-    skip_unknown = has_unknown & (policy.unknown == "skip")
-    skip_empty = is_empty & (policy.empty == "skip")
-    kept = ~(skip_unknown | skip_empty)
-    is_long = (lengths > policy.max_residues) & kept
-
-    checks = (
-        (policy.empty, is_empty, lambda i: ": it has no residues; use empty='skip' to leave such records out"),
-        (policy.unknown, has_unknown, lambda i: _unknown_message(records, i, int(column[i]))),
-        (policy.overlength, is_long, lambda i: _overlength_message(int(lengths[i]), policy)),
-    )
-    refused = [(int(hit.argmax()), why) for action, hit, why in checks if action == "error" and hit.any()]
-    if refused:
-        i, why = min(refused, key=lambda first: first[0])
-        line = f"line {records.lines[i]}, " if records.lines[i] else ""
-        where = f"{records.source}: record {records.first + i + 1} ({line}{identifier(records.headers[i])!r})"
-        raise FastaError(where + why(i))
-
-    report.records += len(records)
-    report.unknown += int(unknown[kept].sum())
-    report.skipped_unknown += int(skip_unknown.sum())
-    report.empty += int(skip_empty.sum())
-    report.stops_stripped += int((stops & kept).sum())
-    for i in np.flatnonzero(~kept)[: SKIPPED_LISTED - len(report.skipped)].tolist():
-        reason = "empty" if is_empty[i] else "unknown residue"
-        report.skipped.append((records.first + i, identifier(records.headers[i]), reason))
+    encoded = _encode(records)
+    gaps_removed = 0
+    if policy.gaps == "remove" and encoded.has_gaps:
+        records, gaps_removed = _without_gaps(records)
+        encoded = _encode(records)
+    _refuse(records, policy, encoded)
 
     headers, numbers = records.headers, records.first + np.arange(len(records), dtype=np.int64)
+    tokens = Tokens(headers, numbers, encoded.ids, encoded.offsets)
+    skipped = _skipped(records, policy, encoded)
+    kept = np.ones(len(records), dtype=bool)
+    kept[[skip.place for skip in skipped]] = False
+    tokens = replace(tokens.where(kept), skipped=skipped)
+    is_long = tokens.lengths > policy.max_residues
     if policy.overlength == "truncate":
         report.truncated += int(is_long.sum())
-        lengths = np.minimum(lengths, policy.max_residues)
+        tokens = _truncated(tokens, policy.max_residues) if is_long.any() else tokens
     elif policy.overlength == "window":
         report.windowed += int(is_long.sum())
-    if not kept.all() or (policy.overlength == "truncate" and is_long.any()):
-        index = np.flatnonzero(kept)
-        headers, numbers, lengths = [headers[i] for i in index], numbers[kept], lengths[kept]
-        spans = zip(offsets[index].tolist(), lengths.tolist(), strict=True)
-        ids = np.concatenate([ids[:0], *(ids[start : start + length] for start, length in spans)])
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    report.residues += int(offsets[-1])
-    return Tokens(headers, numbers, ids, offsets)
+
+    reasons = Counter(skip.reason for skip in skipped)
+    report.records += len(records)
+    report.residues += int(tokens.offsets[-1])
+    report.unknown += int(encoded.unknown[kept].sum())
+    report.skipped_unknown += reasons[UNKNOWN]
+    report.empty += reasons[EMPTY]
+    report.specials += reasons[SPECIAL]
+    report.stops_stripped += int((encoded.stops & kept).sum())
+    report.gaps_removed += gaps_removed
+    for skip in skipped:
+        report.list_skipped(records.first + skip.place, identifier(records.headers[skip.place]), skip.reason)
+    return tokens
+
+
+class _Encoded(NamedTuple):
+    ids: np.ndarray  # as those of Tokens
+    offsets: np.ndarray
+    unknown: np.ndarray  # int64 (n,): unknown bytes of each record
+    column: np.ndarray  # int64 (n,): of the first of them, from 0
+    stops: np.ndarray  # bool (n,): a final '*' was dropped
+
+    @property
+    def has_gaps(self) -> bool:
+        return len(self.ids) > 0 and int(self.ids.max()) >= GAPS[0] and bool(np.isin(self.ids, GAPS).any())
+
+    @property
+    def specials(self) -> np.ndarray:
+        """bool (n,): whether a record holds a token that is no letter."""
+        odd = (self.ids < FIRST_LETTER) | (self.ids > GAPS[-1])
+        found = np.zeros(len(self.unknown), dtype=bool)
+        found[np.searchsorted(self.offsets, np.flatnonzero(odd), side="right") - 1] = True
+        return found
+
+
+def _encode(records: Records) -> _Encoded:
+    return _Encoded(*_C.encode_records(records.residues, records.offsets))
+
+
+def _skipped(records: Records, policy: Policy, encoded: _Encoded) -> list[Skipped]:
+    found = {}
+    if policy.specials == "skip":
+        found |= {i: Skipped(i, SPECIAL) for i in np.flatnonzero(encoded.specials).tolist()}
+    if policy.empty == "skip":
+        found |= {i: Skipped(i, EMPTY) for i in np.flatnonzero(np.diff(encoded.offsets) == 0).tolist()}
+    if policy.unknown == "skip":
+        for i in np.flatnonzero(encoded.unknown).tolist():
+            at = int(encoded.column[i])
+            found[i] = Skipped(i, UNKNOWN, f"{chr(records.residues[records.offsets[i] + at])!r} at {at + 1}")
+    return [found[i] for i in sorted(found)]
+
+
+def _truncated(tokens: Tokens, longest: int) -> Tokens:
+    lengths = np.minimum(tokens.lengths, longest)
+    spans = zip(tokens.offsets.tolist(), lengths.tolist(), strict=False)
+    ids = np.concatenate([tokens.ids[:0], *(tokens.ids[start : start + length] for start, length in spans)])
+    return replace(tokens, ids=ids, offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+
+def _without_gaps(records: Records) -> tuple[Records, int]:
+    """The records without '-' and '.', and how many these were."""
+    residue = ~np.isin(records.residues, _GAP_BYTES)
+    ends = np.concatenate([[0], np.cumsum(residue, dtype=np.int64)])
+    left = records.residues[records.offsets[0] :][residue[records.offsets[0] :]]
+    offsets = ends[records.offsets] - ends[records.offsets[0]]
+    return replace(records, residues=left, offsets=offsets), int((~residue).sum())
+
+
+# ---- what is refused
+
+
+def _refuse(records: Records, policy: Policy, encoded: _Encoded) -> None:
+    """Raises FastaError for the first record that may not pass."""
+    lengths, found = np.diff(encoded.offsets), []
+    is_unknown, is_empty = encoded.unknown > 0, lengths == 0
+    if is_unknown.any():
+        found += _headers_within(records)
+    of_file = bool(len(records)) and records.lines[0] > 0
+    if of_file:
+        found += _pir(records)
+    if policy.gaps == "error" or (policy.gaps is None and of_file):
+        found += _gaps(records, encoded)
+    if policy.empty == "error" and is_empty.any():
+        found.append((int(is_empty.argmax()), ": it has no residues; use empty='skip' to leave such records out"))
+    if policy.unknown == "error" and is_unknown.any():
+        i = int(is_unknown.argmax())
+        found.append((i, _unknown_message(records, i, int(encoded.column[i]))))
+    if policy.overlength == "error":
+        left_out = (policy.unknown == "skip") & is_unknown
+        is_long = (lengths > policy.max_residues) & ~left_out
+        if is_long.any():
+            i = int(is_long.argmax())
+            found.append((i, _overlength_message(int(lengths[i]), policy)))
+    if found:
+        i, why = min(found, key=lambda first: first[0])
+        raise FastaError(f"{records.where(i)}{why}")
+
+
+def _headers_within(records: Records) -> list[tuple[int, str]]:
+    """The first record with a '>' among its residues: whatever follows is another protein's."""
+    places = np.flatnonzero(records.residues == ord(">")).tolist()
+    # <mask> and the other tokens end in one.
+    places = [at for at in places if not _TOKEN.search(records.residues[max(0, at - 9) : at + 1].tobytes())]
+    if not places:
+        return []
+    i = int(np.searchsorted(records.offsets, places[0], side="right")) - 1
+    text = records.residues[places[0] : min(places[0] + _SHOWN, records.offsets[i + 1])].tobytes()
+    return [
+        (
+            i,
+            f", column {places[0] - records.offsets[i] + 1}: {text.decode('latin-1')!r} stands within the residues: a "
+            "line break is missing before a header, as where files were joined of which one lacks its last; put it in",
+        )
+    ]
+
+
+def _pir(records: Records) -> list[tuple[int, str]]:
+    for i, header in enumerate(records.headers):
+        if header[2:3] == ";" and header[:2] in _PIR_CODES:
+            return [
+                (
+                    i,
+                    ": this is the PIR (NBRF) format, in which a line of description follows, which would be read as "
+                    "residues; convert it to FASTA, or give the record another id if this is FASTA",
+                )
+            ]
+    return []
+
+
+def _gaps(records: Records, encoded: _Encoded) -> list[tuple[int, str]]:
+    if not encoded.has_gaps:
+        return []
+    at = int(np.flatnonzero(np.isin(records.residues, _GAP_BYTES))[0])
+    i = int(np.searchsorted(records.offsets, at, side="right")) - 1
+    return [
+        (
+            i,
+            f", column {at - records.offsets[i] + 1}: {chr(records.residues[at])!r} is a gap, as in an alignment; use "
+            "gaps='remove' for the residues without their gaps, or gaps='keep' to compute gaps as tokens of their own",
+        )
+    ]
 
 
 def _unknown_message(records: Records, i: int, column: int) -> str:

@@ -5,38 +5,44 @@ spool and hashes each record, the second copies what is kept.
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..files.atomic import atomic_folder
-from ..sequences.fasta import FastaError, read_fasta
+from ..sequences.compression import DamagedStreamError, Decompressed
+from ..sequences.fasta import MAX_RECORD, FastaError
+from ..sequences.ingest import Counts, Ingest
 from ..sequences.names import accession, identifier
-from ..sequences.tokenize import SKIPPED_LISTED, Policy, Report, Tokens, tokenize
+from ..sequences.tokenize import Policy, Report, Tokens
 from . import store
 
 _COPY_TOKENS = 1 << 24
-_FIRST, _LAST = 4, 30  # ids of letters; others are literal special tokens such as <mask>, which no protein holds
 
 
 @dataclass
 class Summary:
     """What became of the records: all were kept for training or validation, or skipped and counted."""
 
-    report: Report = field(default_factory=Report)
-    special: int = 0  # records skipped for a literal special token
+    counted: Counts = field(default_factory=Counts)
     duplicates: int = 0  # records skipped for being equal to an earlier one
     train: int = 0
     valid: int = 0
     train_residues: int = 0
     valid_residues: int = 0
 
+    @property
+    def report(self) -> Report:
+        return self.counted.report
+
     def counts(self) -> dict:
         """As store.json has it."""
         numbers = asdict(self)
-        return {**numbers.pop("report"), **numbers} | {"skipped": self.report.skipped}
+        report = numbers.pop("counted")["report"]
+        return {**report, "special": report.pop("specials"), **numbers} | {"skipped": self.report.skipped}
 
 
 def prepare(
@@ -46,6 +52,7 @@ def prepare(
     policy: Policy,
     valid_share: float = 0.01,
     clusters: dict[str, str] | None = None,
+    max_record: int = MAX_RECORD,
     progress: Callable[[int], None] = lambda residues: None,
 ) -> Summary:
     """Makes the store `out`, a folder that appears only when it is complete.
@@ -65,9 +72,9 @@ def prepare(
         raise ValueError(f"the share held out is {valid_share}; give 0 or more, less than 1")
     summary = Summary()
     with atomic_folder(Path(out)) as folder:
-        spool = _Spool(folder, policy, summary, clusters, progress)
-        for source in sources:
-            spool.add(source)
+        spool = _Spool(folder, summary, clusters, progress)
+        policy = replace(policy, specials="skip")  # no protein holds a literal <mask>
+        spool.add(sources, Ingest(policy, id_of=identifier, duplicates="ignore", max_record=max_record))
         kept = spool.copy(valid_share)
         if not kept:
             raise FastaError(f"no record is left: all {summary.report.records} were skipped")
@@ -76,64 +83,57 @@ def prepare(
 
 
 def read_clusters(path: str | Path) -> dict[str, str]:
-    """A two-column table, cluster and member, tab-separated, as `mmseqs createtsv` writes it -> member: cluster."""
+    """A two-column table, cluster and member, tab-separated, as `mmseqs createtsv` writes it -> member: cluster.
+
+    Plain or compressed as FASTA may be; empty lines are passed over. Raises ValueError naming the line.
+    """
     clusters = {}
-    with open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            columns = line.rstrip("\n").split("\t")
-            if len(columns) < 2:
-                raise ValueError(f"{path}: line {number} has no tab: expected a cluster's name and a member's")
-            clusters[columns[1]] = columns[0]
+    with open(path, "rb") as stream:
+        try:
+            text = io.TextIOWrapper(io.BufferedReader(Decompressed(stream)), encoding="utf-8")
+            for number, line in enumerate(text, start=1):
+                columns = line.rstrip("\r\n").split("\t")
+                if len(columns) < 2 and columns != [""]:
+                    raise ValueError(f"line {number} has no tab: expected a cluster's name and a member's")
+                if columns != [""]:
+                    clusters[columns[1]] = columns[0]
+        except (ValueError, DamagedStreamError) as error:
+            raise ValueError(f"{path}: {error}") from None
     return clusters
 
 
 class _Spool:
     """All records in files, and an 8-byte hash of each in memory."""
 
-    def __init__(self, folder: Path, policy: Policy, summary: Summary, clusters, progress):
-        self.folder, self.policy, self.summary = folder, policy, summary
+    def __init__(self, folder: Path, summary: Summary, clusters, progress):
+        self.folder, self.summary = folder, summary
         self.clusters, self.progress = clusters, progress
         self.lengths, self.hashes, self.chances = [], [], []
 
-    def add(self, source) -> None:
-        with (self.folder / "spool").open("ab") as tokens_file, (self.folder / "spooled_names").open("a") as names_file:
-            for records in read_fasta(source):
-                tokens = self._without_specials(tokenize(records, self.policy, self.summary.report))
+    def add(self, sources: Iterable, ingest: Ingest) -> None:
+        with (
+            (self.folder / "spool").open("wb") as tokens_file,
+            (self.folder / "spooled_names").open("w", encoding="utf-8") as names_file,
+        ):
+            for batch in ingest.read(sources, self.summary.counted):
+                tokens = batch.tokens
                 pieces = [tokens.ids[a:b].tobytes() for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
                 hashes = np.array([_hash(piece) for piece in pieces], dtype=np.uint64)
                 tokens_file.write(tokens.ids)
-                names_file.writelines(identifier(header) + "\n" for header in tokens.headers)
+                names_file.writelines(name + "\n" for name in batch.ids)
                 self.lengths.append(tokens.lengths)
                 self.hashes.append(hashes)
-                self.chances.append(hashes if self.clusters is None else self._cluster_hashes(tokens, records.source))
+                self.chances.append(hashes if self.clusters is None else self._cluster_hashes(tokens))
                 self.progress(len(tokens.ids))
 
-    def _without_specials(self, tokens: Tokens) -> Tokens:
-        odd = (tokens.ids < _FIRST) | (tokens.ids > _LAST)
-        if not odd.any():
-            return tokens
-        owner = np.repeat(np.arange(len(tokens)), tokens.lengths)
-        keep = np.ones(len(tokens), dtype=bool)
-        keep[owner[odd]] = False
-        self.summary.special += int((~keep).sum())
-        for i in np.flatnonzero(~keep).tolist():
-            self._skipped(int(tokens.numbers[i]), identifier(tokens.headers[i]), "special token")
-        headers = [header for header, kept in zip(tokens.headers, keep, strict=True) if kept]
-        offsets = np.concatenate([[0], np.cumsum(tokens.lengths[keep], dtype=np.int64)])
-        return Tokens(headers, tokens.numbers[keep], tokens.ids[keep[owner]], offsets)
-
-    def _cluster_hashes(self, tokens: Tokens, source: str) -> np.ndarray:
+    def _cluster_hashes(self, tokens: Tokens) -> np.ndarray:
         hashes = []
         for header in tokens.headers:
             cluster = self.clusters.get(identifier(header)) or self.clusters.get(accession(header))
             if cluster is None:
-                raise ValueError(f"{source}: {identifier(header)!r} is in no cluster of the table")
+                raise ValueError(f"the protein {identifier(header)!r} is in no cluster of the table")
             hashes.append(_hash(cluster.encode()))
         return np.array(hashes, dtype=np.uint64)
-
-    def _skipped(self, number: int, name: str, reason: str) -> None:
-        if len(self.summary.report.skipped) < SKIPPED_LISTED:
-            self.summary.report.skipped.append((number, name, reason))
 
     def copy(self, valid_share: float) -> int:
         """Writes the store's files of the records that are no duplicates; returns how many."""
@@ -150,7 +150,10 @@ class _Spool:
                 file.write(piece[np.repeat(keep[begin:end], lengths[begin:end])])
         np.concatenate([[0], np.cumsum(lengths[keep])]).astype("<i8").tofile(self.folder / "offsets")
         valid.astype("<u1").tofile(self.folder / "valid")
-        with (self.folder / "spooled_names").open() as names, (self.folder / "names.txt").open("w") as file:
+        with (
+            (self.folder / "spooled_names").open(encoding="utf-8") as names,
+            (self.folder / "names.txt").open("w", encoding="utf-8") as file,
+        ):
             file.writelines(name for name, kept in zip(names, keep, strict=True) if kept)
         del spool
         (self.folder / "spool").unlink()

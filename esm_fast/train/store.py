@@ -44,7 +44,7 @@ class Store:
         return np.flatnonzero(self.valid == valid)
 
     def names(self) -> list[str]:
-        return (self.path / "names.txt").read_text().splitlines()
+        return (self.path / "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
     @property
     def identity(self) -> str:

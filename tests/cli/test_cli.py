@@ -4,11 +4,13 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -350,7 +352,7 @@ def test_a_backend_that_cannot_run_says_why(embed, fasta):
 
 
 def test_input_that_changes_while_it_is_read_is_noticed(embed, fasta, monkeypatch):
-    from esm_fast.cli.source import Source
+    from esm_fast.sequences.ingest import Source
 
     def scan(self, real=Source.scan):
         counts = real(self)
@@ -520,12 +522,35 @@ def test_info_of_a_fair_esm_file(fair_checkpoint, capsys):
 # ---- the frame
 
 
-@pytest.mark.parametrize("command", [module.NAME for module in cli._COMMANDS])
+@pytest.mark.parametrize("command", [module.NAME for module in cli.commands()])
 def test_every_command_has_help_with_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0 and f"examples:\n  esm-fast {command}" in text
+
+
+def test_a_command_is_a_file_that_is_found(monkeypatch, capsys):
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    found = cli.commands()
+    assert {module.NAME.replace("-", "_") for module in found} <= files and len(found) >= 17
+    assert len({module.ORDER for module in found}) == len(found)
+    for module in found:
+        assert cli.commands(module.NAME) == [module]
+    for name in (None, "common", "fly", "fill_mask", "__main__", "--help"):
+        assert cli.commands(name) == found
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    places = [re.search(rf"\n +{module.NAME}\s", text).start() for module in found]
+    assert places == sorted(places)
+
+
+def test_a_command_imports_no_other():
+    code = (
+        "import sys; from esm_fast.cli import parser; parser('verify'); print('esm_fast.cli.contacts' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(

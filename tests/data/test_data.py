@@ -7,6 +7,7 @@ import lzma
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from esm_fast.sequences.fasta import FastaError, Records, parse_definition, read
 from esm_fast.sequences.names import accession, identifier
 from esm_fast.sequences.tokenize import Policy, Report, tokenize
 
-LENIENT = Policy(unknown="x", empty="skip", overlength="window")
+LENIENT = Policy(unknown="x", empty="skip", overlength="window", gaps="keep")
 
 
 def zst(data, checksum=True):
@@ -374,7 +375,7 @@ residue_bytes = st.lists(st.sampled_from(PARTS), max_size=6).map(b"".join)
 
 @given(st.lists(residue_bytes, max_size=8), st.sampled_from(["x", "skip"]), st.sampled_from(["truncate", "window"]))
 def test_tokens_are_those_of_the_definition(residues, unknown, overlength):
-    policy, report = Policy(unknown=unknown, empty="skip", overlength=overlength, max_residues=12), Report()
+    policy, report = Policy(unknown, "skip", overlength, max_residues=12, gaps="keep"), Report()
     tokens = tokenize(some_records(*residues), policy, report)
     expected = []
     for number, (ids, columns) in enumerate(map(tokenize_definition, residues)):
@@ -394,9 +395,11 @@ def test_tokens_are_those_of_the_definition(residues, unknown, overlength):
 def test_every_byte_becomes_its_token_or_an_error(byte):
     records = some_records(b"MK", b"MK%cT" % byte)
     ids, unknown = tokenize_definition(b"MK%cT" % byte)
+    if byte == ord(">"):
+        return  # see test_a_header_within_residues_is_refused_whatever_the_policy
     assert tokenize(records, LENIENT, Report()).ids.tolist() == encode_definition("MK") + ids
     if not unknown:
-        assert tokenize(records, Policy(), Report()).ids.tolist() == encode_definition(f"MKMK{chr(byte)}T")
+        assert tokenize(records, Policy(gaps="keep"), Report()).ids.tolist() == encode_definition(f"MKMK{chr(byte)}T")
     else:
         with pytest.raises(FastaError) as caught:
             tokenize(records, Policy(), Report())
@@ -513,6 +516,146 @@ def test_threads_change_nothing():
             assert tokenize(records, LENIENT, Report()).ids.tolist() == expected
     finally:
         _C.set_threads(before)
+
+
+# ---- what is no FASTA of proteins, or hardly as it was meant
+
+first_parts = st.lists(st.sampled_from([b"MKT", b"J", b"<mask>", b"<pad>", b"*", b"1"]), min_size=1, max_size=4)
+
+
+@given(
+    first_parts.map(b"".join),
+    st.sampled_from([b"", b"\r\n", b"\n"]),
+    st.sampled_from(["error", "x", "skip"]),
+    st.sampled_from([1, 7, 1 << 20]),
+)
+def test_a_header_within_residues_is_refused_whatever_the_policy(residues, end, unknown, chunk_bytes):
+    """Files joined of which one lacks its last line break: b would be swallowed by a."""
+    data = b">a one\n" + residues + end + b">sp|P0|B_HUMAN two\nMKV\n"
+    policy, report = Policy(unknown=unknown, empty="skip", overlength="window"), Report()
+
+    def run():
+        batches = list(read_fasta(io.BytesIO(data), chunk_bytes=chunk_bytes))
+        return [header for records in batches for header in tokenize(records, policy, report).headers]
+
+    if not end:
+        with pytest.raises(FastaError) as caught:
+            run()
+        if unknown != "error":
+            assert "line break is missing before a header" in str(caught.value)
+            assert "record 1 (line 1, 'a')" in str(caught.value) and ">SP|P0|B_HUMAN" in str(caught.value)
+    elif unknown != "error":
+        assert run()[-1] == "sp|P0|B_HUMAN two"
+
+
+def test_a_header_within_residues_in_memory():
+    (records,) = records_from([("a", "MKT>b"), ("c", "MK<mask>T")])
+    with pytest.raises(FastaError, match="column 4: '>B' stands within the residues"):
+        tokenize(records, Policy(unknown="x"), Report())
+    (records,) = records_from(["MK<mask>T<cls>", "<eos><unk>"])
+    assert len(tokenize(records, Policy(), Report())) == 2
+
+
+@pytest.mark.parametrize("code", ["P1", "F1", "XX"])
+@pytest.mark.parametrize("unknown", ["error", "x", "skip"])
+def test_pir_is_refused(code, unknown):
+    (records,) = read_fasta(io.BytesIO(f">a\nMK\n>{code};CRAB_X\nalpha crystallin B chain - duck\nMKTV*\n".encode()))
+    with pytest.raises(FastaError, match=f"record 2 .line 3, '{code};CRAB_X'.: this is the PIR"):
+        tokenize(records, Policy(unknown=unknown, gaps="keep"), Report())
+
+
+def test_gaps_are_refused_in_files_or_removed_or_kept():
+    a3m = b">query\nMKTVRQ\n>A/1-20\nMK--VRaq..ER\n>C\nMK\n>B\n---\n>D\n.M.K.\n"
+    (records,) = read_fasta(io.BytesIO(a3m))
+    for policy in (Policy(), Policy(gaps="error"), Policy(unknown="x", empty="skip")):
+        with pytest.raises(FastaError, match="record 2 .line 3, 'A/1-20'., column 3: '-' is a gap, as in an alignment"):
+            tokenize(records, policy, Report())
+    report = Report()
+    tokens = tokenize(records, Policy(gaps="remove", empty="skip"), report)
+    assert tokens.headers == ["query", "A/1-20", "C", "D"]
+    assert tokens.ids.tolist() == encode_definition("MKTVRQ" + "MKVRAQER" + "MK" + "MK")
+    assert (report.gaps_removed, report.empty, report.residues) == (10, 1, 18)
+    kept = tokenize(records, Policy(gaps="keep"), Report())
+    assert kept.lengths.tolist() == [6, 12, 2, 3, 5]
+    (in_memory,) = records_from(["MK-T.", "MK"])
+    assert len(tokenize(in_memory, Policy(), Report())) == 2  # a string is as its caller gave it
+    with pytest.raises(FastaError, match="gap"):
+        tokenize(in_memory, Policy(gaps="error"), Report())
+
+
+def test_removing_gaps_of_some_records_of_several():
+    """Records need not begin at the first residue."""
+    whole = some_records(b"A-A", b"M-K", b"-", b"C.C")
+    part = replace(whole, headers=whole.headers[1:], lines=whole.lines[1:], offsets=whole.offsets[1:])
+    tokens = tokenize(part, Policy(gaps="remove", empty="skip"), Report())
+    assert tokens.ids.tolist() == encode_definition("MKCC") and tokens.headers == ["id1 rest", "id3 rest"]
+
+
+def test_special_tokens_may_be_skipped():
+    report = Report()
+    policy = Policy(specials="skip", empty="skip", unknown="skip")
+    tokens = tokenize(some_records(b"MK", b"M<MASK>", b"", b"<CLS>", b"J<MASK>", b"V"), policy, report)
+    assert tokens.headers == ["id0 rest", "id5 rest"] and (report.specials, report.empty) == (2, 1)
+    assert [(skip.place, skip.reason, skip.detail) for skip in tokens.skipped] == [
+        (1, "special token", ""),
+        (2, "empty", ""),
+        (3, "special token", ""),
+        (4, "unknown residue", "'J' at 1"),
+    ]
+
+
+@pytest.mark.parametrize("chunk_bytes", [10, 1000, 1 << 20])
+@pytest.mark.parametrize("where", ["residues", "header", "lines"])
+def test_a_record_over_the_limit_is_an_error_in_bounded_memory(where, chunk_bytes):
+    large = {
+        "residues": b">big one\n" + b"A" * 5000,
+        "header": b">big one " + b"h" * 5000,
+        "lines": b">big one\n" + b"AC\n" * 2500,
+    }
+    data = b">a\nMK\n" + large[where] + b"\n>b\nMK\n"
+    assert len(read(data, chunk_bytes=chunk_bytes, max_record=6000)) == 3
+    with pytest.raises(FastaError, match="line 3: the record 'big one.* has more than 4,000 bytes"):
+        read(data, chunk_bytes=chunk_bytes, max_record=4000)
+    exact = b">abc\n" + b"A" * 97
+    assert read(exact, max_record=100) == [("abc", "A" * 97)]
+    with pytest.raises(FastaError, match="99 bytes"):
+        read(exact, max_record=99)
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_bomb_stays_small(kind):
+    """A gigabyte in a record of a few kilobytes: nothing near it is ever in memory."""
+    code = """
+import io, resource, sys
+from esm_fast.sequences.fasta import FastaError, read_fasta
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    list(read_fasta(sys.stdin.buffer))
+except FastaError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    one = COMPRESS[kind](b"A" * (1 << 24))
+    data = COMPRESS[kind](b">big\n") + one * 64
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=300)
+    message, grown = done.stdout.decode().splitlines()
+    assert "the record 'big' has more than 10,000,000 bytes" in message and int(grown) < 200
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"# STOCKHOLM 1.0\nA MK\n", "Stockholm"),
+        (b"CLUSTAL W\n", "Clustal"),
+        (b"@read\nACGT\n", "FASTQ"),
+        (b"<!DOCTYPE html>", "HTML"),
+        (b"LOCUS  X\n", "GenBank"),
+        (">a\nMK\n".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_formats_given_in_the_place_of_fasta_are_named(data, what):
+    with pytest.raises(FastaError, match=f"looks like .*{what}"):
+        read(data)
 
 
 # ---- headers

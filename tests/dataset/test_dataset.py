@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,15 +26,13 @@ import torch
 from embedded import MIXED, contents, fasta_of, pooled, proteins, read
 
 from esm_fast.dataset import units
-from esm_fast.dataset.layout import FORMAT
 from esm_fast.dataset.plan import load
 from esm_fast.dataset.planner import make_or_resume
 from esm_fast.dataset.ranks import share
 from esm_fast.dataset.worker import prepare_folders, work
 from esm_fast.files.checked_json import read_json
-from esm_fast.sequences.names import Names, hdf5_key
-from esm_fast.sequences.seen import Ids, Seen, keys_of_texts
-from esm_fast.sequences.tokenize import Policy
+from esm_fast.sequences.names import Ids
+from esm_fast.sequences.seen import Seen, keys_of_texts
 
 
 @pytest.fixture
@@ -248,7 +247,7 @@ def made(fair_checkpoint, tmp_path_factory):
     fasta.write_text(fasta_of(proteins(6)))
     arguments = ["embed", fasta, "-o", folder / "out", "--model", fair_checkpoint, "--unit-residues", 100]
     assert main([str(argument) for argument in arguments]) == 0
-    return SimpleNamespace(path=folder / "out", fasta=fasta, fields=load(folder / "out").fields)
+    return SimpleNamespace(path=folder / "out", fasta=fasta, settings=load(folder / "out").settings)
 
 
 def test_other_input_models_and_versions_are_refused_by_name(embed, made, tmp_path, fair_model, monkeypatch):
@@ -347,15 +346,15 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path):
 # ---- in little memory, all at once
 
 
-def test_planning_holds_a_unit_and_little_of_each_record(tmp_path):
+def test_planning_holds_a_unit_and_little_of_each_record(tmp_path, made):
     data = proteins(200, longest=1200)
 
     def peak(times):
         path, out = tmp_path / f"{times}.fasta", tmp_path / f"{times}"
         path.write_text(fasta_of((f"{i}{label}", text) for i in range(times) for label, text in data))
-        fields = {"unit_residues": 20000, "duplicates": "keep", "format": FORMAT}
+        settings = replace(made.settings, unit_residues=20000, overlength="window", input=())
         tracemalloc.start()
-        plan = make_or_resume(out, [path], fields, {}, Policy(overlength="window"))
+        plan = make_or_resume(out, [path], settings, {})
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert plan.info["requested"] == 200 * times and plan.info["sequences"] == 200
@@ -368,9 +367,9 @@ def test_planning_holds_a_unit_and_little_of_each_record(tmp_path):
 @pytest.fixture
 def planned(made, tmp_path, monkeypatch):
     """A plan of many units of which none is done."""
-    fields = {**made.fields, "unit_residues": 40}
+    settings = replace(made.settings, unit_residues=40, input=())
     (tmp_path / "in.fasta").write_text(fasta_of(proteins(30)))
-    plan = make_or_resume(tmp_path / "o", [tmp_path / "in.fasta"], fields, {}, Policy())
+    plan = make_or_resume(tmp_path / "o", [tmp_path / "in.fasta"], settings, {})
     prepare_folders(plan)
     return plan
 
@@ -453,12 +452,12 @@ def test_seen_finds_what_was_added(monkeypatch, few):
     assert latest <= max(few, len(numbers) // 16) and (latest == len(numbers)) == (few > 4000)
 
 
-def test_ids_are_given_as_the_writers_give_names():
+def test_ids_are_given_one_by_one_as_they_are_together():
     rng = random.Random(5)
     wanted = [rng.choice("ab") + rng.choice(["", "", "_2", "_3", "_2_2"]) for _ in range(80)]
-    names, ids, given = Names(hdf5_key), Ids(), []
+    alone, ids, given = Ids(), Ids(), []
     while len(given) < len(wanted):
         given += ids.give(wanted[len(given) : len(given) + rng.randrange(1, 9)], rename=True)
-    assert given == [names.give(text) for text in wanted]
+    assert given == [alone.give([text], rename=True)[0] for text in wanted]
     assert len(set(given)) == len(given)
     assert Ids().give(["a", "b", "a"], rename=False) == ["a", "b", None]

@@ -18,6 +18,7 @@ import submitit
 from embedded import contents, fasta_of, proteins
 
 from esm_fast.dataset import slurm
+from esm_fast.dataset.build import Options
 
 UNITS = ["--unit-residues", "100"]
 
@@ -103,22 +104,22 @@ def test_what_slurm_is_asked_for(cluster, source, tmp_path, capsys):
     assert "--dependency" not in array and "gpus" not in finish
     assert "#SBATCH --dependency=afterok:76\n" in finish
     jobs = [submitit.core.utils.DelayedSubmission.load(path) for path in sorted((tmp_path / "o.jobs").glob("*.pkl"))]
-    shares = [[*embed(source, tmp_path / "o", "m"), "--shard", f"{rank}/3"] for rank in range(3)]
-    assert [job.args for job in jobs] == [*((share,) for share in shares), (["finish", str(tmp_path / "o")],)]
+    options = Options([source], tmp_path / "o", "m", unit_residues=100)
+    assert [job.args for job in jobs] == [*((options, f"{rank}/3", None) for rank in range(3)), (tmp_path / "o",)]
     assert all(job._timeout_countdown == 1000 for job in jobs)
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 75])
 def test_what_a_job_does_with_an_exit_code(monkeypatch, code):
     came = []
-    monkeypatch.setattr("esm_fast.cli.main", lambda arguments: code)
+    monkeypatch.setattr(slurm.Share, "run", lambda *_: code)
     before = signal.signal(signal.SIGUSR2, lambda *_: came.append(1))
     try:
         if code in (0, 3):
-            assert slurm.Share()(["embed"]) == code
+            assert slurm.Share()(None, "0/2") == code
         else:
-            with pytest.raises(RuntimeError, match=f"esm-fast embed ended with exit code {code}"):
-                slurm.Share()(["embed"])
+            with pytest.raises(RuntimeError, match=f"the share 0/2 ended with exit code {code}"):
+                slurm.Share()(None, "0/2")
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert came == [1] * (code == 75)
@@ -151,11 +152,11 @@ def test_a_job_that_fails_is_named_with_its_log(tmp_path, source, capsys, monkey
     assert f"1 of 1 jobs failed; {tmp_path}/o.jobs/77_0_log.err says why" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("nodes, more, threads", [(2, [], "3"), (9, [], "1"), (2, ["--threads", "5"], "5")])
+@pytest.mark.parametrize("nodes, more, threads", [(2, [], 3), (9, [], 1), (2, ["--threads", "5"], 5)])
 def test_local_jobs_have_the_cores_together(tmp_path, source, monkeypatch, nodes, more, threads):
     given = []
     monkeypatch.setattr("esm_fast.cli.submit.cores", lambda: 6)
     monkeypatch.setattr("esm_fast.cli.submit._wait", lambda *_: 0)
-    monkeypatch.setattr(slurm, "submit", lambda arguments, *_: given.extend(arguments) or [])
+    monkeypatch.setattr(slurm, "submit", lambda options, *_: given.append(options.threads) or [])
     assert main(["submit", "--nodes", str(nodes), "--local", *embed(source, tmp_path / "o", "m"), *more]) == 0
-    assert given.count("--threads") == 1 and given[given.index("--threads") + 1] == threads
+    assert given == [threads]

@@ -12,7 +12,7 @@ import torch
 from esm_fast.files.fair_esm_pt import TorchFolder
 from esm_fast.files.hdf5 import HDF5Writer
 from esm_fast.files.npz import NpzWriter
-from esm_fast.sequences.names import LONGEST, Names, file_name, hdf5_key
+from esm_fast.sequences.names import LONGEST, Ids, file_name, hdf5_key
 
 IDS = [
     "P12345",
@@ -74,14 +74,12 @@ def test_ordinary_ids_keep_their_names():
 
 
 def test_every_record_gets_a_name_of_its_own():
-    names = Names(hdf5_key)
-    given = [names.give(text) for text in ["P1", "P1", "P1_2", "P1", "Q", "P1_2", "P1"]]
+    given = Ids().give(["P1", "P1", "P1_2", "P1", "Q", "P1_2", "P1"], rename=True)
     assert given == ["P1", "P1_2", "P1_2_2", "P1_3", "Q", "P1_2_3", "P1_4"]
-    assert not names.is_new("Q") and names.is_new("R")
 
-    rng, names = random.Random(0), Names(file_name)
-    texts = ["".join(rng.choices("a/_2", k=rng.randint(1, 5))) for _ in range(3000)]
-    assert len({names.give(text) for text in texts}) == len(texts)
+    rng = random.Random(0)
+    texts = [file_name("".join(rng.choices("a/_2", k=rng.randint(1, 5)))) for _ in range(3000)]
+    assert len(set(Ids().give(texts, rename=True))) == len(texts)
 
 
 def write_hdf5(path, layers, arrays, store="float32"):

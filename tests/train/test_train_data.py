@@ -61,7 +61,7 @@ def test_a_store_holds_every_record_once(tmp_path, monkeypatch):
     assert sequences(store) == [encode_definition(s) for s in ("MKT", "ACDEFGHIKL", "MX")]
     assert store.lengths.tolist() == [3, 10, 2] and len(store) == 3
     report = summary.report
-    assert (summary.duplicates, summary.special, report.empty, report.unknown, report.stops_stripped) == (2, 1, 1, 1, 1)
+    assert (summary.duplicates, report.specials, report.empty, report.unknown, report.stops_stripped) == (2, 1, 1, 1, 1)
     assert (summary.train, summary.valid, summary.train_residues) == (3, 0, 15)
     assert store.info["counts"]["duplicates"] == 2 and store.info["counts"]["records"] == 7
     assert [reason for _, _, reason in report.skipped] == ["empty", "special token"]

@@ -1,0 +1,36 @@
+"""What people see of a run: bars, and numbers in words."""
+
+import shutil
+import sys
+from pathlib import Path
+
+
+def progress(total: int | None, unit: str = "residues", done: int = 0):
+    """A bar on standard error, from `done` on. In a log file, where each of its states is a line, it moves rarely."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10
+    options = {"unit": f" {unit}", "unit_scale": True, "mininterval": interval, "maxinterval": 2 * interval}
+    return tqdm(total=total, initial=done, disable=sys.stderr is None, **options)
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+
+
+class SpaceError(ValueError):
+    """The disk is too small for what is going to be written."""
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises SpaceError when the disk cannot hold about `needed` bytes more."""
+    folder = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SpaceError(
+            f"the output will take about {human_bytes(needed)}, and {folder} has {human_bytes(free)} free; choose "
+            "another disk, or ask for less"
+        )

@@ -1,0 +1,21 @@
+"""The type to compute in where nobody named one: the fastest whose error is known."""
+
+from pathlib import Path
+
+import torch
+
+from .. import _C, weights
+
+_NATIVE_BF16 = ("avx512bf16", "amx")  # levels of esm_fast._C
+
+
+def fastest(model: str, device: str) -> tuple[str, str]:
+    """The type, and why it is that one."""
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if Path(model).is_file() and (checkpoint := weights.read(model)).packed:
+        return str(checkpoint.dtype).removeprefix("torch."), "that of the packed file"
+    if on_gpu:
+        return "float32", "this is a GPU, where bfloat16 is not proven"
+    if _C.isa() in _NATIVE_BF16:
+        return "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
+    return "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
