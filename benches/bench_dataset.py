@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,7 @@ from report import write_table
 from tqdm import tqdm
 
 from esm_fast import weights
-from esm_fast.cli import parser
-from esm_fast.cli.embed_dataset import exact, loader, make_plan
+from esm_fast.dataset.build import Options, exact, loader, planned, settings_of
 from esm_fast.dataset.compute import Computer
 from esm_fast.dataset.verify import finish
 from esm_fast.dataset.worker import work
@@ -48,9 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     header = machine()
     with tempfile.TemporaryDirectory() as folder:
         job = Job.write(choose(read(args.fasta), 0, args.proteins, 4096), Path(folder, "in.fasta"))
-        command = ["embed", str(job.fasta), "-o", f"{folder}/0", "--dtype", args.dtype]
-        command += ["--unit-residues", str(args.unit_residues), "--model", model_of(args, Path(folder))]
-        dataset = Dataset(parser().parse_args(command), Path(folder))
+        model = model_of(args, Path(folder))
+        dataset = Dataset(Options(job.fasta, folder, model, dtype=args.dtype, unit_residues=args.unit_residues))
         residues = sum(len(residues) for _, residues in job.proteins)
         header |= {
             "model": f"{args.layers} layers x {args.width}, random" if args.layers else "esm1b_t6_demo",
@@ -96,30 +95,32 @@ def model_of(args, folder: Path) -> str:
 class Dataset:
     """Makes the same data set again and again, each time in a new folder; knows the batches that the model saw."""
 
-    def __init__(self, command: argparse.Namespace, folder: Path):
-        self.command, self.folder, self.count = command, folder, 0
-        self.load = loader(command)
-        self.model = self.load(dtype=command.dtype)
+    def __init__(self, options: Options):
+        self.options, self.count = options, 0
+        self.load = loader(options)
+        self.model = self.load(dtype=options.dtype)
         with calls() as batches:
             self.make()
         self.batches, self.expected, _ = zip(*batches, strict=True)
 
     def make(self) -> dict[str, np.ndarray]:
         """(seconds, CPU seconds) of each part; of the model's, a row a batch."""
-        out, self.count = self.folder / str(self.count), self.count + 1
+        out, self.count = self.options.folder / str(self.count), self.count + 1
+        options = replace(self.options, folder=out)
         begin = clocks()
-        plan = make_plan(out, self.command, self.model, self.command.dtype)
-        planned, done = clocks(), []
+        plan = planned(options, settings_of(options, self.model.config, self.model.device, options.dtype))
+        ready, done = clocks(), []
         with calls() as batches:
-            work(plan, list(range(plan.units)), Computer(self.model, plan.fields, exact(plan, self.load)), done.append)
+            compute = Computer(self.model, plan.settings, exact(plan, self.load))
+            work(plan, list(range(plan.units)), compute, done.append)
         worked = clocks()
         _, found = finish(out)
         end = clocks()
         if found.problems or found.failed or len(done) != plan.units:
             raise AssertionError(f"the data set is not complete: {found.problems}, {dict(found.status)}")
         within = np.array([seconds for _, _, seconds in batches])
-        rest = worked - planned - within.sum(0)
-        return dict(zip(PARTS, (within, planned - begin, rest, end - worked), strict=True))
+        rest = worked - ready - within.sum(0)
+        return dict(zip(PARTS, (within, ready - begin, rest, end - worked), strict=True))
 
     def model_alone(self) -> np.ndarray:
         with calls() as batches:

@@ -60,8 +60,8 @@ def commands(name: str | None = None) -> list[ModuleType]:
     files = {found.name.replace("_", "-"): found.name for found in pkgutil.iter_modules(__path__)}
     chosen = [files[name]] if name in files else [file for file in files.values() if file != "__main__"]
     modules = [importlib.import_module(f".{file}", __name__) for file in chosen]
-    found = sorted((module for module in modules if hasattr(module, "NAME")), key=lambda module: getattr(module, "ORDER", 99))
-    return found or commands()
+    found = [module for module in modules if hasattr(module, "NAME")]
+    return sorted(found, key=lambda module: getattr(module, "ORDER", 99)) or commands()
 
 
 def parser(name: str | None = None) -> argparse.ArgumentParser:

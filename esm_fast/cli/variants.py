@@ -23,7 +23,6 @@ from .common import (
 
 NAME = "variants"
 ORDER = 23
-ORDER = 23
 HELP = "variant effects: tables of variants, or all substitutions, scored"
 DESCRIPTION = """\
 Scores variants of proteins: the lower, the less likely the model finds them (docs/variants.md says
