@@ -116,7 +116,7 @@ void pre_ln_attention(Address x, Address result, int64_t rows, Address cu_seqlen
 using Layer = std::tuple<std::array<Address, 10>, std::array<const Weights*, 6>, std::array<float, 2>, Address>;
 
 void transformer_stack(Address x, Address result, int64_t rows, Address cu_seqlens, int64_t sequences, int heads,
-                       const std::vector<Layer>& layers) {
+                       Address rotary, const std::vector<Layer>& layers) {
     const int32_t* ends = offsets(cu_seqlens, sequences, rows);
     float* stream = static_cast<float*>(write_at(result));
     const float* from = floats(x);
@@ -126,8 +126,8 @@ void transformer_stack(Address x, Address result, int64_t rows, Address cu_seqle
         const auto vector = [&v = vectors](int i) { return read_at(v[size_t(i)]); };
         const auto matrix = [&w = weights](int i) { return w[size_t(i)]->packed(); };
         calls.push_back({{from, stream, rows, ends, sequences, heads, eps[0], vector(0), vector(1), vector(2),
-                          vector(3), vector(4), vector(5), matrix(0), matrix(1), matrix(2), matrix(3), nullptr,
-                          nullptr, nullptr},
+                          vector(3), vector(4), vector(5), matrix(0), matrix(1), matrix(2), matrix(3),
+                          floats(rotary), nullptr, nullptr},
                          {stream, stream, rows, eps[1], vector(6), vector(7), vector(8), vector(9), matrix(4),
                           matrix(5)},
                          static_cast<float*>(write_at(copy))});

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from ..sequences.names import file_name
 
     budget = token_budget(model, args.batch_tokens)
-    with Source(args.fasta, ingest_of(args, model.config.max_residues, safe=file_name)) as source:
+    with Source(args.fasta, ingest_of(args, model.config.limit(args.overlength), safe=file_name)) as source:
         expected, counts, start = source.scan(), Counts(), time.perf_counter()
         check_space(out.parent, 4 * expected.squares)
         with (_archive if single else _folder)(out) as add, progress(expected.residues) as bar:

@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int | None:
     from ..sequences.names import hdf5_key
 
     layers = layer_numbers(model, args.layers)
+    limit = model.config.limit(args.overlength)
+    ingest = ingest_of(args, limit, safe=hdf5_key, unstorable=unstorable)
     budget = token_budget(model, args.batch_tokens)
     outputs = [Output(_POOLS[args.pool], layer) for layer in layers]
     attributes = {
@@ -97,12 +99,12 @@ def run(args: argparse.Namespace) -> int | None:
         "pool": args.pool,
         "dtype": dtype,
         "overlength": args.overlength,
-        "max_residues": model.config.max_residues,
+        "max_residues": limit,
         "esm_fast": __version__,
     }
     if is_random(args.model):
         attributes["warning"] = MEANINGLESS
-    with Source(args.fasta, ingest_of(args, model.config.max_residues, safe=hdf5_key, unstorable=unstorable)) as source:
+    with Source(args.fasta, ingest) as source:
         expected, counts = source.scan(), Counts()
         check_space(out.parent, _size(expected, model.config.embed_dim, args, len(layers)))
         written, start = 0, time.perf_counter()
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int | None:
             HDF5Writer(temporary, layers, store=args.store, attributes=attributes) as writer,
             progress(expected.residues) as bar,
         ):
-            for protein in run_model(model, source.tokens(counts), outputs, budget, bar.update):
+            for protein in run_model(model, source.tokens(counts), outputs, budget, bar.update, ingest.policy.window):
                 writer.add(protein.label.name, str(protein.label), protein.arrays)
                 written += 1
             if counts != expected or written != counts.proteins:

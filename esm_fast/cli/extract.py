@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if "contacts" in args.include:
         model.contact_head.require_fitted()
     wanted = _outputs(args.include, layer_numbers(model, args.repr_layers))
-    longest = model.config.max_residues
+    longest = model.config.limit("error")
     fits = args.truncation_seq_length <= longest  # else a protein over the model's length is an error, as there
     overlength, longest = "truncate" if fits else "error", min(args.truncation_seq_length, longest)
     policy = Policy(overlength=overlength, max_residues=longest, gaps="keep")  # tokens, as there

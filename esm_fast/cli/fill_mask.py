@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     if model.lm_head is None:
         raise InputError(f"{args.model} has no language-model head, so it cannot fill masks")
-    if len(ids) > model.config.max_residues:
+    if len(ids) > model.config.limit("error"):
         raise InputError(f"the sequence has {len(ids)} residues; this model takes {model.config.max_residues}")
     masks = _predict(model, ids, args.top)
     if args.json:

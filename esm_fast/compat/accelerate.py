@@ -20,7 +20,7 @@ _FACES = {
 for _family in families().values():
     _module, _, _name = _family.fair_esm_class.partition(":")
     _FACES[_module, _name] = "fair_esm_host", _name
-_OTHER_FAMILIES = {"ESM2": "ESM-2", "MSATransformer": "the MSA transformer", "GVPTransformerModel": "ESM-IF1"}
+_OTHER_FAMILIES = {"MSATransformer": "the MSA transformer", "GVPTransformerModel": "ESM-IF1"}
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> nn.Module:

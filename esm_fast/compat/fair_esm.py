@@ -3,6 +3,8 @@
 Each family has a class here with fair-esm's name for it, such as `ProteinBertModel`; `api_class` gives it.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .. import ops
@@ -50,6 +52,7 @@ class _Padded:
         check_tokens(tokens, self.config.max_residues)
         tokens = tokens.to(self.device)
         batch, rows = pack_padded(tokens)
+        batch = replace(batch, positions=self.positions(batch.positions, rows.int() % max(tokens.shape[1], 1)))
         layers = {layer for layer in repr_layers if 0 <= layer <= self.num_layers}
         out = self.forward_packed(
             batch,

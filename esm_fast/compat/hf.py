@@ -109,6 +109,15 @@ class EsmModel(_Pretrained, PackedEncoder, transformers.EsmModel):
 
     esm_fast_layout = LAYOUT
 
+    def _apply(self, fn, recurse=True):
+        """What .to(dtype) and .bfloat16() do: frequencies of positions stay fp32, or positions would be rounded."""
+        kept = [(module, module._buffers.get("inv_freq")) for module in self.modules()]
+        super()._apply(fn, recurse)
+        for module, before in kept:
+            if before is not None and not before.is_meta and before.dtype != module._buffers["inv_freq"].dtype:
+                module._buffers["inv_freq"] = before.to(module._buffers["inv_freq"].device)
+        return self
+
     @can_return_tuple
     def forward(
         self,

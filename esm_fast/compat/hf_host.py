@@ -116,12 +116,13 @@ def pack_input(model: Encoder, input_ids, attention_mask, position_ids, inputs_e
     keep = _keep(attention_mask, tokens)
     batch, rows = pack_padded(tokens, keep)
     shape = tuple(tokens.shape)
+    positions, columns = batch.positions, rows.int() % max(shape[1], 1)
+    if position_ids is not None:
+        positions = columns = position_ids.to(model.device).expand(shape).flatten()[rows].int()
+    batch = replace(batch, positions=model.positions(positions, columns))
     if inputs_embeds is not None:
         embedded = ops.pack_rows(inputs_embeds.to(model.device, wide).flatten(0, 1), rows, backend=model.backend)
         return PackedInput(batch, rows, shape, None, embedded)
-    if position_ids is not None:
-        positions = position_ids.to(model.device).expand(shape).flatten()[rows]
-        batch = replace(batch, positions=positions.int())
     _check_range("input_ids", batch.tokens, model.embed_tokens.weight.shape[0])
     if model.position_rows is not None:
         _check_range("positions", batch.positions, model.position_rows)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..alphabet import MASK, PAD
 from ..models.encoder import Encoder
-from ..models.family import Config, Family, of_config
+from ..models.family import Config, Family, LayoutError, of_config
 from .fair_esm import api_class
 
 
@@ -65,8 +65,15 @@ class Layout:
 
     def own(self, family: Family) -> tuple[Part, ...]:
         """The parts that the family has besides `top`."""
+        return self._named(family.parts)
+
+    def own_of_layers(self, family: Family) -> tuple[Part, ...]:
+        """The parts that the family has besides `per_layer`."""
+        return self._named(family.layer_parts)
+
+    def _named(self, parts: dict) -> tuple[Part, ...]:
         return tuple(
-            Part(path, _named(kind), ours, optional) for path, kind, ours, optional in family.parts[self.package]
+            Part(path, _named(kind), ours, optional) for path, kind, ours, optional in parts.get(self.package, ())
         )
 
 
@@ -122,10 +129,17 @@ def examine(host: nn.Module, layout: Layout) -> tuple[Config, dict, list[dict]]:
     family = layout.family_of(host)
     own = layout.own(family)
     top = find(host, layout.top[:1] + own + layout.top[1:])
-    layers = [find(layer, layout.per_layer, f"{layout.layers}.{i}.") for i, layer in enumerate(top[layout.layers])]
+    of_layers = layout.own_of_layers(family)
+    per_layer = layout.per_layer + of_layers
+    layers = [find(layer, per_layer, f"{layout.layers}.{i}.") for i, layer in enumerate(top[layout.layers])]
     parts = {part.ours: top[part.path] for part in own if part.path in top}
+    parts |= {f"layers.{i}.{p.ours}": found[p.path] for i, found in enumerate(layers) for p in of_layers}
     check_tables([module for module in parts.values() if isinstance(module, nn.Embedding)])
-    return family.describe(layout.describe(host, top, layers), parts), top, layers
+    sizes = layout.describe(host, top, layers)
+    try:
+        return family.describe(sizes, parts), top, layers
+    except LayoutError as reason:
+        raise NotPackable(str(reason)) from None
 
 
 class PackedEncoder:
@@ -156,7 +170,8 @@ class _Shadow:
         with torch.device("meta"):
             self.model = api_class(config)(config)
         self.top = self._targets(self.model, layout.top + layout.own(of_config(config)))
-        self.layers = [self._targets(layer, layout.per_layer) for layer in self.model.layers]
+        per_layer = layout.per_layer + layout.own_of_layers(of_config(config))
+        self.layers = [self._targets(layer, per_layer) for layer in self.model.layers]
 
     @staticmethod
     def _targets(root: nn.Module, parts: tuple[Part, ...]) -> dict[str, nn.Module]:
@@ -171,6 +186,8 @@ class _Shadow:
                 if source.get(name) is None:
                     raise NotPackable(f"{path} has no parameter {name!r}")
                 target._parameters[name] = source[name]
+            for name in target._buffers:
+                target._buffers[name] = found[path]._buffers[name]
             if isinstance(target, nn.LayerNorm):
                 target.eps = found[path].eps
 

@@ -180,7 +180,7 @@ def settings_of(options: Options, config, device, dtype: str) -> Settings:
         model=fingerprint.of_model(options.model),
         layers=tuple(layer_numbers(_Of(config, device), options.layers)),
         width=config.embed_dim,
-        max_residues=config.max_residues,
+        max_residues=config.limit(options.overlength),
         pool=options.pool,
         residues=options.residues,
         store=options.store,

@@ -62,17 +62,17 @@ class Computer:
 
     def _arrays(self, model, sequences: list[str]) -> Iterator[list[np.ndarray] | None]:
         """Per sequence, an array an output. The sizes of batches do not show in the numbers."""
-        done = 0
+        done, window = 0, self.settings.max_residues if self.settings.overlength == "window" else None
         while done < len(sequences):
             tokens = _tokens(sequences[done:])
             try:
-                for protein in run(model, [tokens], self.outputs, self.budget, self.on_batch):
+                for protein in run(model, [tokens], self.outputs, self.budget, self.on_batch, window):
                     done += 1
                     yield protein.arrays
             except (RuntimeError, MemoryError) as error:
                 if not _is_memory(error):
                     raise
-                if self.budget > min(tokens.lengths.max(), model.config.max_residues):
+                if self.budget > min(tokens.lengths.max(), window or model.config.limit("error")):
                     self.budget //= 2
                 elif len(tokens) > 1:  # batches are of one sequence, and one of those planned together is too large
                     yield from self._arrays(model, sequences[done : done + 1])

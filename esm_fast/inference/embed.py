@@ -39,7 +39,8 @@ def embed(
         batch_tokens: tokens in one batch, <cls> and <eos> included; default 4,096 on a CPU, 16,384 on a GPU.
         unknown: for residues ESM-1b does not know: "error", "x" (read as X) or "skip" (leave the record out).
         empty: for records without residues: "error" or "skip".
-        overlength: for proteins over the model's 1,022 residues: "error", "truncate" (as fair-esm), or "window":
+        overlength: for proteins over the model's limit, 1,022 residues in ESM-1b; ESM-2 has none, runs them whole with
+            "error", and cuts at 1,022 with the others. "error", "truncate" (as fair-esm), or "window":
             windows of 1,022 overlapping by half, averaged per residue. Windows are our choice, not ESM-1b's.
         report: a `Report` to count into.
 
@@ -55,14 +56,15 @@ def embed(
     if pool not in POOLS:
         raise ValueError(f"pool is {pool!r}; choose one of {', '.join(POOLS)}")
     budget = token_budget(model, batch_tokens)
-    policy = Policy(unknown=unknown, empty=empty, overlength=overlength, max_residues=model.config.max_residues)
+    limit = model.config.limit(overlength)
+    policy = Policy(unknown=unknown, empty=empty, overlength=overlength, max_residues=limit)
     report = Report() if report is None else report
     tokens = (tokenize(records, policy, report) for records in _records(sequences))
-    return _embed(model, tokens, wanted, pool, budget)
+    return _embed(model, tokens, wanted, pool, budget, policy.window)
 
 
-def _embed(model: Encoder, tokens: Iterable[Tokens], layers: list[int], pool: str, budget: int):
-    for protein in run(model, tokens, [Output(pool, layer) for layer in layers], budget):
+def _embed(model: Encoder, tokens: Iterable[Tokens], layers: list[int], pool: str, budget: int, window: int | None):
+    for protein in run(model, tokens, [Output(pool, layer) for layer in layers], budget, window=window):
         arrays = dict(zip(layers, protein.arrays, strict=True))
         yield protein.label, Layers(arrays, model.config.layers)
 

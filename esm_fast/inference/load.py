@@ -91,6 +91,7 @@ def random_model(name: str, *, backend=None) -> Encoder:
         model = api_class(config)(config, backend=backend)
     model = model.to_empty(device="cpu")
     model.lm_head.weight = model.embed_tokens.weight  # to_empty gives each its own
+    model.reset_buffers()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -37,16 +37,22 @@ class Protein(NamedTuple):
 
 
 def run(
-    model: Encoder, tokens: Iterable[Tokens], outputs: list[Output], budget: int, on_batch=lambda residues: None
+    model: Encoder,
+    tokens: Iterable[Tokens],
+    outputs: list[Output],
+    budget: int,
+    on_batch=lambda residues: None,
+    window=None,
 ) -> Iterator[Protein]:
     """Streams tokens through the model: the general form of `embed`, for writers that want several outputs at once.
 
-    A protein over the model's length is cut into windows (see `embed`), which a contact map cannot be joined from:
+    A protein of more than `window` residues, by default the model's limit, is cut into windows (see `embed`), which a
+    contact map cannot be joined from:
     for CONTACTS, tokenize with overlength "error" or "truncate". After each batch, on_batch gets the residues done: a
     bar can move although the proteins, which come in input order, have to wait for each other.
     """
     joined = _Joiner(outputs)
-    for group in _groups(segments(tokens, model.config.max_residues), _BATCHES_AHEAD * budget):
+    for group in _groups(segments(tokens, window or model.config.limit("error")), _BATCHES_AHEAD * budget):
         for segment, arrays in zip(group, _run(model, group, outputs, budget, on_batch), strict=True):
             if (complete := joined.add(segment, arrays)) is not None:
                 yield Protein(segment.label, complete)

@@ -93,9 +93,12 @@ class Encoder(nn.Module):
             out.representations[0] = x
         between = [number for number in layers if 0 < number < self.config.layers]
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
+        rotary = self.rotary(batch) if depth else None
         all_at_once = None
         if depth and not (attentions or contacts):
-            all_at_once = ops.transformer_stack.kernel_call(self.backend, **self._stack(x, batch, depth, between))
+            all_at_once = ops.transformer_stack.kernel_call(
+                self.backend, **self._stack(x, batch, rotary, depth, between)
+            )
         if all_at_once is not None:
             x, *streams = all_at_once()
             out.representations |= dict(zip(between, streams, strict=True))
@@ -104,6 +107,7 @@ class Encoder(nn.Module):
                 x, *qk = layer(
                     x,
                     batch,
+                    rotary,
                     return_qk=attentions or contacts,
                     recompute=self.recompute and torch.is_grad_enabled(),
                     backend=self.backend,
@@ -121,7 +125,7 @@ class Encoder(nn.Module):
         out.attentions, out.contacts = maps.finish()
         return out
 
-    def _stack(self, x: torch.Tensor, batch: PackedBatch, depth: int, return_layers: list[int]) -> dict:
+    def _stack(self, x: torch.Tensor, batch: PackedBatch, rotary, depth: int, return_layers: list[int]) -> dict:
         """The arguments of `ops.transformer_stack` for the first `depth` layers."""
         return dict(
             x=x,
@@ -130,20 +134,36 @@ class Encoder(nn.Module):
             layers=[layer.weights() for layer in self.layers[:depth]],
             heads=self.config.attention_heads,
             return_layers=return_layers,
+            rotary=rotary,
         )
 
     def make_positions(self) -> None:
-        """Makes the parameters that stand before the layers, beside the token table."""
-        raise NotImplementedError
+        """Makes the parameters that stand before the layers, beside the token table; some families have none."""
+
+    def rotary(self, batch: PackedBatch) -> torch.Tensor | None:
+        """The tables of `ops.pre_ln_attention` for a batch, where positions are rotary."""
+        return None
 
     def embed(self, batch: PackedBatch, scale) -> torch.Tensor:
         """What the first layer gets, (n, embed_dim); see `forward_packed` for scale."""
         raise NotImplementedError
 
+    def positions(self, counted: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """What a padded batch's tokens have as `PackedBatch.positions` in this family.
+
+        Args:
+            counted: a row's tokens that are no padding, from PAD + 1 on, PAD for padding. columns: of the padded batch,
+                from 0 on. Both have the shape of what is returned.
+        """
+        return counted
+
     @property
     def position_rows(self) -> int | None:
         """Rows of the table that `PackedBatch.positions` are numbers of; None where there is no table."""
         return None
+
+    def reset_buffers(self) -> None:
+        """Gives what is no parameter its first value, in a model made without values."""
 
     def clear_padding(self) -> None:
         """Makes the rows of padding in all tables zero, as training leaves them."""

@@ -213,7 +213,7 @@ class _ESM1Family(family.Family):
         )
 
     def from_hf_key(self, key: str) -> str | None:
-        return family.translate_hf_key(key, _HF_TOP, ("embeddings.position_ids", "pooler."))
+        return family.translate_hf_key(key, _HF_TOP, ("embeddings.position_ids", *family.HF_UNUSED))
 
     def describe(self, sizes: dict, parts: dict[str, nn.Module]) -> Config:
         if "emb_layer_norm_before" in parts:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 REGRESSION = "-contact-regression.pt"  # what fair-esm's regressions are called, after the name of their model
 LARGEST = 1 << 24  # of any size of a model, which is checked before anything is made of it
+LONGEST = 2**31 - 3  # residues that 32-bit offsets count, beside <cls> and <eos>
 TRAINED_RESIDUES = 1022  # of the longest crops that the published models were trained on
 
 
@@ -53,6 +54,10 @@ class Config:
     def max_residues(self) -> int | None:
         """The longest protein that the model takes; None where nothing limits it."""
         return None
+
+    def limit(self, overlength: str) -> int:
+        """The residues a protein may have under one of `Policy`'s overlength: more is an error, cut off, or cut up."""
+        return self.max_residues or (LONGEST if overlength == "error" else TRAINED_RESIDUES)
 
     @property
     def window_residues(self) -> int:
@@ -90,6 +95,7 @@ class Family:
     aliases: dict[str, str] = {}  # other names, those of Hugging Face's repositories among them
     fair_esm_class: str  # fair-esm's class, as 'module:name'
     parts: dict[str, tuple[Part, ...]]  # package -> its modules that not every family has
+    layer_parts: dict[str, tuple[Part, ...]] = {}  # the same within a layer
     attention: dict[str, Callable[["Encoder", torch.Generator], None]] = {}  # what heads may begin as in training
 
     def fair_esm_attributes(self, config: Config) -> dict[str, Any]:
@@ -133,7 +139,9 @@ class Family:
 
         Args:
             sizes: layers, embed_dim, ffn_embed_dim, attention_heads, token_dropout, layer_norm_eps.
-            parts: its modules by the names of ours that take their parameters.
+            parts: its modules by the names of ours that take their parameters, a layer's as "layers.0..."
+
+        Raises LayoutError.
         """
         return self.config(**sizes)
 
@@ -188,6 +196,8 @@ def config_class(values: dict) -> type[Config]:
         return families()[name].config
     return next(f.config for f in families().values() if "family" not in {field.name for field in fields(f.config)})
 
+
+HF_UNUSED = ("pooler.", "classifier.")  # of transformers' names: the heads of classifiers are not the encoder's
 
 # transformers' names within a layer, the same in all families. Those of layer norms may have TensorFlow's form.
 _HF_LAYER = {

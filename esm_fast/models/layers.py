@@ -50,17 +50,18 @@ class TransformerLayer(nn.Module):
         tensors = [tensor for part in parts for tensor in (_weight(part), part.bias)]
         return ops.LayerWeights(*tensors, attn_eps=before_attn.eps, ffn_eps=before_ffn.eps)
 
-    def forward(self, x, batch: PackedBatch, *, return_qk=False, recompute=False, backend=None):
+    def forward(self, x, batch: PackedBatch, rotary=None, *, return_qk=False, recompute=False, backend=None):
         """x (n, width) -> (x,), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them.
 
+        rotary: the tables of `ops.pre_ln_attention`, or None.
         recompute: keep nothing of the layer but its input for the backward pass, which runs it again
         (Chen et al. 2016).
         """
         run = partial(checkpoint, self._run, use_reentrant=False) if recompute else self._run
         # Of now: when the backward pass comes, a cast of the parameters may be gone from the module.
-        return run(self.weights(), x, batch, return_qk, backend)
+        return run(self.weights(), x, batch, rotary, return_qk, backend)
 
-    def _run(self, weights: ops.LayerWeights, x, batch: PackedBatch, return_qk: bool, backend: str | None):
+    def _run(self, weights: ops.LayerWeights, x, batch: PackedBatch, rotary, return_qk: bool, backend: str | None):
         attended = ops.pre_ln_attention(
             x,
             batch.cu_seqlens,
@@ -68,6 +69,7 @@ class TransformerLayer(nn.Module):
             *weights.attention,
             heads=self.heads,
             eps=weights.attn_eps,
+            rotary=rotary,
             return_qk=return_qk,
             backend=backend,
         )

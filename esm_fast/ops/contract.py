@@ -103,9 +103,22 @@ def floats(*axes, optional=False) -> Tensor:
     return Tensor(*axes, optional=optional)
 
 
-def weights(*axes) -> Tensor:
+def weights(*axes, optional=False) -> Tensor:
     """A matrix of the op's compute dtype, which is that of all its matrices."""
-    return Tensor(*axes, alike="weights")
+    return Tensor(*axes, alike="weights", optional=optional)
+
+
+class _Turns(Tensor):
+    def problem(self, value, known: Known) -> str | None:
+        if value is not None and known.sizes["head_dim"] % 2:
+            return f"turns pairs: head_dim must be even, is {known.sizes['head_dim']}"
+        return super().problem(value, known)
+
+
+def turns(rows: str) -> Tensor:
+    """Cosines and sines of rotary positions, or None. In fp32 whatever the weights are: bf16 cannot count past 256."""
+    axes = (2, rows, "head_dim")
+    return _Turns(*axes, dtypes=frozenset({torch.float32}), optional=True, expected=f"float32, (2, {rows}, head_dim)")
 
 
 def alike(*axes) -> Tensor:
@@ -154,13 +167,14 @@ def integers(*axes) -> Tensor:
 
 
 def indices(*axes, below: str, ignored: int | None = None, optional=False) -> Tensor:
-    """Whole numbers from 0 to a symbol's size, which is not among them; and `ignored`."""
+    """Whole numbers from 0 to a symbol's size, which is not among them; and `ignored`. Any, where there is no such size."""
 
     def inside(value, known):
         if not value.numel():
             return None
         low, high = (bound.item() for bound in value.aminmax())
-        end = known.sizes[below]
+        if (end := known.sizes.get(below)) is None:  # of a table that is not there
+            return None
         if low >= 0 and high < end:
             return None
         if ignored is not None and not bool(((value < 0) & (value != ignored)).any()) and high < end:

@@ -22,7 +22,7 @@ CONTRACT = Contract(
     positions=indices("n", below="max_positions"),
     cu_seqlens=offsets("n"),
     token_table=weights("vocabulary", "width"),
-    position_table=weights("max_positions", "width"),
+    position_table=weights("max_positions", "width", optional=True),
     ln_weight=floats("width", optional=True),
     ln_bias=floats("width", optional=True),
     token_dropout=flag(),
@@ -31,7 +31,7 @@ CONTRACT = Contract(
 )
 
 
-def _case(name, lengths, width, *, norm=True, token_dropout=True) -> Case:
+def _case(name, lengths, width, *, norm=True, token_dropout=True, table=True) -> Case:
     def build(dtype, device, seed):
         make = Maker(dtype, device, seed)
         n = sum(lengths)
@@ -45,7 +45,7 @@ def _case(name, lengths, width, *, norm=True, token_dropout=True) -> Case:
             positions=positions,
             cu_seqlens=make.cu_seqlens(lengths),
             token_table=make.normal(33, width),
-            position_table=make.normal(max(lengths) + 2, width),
+            position_table=make.normal(max(lengths) + 2, width) if table else None,
             ln_weight=make.gain(width) if norm else None,
             ln_bias=make.normal(width, scale=0.1) if norm else None,
             token_dropout=token_dropout,
@@ -58,6 +58,7 @@ def cases() -> list[Case]:
     ragged = [_case(name, lengths, 32) for name, lengths in AWKWARD_LENGTHS.items()]
     return [
         *ragged,
+        _case("no_positions", [5, 9, 0, 1], 24, norm=False, table=False),
         _case("no_norm", [5, 9], 24, norm=False),
         _case("no_token_dropout", [5, 9], 24, token_dropout=False),
     ]
@@ -82,6 +83,14 @@ def token_dropout_scale(tokens, cu_seqlens, dtype=torch.float32):
     return KEPT_IN_TRAINING / (1 - masked / lengths).to(dtype)  # the share is in fp32 in every reference
 
 
+def added(positions, token_table, position_table):
+    """(positions, table) for kernels that always add a row: where there is no table, rows of zeros, which add nothing.
+    There is one for <pad>, too, whose gradient kernels clear."""
+    if position_table is not None:
+        return positions, position_table
+    return torch.zeros_like(positions), token_table.new_zeros(PAD + 1, token_table.shape[1])
+
+
 def shapes(tokens, positions, cu_seqlens, token_table, *_):
     dtype = accumulate_dtype(token_table.dtype)
     return token_table.new_empty(tokens.shape[0], token_table.shape[1], dtype=dtype)
@@ -93,7 +102,7 @@ def embedding(
     positions,
     cu_seqlens,
     token_table,
-    position_table,
+    position_table=None,
     ln_weight=None,
     ln_bias=None,
     token_dropout: bool = True,
@@ -105,7 +114,8 @@ def embedding(
     Args:
         tokens, positions: (n,) int32; positions index the table directly (the first token of a sequence has 2).
         cu_seqlens: (sequences + 1,) int32.
-        token_table: (33, width); position_table: (max_positions + 2, width).
+        token_table: (33, width); position_table: (max_positions + 2, width), or None for ESM-2, whose positions are
+            rotary: nothing is added then.
         ln_weight, ln_bias: (width,), or None for ESM-1v, which has no layer norm here.
         token_dropout: zero <mask> embeddings and scale each sequence by 0.88 / (1 - its share of <mask> tokens).
         scale: (sequences,), to replace that factor where a caller counts tokens in its own way.
@@ -120,5 +130,6 @@ def embedding(
             scale = token_dropout_scale(tokens, cu_seqlens, wide)
         per_token = torch.repeat_interleave(scale.to(wide), cu_seqlens.diff().long(), output_size=len(tokens))
         x = (x * per_token[:, None]).masked_fill((tokens == MASK)[:, None], 0.0)
-    x = x + F.embedding(positions, position_table, padding_idx=PAD).to(wide)
+    if position_table is not None:
+        x = x + F.embedding(positions, position_table, padding_idx=PAD).to(wide)
     return x if ln_weight is None else layer_norm(x, ln_weight, ln_bias, eps).to(wide)

@@ -7,7 +7,7 @@ import torch
 from .attention_varlen import attention_varlen
 from .attention_varlen import shapes as attention_shapes
 from .common import AWKWARD_LENGTHS, Maker, layer_norm, linear, spans
-from .contract import Contract, flag, floats, heads_of, longest, offsets, real, weights
+from .contract import Contract, flag, floats, heads_of, longest, offsets, real, turns, weights
 from .registry import Case, Cost, op
 
 CONTRACT = Contract(
@@ -26,7 +26,7 @@ CONTRACT = Contract(
     out_bias=floats("width"),
     heads=heads_of("width"),
     eps=real(),
-    rotary=floats(2, "n", "head_dim", optional=True),
+    rotary=turns("n"),
     return_qk=flag(),
 )
 
@@ -56,13 +56,18 @@ def _rotary_tables(make: Maker, lengths, head_dim):
     positions = torch.cat([torch.arange(length) for length in lengths]).double()
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     angles = torch.outer(positions, frequencies).repeat(1, 2)
-    return torch.stack([angles.cos(), angles.sin()]).to(make.device, make.dtype)
+    return torch.stack([angles.cos(), angles.sin()]).to(make.device, torch.float32)  # whatever the weights are
 
 
 def cases() -> list[Case]:
     ragged = [_case(name, lengths, 2, 16) for name, lengths in AWKWARD_LENGTHS.items()]
     widths = [_case(f"head_dim_{d}", [5, 33], 2, d) for d in (8, 20, 64, 128)]
-    return [*ragged, *widths, _case("rotary", [5, 33], 2, 16, rotary=True)]
+    turned = [_case(f"rotary_{d}", lengths, 2, d, rotary=True) for d, lengths in _ROTARY.items()]
+    return [*ragged, *widths, _case("rotary", [5, 33], 2, 16, rotary=True), *turned]
+
+
+# By head_dim, those of ESM-2's sizes; angles grow with the length, and with them what half tables would lose.
+_ROTARY = {24: [1, 300], 32: [40, 0, 9], 64: [130, 5], 128: [33]}
 
 
 def bench_cases() -> list[Case]:
@@ -80,10 +85,13 @@ def cost(x, cu_seqlens, heads, q_weight, **_) -> Cost:
 
 
 def rotate(x, rotary):
-    """Rotary position embedding (Su et al. 2021) in ESM-2's half-split form; rotary is (2, n, head_dim): cos, sin."""
+    """Rotary position embedding (Su et al. 2021) in ESM-2's half-split form; rotary is (2, n, head_dim): cos, sin.
+
+    It is computed in the tables' type, fp32, or x's where that is wider, and rounded once, to x's.
+    """
     cos, sin = rotary.unsqueeze(2)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def compose(
@@ -148,7 +156,8 @@ def pre_ln_attention(
         x: (n, width), the residual stream, in fp32 (fp64) even when the weights are half: it is where errors add up.
         cu_seqlens: (sequences + 1,) int32; max_seqlen: the longest sequence.
         ln_weight, ln_bias: (width,); {q,k,v,out}_weight: (width, width); {q,k,v,out}_bias: (width,).
-        rotary: None, or (2, n, head_dim) cosines and sines for rotary positions.
+        rotary: None, or (2, n, head_dim) cosines and sines for rotary positions, always fp32: q and k are rotated in
+            fp32 and rounded once.
         return_qk: also return q and k as the attention saw them, from which attention maps are made.
 
     Returns:

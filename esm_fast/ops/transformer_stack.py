@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .common import AWKWARD_LENGTHS
-from .contract import Contract, Records, floats, heads_of, longest, offsets, real, weights
+from .contract import Contract, Records, floats, heads_of, longest, offsets, real, turns, weights
 from .gelu_ffn import _case as ffn_case
 from .gelu_ffn import cost as ffn_cost
 from .gelu_ffn import gelu_ffn
@@ -82,17 +82,18 @@ CONTRACT = Contract(
         ffn_eps=real(),
     ),
     heads=heads_of("width"),
+    rotary=turns("n"),
 )
 
 
-def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=()) -> Case:
+def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=(), rotary=False) -> Case:
     def build(dtype, device, seed):
-        halves = attention_case(name, lengths, heads, head_dim), ffn_case(name, 0, heads * head_dim, hidden)
+        halves = attention_case(name, lengths, heads, head_dim, rotary), ffn_case(name, 0, heads * head_dim, hidden)
         layers = []
         for number in range(depth):
             attention, ffn = (half.build(dtype, device, seed + number) for half in halves)
             layers.append(LayerWeights(**_tensors("attn", attention), **_tensors("ffn", ffn)))
-        inputs = {name: attention[name] for name in ("x", "cu_seqlens", "max_seqlen")}
+        inputs = {name: attention[name] for name in ("x", "cu_seqlens", "max_seqlen", "rotary")}
         return dict(**inputs, layers=layers, heads=heads, return_layers=return_layers)
 
     return Case(name, build)
@@ -110,6 +111,7 @@ def cases() -> list[Case]:
         *ragged,
         _case("one_layer", [5, 33], 2, 20, 37, 1),
         _case("returned", [9, 30], 3, 8, 64, 4, return_layers=(1, 3, 4)),
+        _case("rotary", [9, 0, 300, 30], 2, 16, 80, 2, return_layers=(1,), rotary=True),
     ]
 
 
@@ -132,7 +134,7 @@ def cost(x, cu_seqlens, layers, heads, return_layers, **_) -> Cost:
 
 
 @op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers", shapes=None)
-def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights], heads, return_layers=()):
+def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights], heads, return_layers=(), rotary=None):
     """Every layer of a pre-LN transformer: attention block, feed-forward block, next layer.
 
     Args:
@@ -140,13 +142,15 @@ def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights],
         cu_seqlens: (sequences + 1,) int32; max_seqlen: the longest sequence.
         layers: the layers' weights, at least one.
         return_layers: numbers of layers (the first is 1) after which the stream is wanted too.
+        rotary: None, or the tables of `pre_ln_attention`, the same in all layers.
 
     Returns:
         The stream after the last layer, then those after `return_layers` in their order, each (n, width).
     """
     after = {}
     for number, layer in enumerate(layers, start=1):
-        x = pre_ln_attention.reference(x, cu_seqlens, max_seqlen, *layer.attention, heads=heads, eps=layer.attn_eps)
+        half = dict(heads=heads, eps=layer.attn_eps, rotary=rotary)
+        x = pre_ln_attention.reference(x, cu_seqlens, max_seqlen, *layer.attention, **half)
         x = gelu_ffn.reference(x, *layer.ffn, eps=layer.ffn_eps)
         after[number] = x
     return x, *(after[number] for number in return_layers)

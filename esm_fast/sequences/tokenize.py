@@ -31,6 +31,11 @@ class Policy:
     gaps: str | None = None  # '-' and '.': "error", "remove", "keep" as tokens; None: an error in files only
     specials: str = "keep"  # records that hold a literal token such as <mask>; or "skip" them
 
+    @property
+    def window(self) -> int | None:
+        """The residues of a window, where long proteins are cut into windows."""
+        return self.max_residues if self.overlength == "window" else None
+
     def __post_init__(self):
         choices = {
             "unknown": ("error", "x", "skip"),

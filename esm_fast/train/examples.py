@@ -70,7 +70,7 @@ def _split_of(sequence: str) -> str:
     return "valid" if chance < _VALID_SHARE else "train"
 
 
-def encode(examples: Sequence[Example], max_residues: int) -> list[np.ndarray]:
+def encode(examples: Sequence[Example], max_residues: int | None) -> list[np.ndarray]:
     """Each sequence as token ids, uint8, without <cls> and <eos>. Raises ExamplesError."""
     encoded = []
     for example in examples:
@@ -78,7 +78,7 @@ def encode(examples: Sequence[Example], max_residues: int) -> list[np.ndarray]:
             ids = encode_definition(example.sequence)
         except ValueError as error:
             raise ExamplesError(f"{example.name}: {error}") from None
-        if len(ids) > max_residues:
+        if max_residues is not None and len(ids) > max_residues:
             raise ExamplesError(f"{example.name} has {len(ids)} residues, the model takes {max_residues}; cut it")
         encoded.append(np.array(ids, dtype=np.uint8))
     return encoded

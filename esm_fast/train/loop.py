@@ -46,7 +46,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, store: Store, processes: Processes):
         self.recipe, self.processes, self.output = recipe, processes, Path(recipe.output)
         self.store = store
-        limit = recipe.model.max_residues
+        limit = recipe.model.window_residues
         self.masker = Masker(store, recipe.masking, recipe.seed, limit)
         self.valid_masker = Masker(store, recipe.masking.for_validation(), recipe.seed, limit)
         records = store.records(valid=False)

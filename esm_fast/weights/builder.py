@@ -40,7 +40,9 @@ def build(
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)
-    model.load_state_dict(_apart(_converted(checkpoint.source, tensors, dtype), model.tied()), assign=True)
+    fixed = {key for key, _ in model.named_buffers(remove_duplicate=False)}  # fp32 in a model of any dtype
+    converted = _converted(checkpoint.source, tensors, dtype, fixed)
+    model.load_state_dict(_apart(converted, model.tied()), assign=True)
     if model.lm_head is not None:
         model.lm_head.weight = model.embed_tokens.weight
     return model
@@ -75,8 +77,8 @@ def _check_tensors(source: Path, tensors: dict[str, torch.Tensor], expected: dic
     raise_problems(source, problems)
 
 
-def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors in dtype, each checked to be finite, in little more memory than the result takes.
+def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, fixed: set[str]):
+    """The tensors in dtype, those of `fixed` in fp32, each checked to be finite; in little more memory than they take.
 
     Packed ones were checked when they were packed, and keep their type.
     """
@@ -87,7 +89,7 @@ def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
             continue
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
             problems.append(f"{key} holds NaN or infinity")
-        converted[key] = tensor.to(dtype).resolve_neg().contiguous()
+        converted[key] = tensor.to(torch.float32 if key in fixed else dtype).resolve_neg().contiguous()
         if converted[key] is not tensor:
             mapped.forget(tensor)
     raise_problems(source, problems)

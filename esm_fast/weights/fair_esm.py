@@ -12,7 +12,9 @@ from .safe import read_torch, require_tensors
 
 def is_content(content) -> bool:
     """Whether a .pt file holds a model of fair-esm's, of whatever family."""
-    return isinstance(content, dict) and "model" in content and isinstance(content.get("args"), Namespace)
+    if not isinstance(content, dict) or "model" not in content:
+        return False
+    return isinstance(content.get("args"), Namespace) or "cfg" in content
 
 
 def read_content(path: Path, content: dict) -> Checkpoint:
@@ -24,7 +26,7 @@ def read_content(path: Path, content: dict) -> Checkpoint:
     except ValueError as error:  # LayoutErrors, and sizes that cannot be
         raise CheckpointError(f"{path}: {error}") from None
     if not found:
-        arch = getattr(content["args"], "arch", None)
+        arch = getattr(content.get("args"), "arch", None)
         raise CheckpointError(f"{path} holds the architecture {arch!r}; esm_fast reads {titles()}")
     config, tensors = found[0]
     return Checkpoint(path, "fair-esm", config, tensors | _contact_regression(path))

@@ -4,7 +4,7 @@ import torch
 
 from esm_fast import _C
 from esm_fast.alphabet import MASK
-from esm_fast.ops.embedding import KEPT_IN_TRAINING
+from esm_fast.ops.embedding import KEPT_IN_TRAINING, added
 from esm_fast.ops.registry import implements
 from esm_fast.packed import NAMES
 
@@ -22,6 +22,7 @@ def embedding(
 ):
     """See `esm_fast.ops.embedding`."""
     follow_torch()
+    positions, position_table = added(positions, token_table, position_table)
     require_one_dtype(token_table, position_table)
     if scale is not None and scale.shape != (len(cu_seqlens) - 1,):
         raise ValueError(f"scale must be (sequences,), ({len(cu_seqlens) - 1},) here, not {tuple(scale.shape)}")

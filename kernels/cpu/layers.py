@@ -97,7 +97,7 @@ def _matrices(layer: LayerWeights) -> list[torch.Tensor]:
 
 
 @implements("transformer_stack", backend=BACKEND, why_not=why_not, yields=yields)
-def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
+def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary):
     """See `esm_fast.ops.transformer_stack`."""
     follow_torch()
     require_one_dtype(*[weight for layer in layers for weight in _matrices(layer)])
@@ -116,7 +116,15 @@ def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers):
         )
         for number, (layer, layer_vectors) in enumerate(zip(layers, vectors, strict=True), start=1)
     ]
+    tables = None if rotary is None else stream_of(rotary)
     _C.transformer_stack(
-        stream.data_ptr(), result.data_ptr(), len(stream), ends.data_ptr(), len(ends) - 1, heads, calls
+        stream.data_ptr(),
+        result.data_ptr(),
+        len(stream),
+        ends.data_ptr(),
+        len(ends) - 1,
+        heads,
+        0 if tables is None else tables.data_ptr(),
+        calls,
     )
     return tuple(wanted.to(x.dtype) for wanted in (result, *(copies[number] for number in return_layers)))

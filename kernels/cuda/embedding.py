@@ -3,7 +3,7 @@
 import torch
 
 from esm_fast.alphabet import MASK, PAD
-from esm_fast.ops.embedding import KEPT_IN_TRAINING
+from esm_fast.ops.embedding import KEPT_IN_TRAINING, added
 
 from .common import implements, launch, of_dtype, require_one_dtype, row_grid
 from .layer_norm import layer_norm, layer_norm_grads
@@ -35,6 +35,7 @@ def _rows(tokens, positions, factors, tables, norm, eps):
 
 def _prepared(tokens, positions, cu_seqlens, token_table, position_table, token_dropout, scale):
     """(tokens, positions, factors, tables) as the kernels read them."""
+    positions, position_table = added(positions, token_table, position_table)
     require_one_dtype(token_table, position_table)
     tokens, positions = of_dtype(torch.int32, tokens, positions)
     (scale,) = of_dtype(torch.float32, scale)
@@ -53,7 +54,7 @@ def _backward(arguments, kept, grad_outputs):
         _, statistics = layer_norm(x, gain, bias, eps, keep_statistics=True)
         grad, dgain, dbias = layer_norm_grads(x, gain, grad, statistics)
     dtokens = scatter_sum(grad, tokens, len(token_table), token_table.dtype, factors)
-    dpositions = scatter_sum(grad, positions, len(position_table), position_table.dtype)
+    dpositions = scatter_sum(grad, positions, len(tables[1]), tables[1].dtype)
     for table in (dtokens, dpositions):
         table[PAD] = 0  # as padding_idx has it
     dscale = None

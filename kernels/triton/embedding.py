@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from esm_fast.alphabet import MASK, PAD
-from esm_fast.ops.embedding import KEPT_IN_TRAINING
+from esm_fast.ops.embedding import KEPT_IN_TRAINING, added
 
 from .common import NAMES, implements, padded, spec
 from .configs import Config
@@ -86,6 +86,7 @@ def _rows(tokens, positions, factors, tables, norm, eps):
 
 
 def _train(tokens, positions, cu_seqlens, token_table, position_table, ln_weight, ln_bias, token_dropout, scale, eps):
+    positions, position_table = added(positions, token_table, position_table)
     tokens, positions = tokens.contiguous(), positions.contiguous()
     tables = token_table.contiguous(), position_table.contiguous()
     factors = _factors(tokens, cu_seqlens.contiguous(), token_dropout, scale)
@@ -95,6 +96,7 @@ def _train(tokens, positions, cu_seqlens, token_table, position_table, ln_weight
 
 def _backward(arguments, kept, grad_outputs):
     tokens, positions, cu_seqlens, token_table, position_table, ln_weight, _, token_dropout, scale, eps = arguments
+    positions, position_table = added(positions, token_table, position_table)
     factors = kept[0] if token_dropout else None
     grad = grad_outputs[0].contiguous()
     dgain = dbias = dscale = None
