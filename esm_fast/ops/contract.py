@@ -167,7 +167,7 @@ def integers(*axes) -> Tensor:
 
 
 def indices(*axes, below: str, ignored: int | None = None, optional=False) -> Tensor:
-    """Whole numbers from 0 to a symbol's size, which is not among them; and `ignored`. Any, where there is no such size."""
+    """Whole numbers from 0 to a symbol's size, which is not among them; and `ignored`. Any, without such a size."""
 
     def inside(value, known):
         if not value.numel():

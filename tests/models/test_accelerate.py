@@ -273,22 +273,17 @@ def test_a_changed_module_is_refused_then_and_later(make, path):
 
 
 def other_models():
-    def esm2():
-        esm = pytest.importorskip("esm", reason="fair-esm is not installed")
-        return esm.model.esm2.ESM2(num_layers=1, embed_dim=8, attention_heads=2)
-
     def subclass():
         model = hugging_face()
         model.__class__ = type("Own", (type(model),), {})
         return model
 
     return {
-        "rotary": (lambda: hugging_face(position_embedding_type="rotary"), ValueError, "rotary"),
+        "relative": (lambda: hugging_face(position_embedding_type="relative_key"), ValueError, "relative_key"),
         "decoder": (lambda: hugging_face("EsmForMaskedLM", is_decoder=True), ValueError, "is_decoder"),
         "mask": (lambda: hugging_face(mask_token_id=5), ValueError, "<mask> token is 5"),
         "padding": (lambda: hugging_face(pad_token_id=0), ValueError, "padding_idx 0"),
         "esm1": (lambda: fair_esm("protein_bert_base"), ValueError, "SinusoidalPositionalEmbedding"),
-        "esm2": (esm2, TypeError, "ESM2 holds ESM-2"),
         "subclass": (subclass, TypeError, "Own holds none"),
         "linear": (lambda: torch.nn.Linear(2, 2), TypeError, "Linear holds none"),
     }

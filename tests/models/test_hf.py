@@ -449,18 +449,18 @@ def test_other_masks(mask):
     torch.testing.assert_close(mine[valid], reference[valid], rtol=0, atol=1e-4)
 
 
-def test_esm2_runs_on_transformers_code():
-    theirs, ours = pair(23, position_embedding_type="rotary", emb_layer_norm_before=False)
+def test_other_positions_run_on_transformers_code():
+    theirs, ours = pair(23, position_embedding_type="relative_key", emb_layer_norm_before=False)
     batch = tokenized()
-    with torch.no_grad(), pytest.warns(NotPackedWarning, match="ESM-2"):
+    with torch.no_grad(), pytest.warns(NotPackedWarning, match="positions are relative_key"):
         mine = ours(**batch, output_hidden_states=True)
     reference, valid = theirs(**batch, output_hidden_states=True), batch.attention_mask.bool()
     torch.testing.assert_close(mine.logits[valid], reference.logits[valid], rtol=0, atol=1e-4)
     assert len(mine.hidden_states) == 3
-    with pytest.raises(NotPackable, match="attn_implementation='eager'.*rotary"):
+    with pytest.raises(NotPackable, match="attn_implementation='eager'.*relative_key"):
         ours.predict_contacts(**{"tokens": batch.input_ids})
     ours.set_attn_implementation("eager")
-    with pytest.warns(NotPackedWarning, match="ESM-2"):
+    with pytest.warns(NotPackedWarning, match="relative_key"):
         contacts = ours.predict_contacts(batch.input_ids[:2], batch.attention_mask[:2])
     expected = theirs.predict_contacts(batch.input_ids[:2], batch.attention_mask[:2])
     torch.testing.assert_close(contacts, expected, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hostile import attempts, stand_ins
 
-from esm_fast.ops import OPS, LayerWeights
+from esm_fast.ops import OPS, LayerWeights, verify
 from esm_fast.ops.registry import REFERENCE
 
 CALLS = int(os.environ.get("HOSTILE_CALLS", 3000))
@@ -67,9 +67,22 @@ def attempt(seed: int) -> str:
         if backend == REFERENCE or EXTREME & {kind for _, kind, _ in changes}:
             return "returned"
         wanted = _results(op(**arguments, backend=REFERENCE), grad)
-    for ours, reference in zip(got, wanted, strict=True):
-        _require_same(ours, reference)
+    try:
+        for ours, reference in zip(got, wanted, strict=True):
+            _require_same(ours, reference)
+    except AssertionError:
+        _require_as_right(op, arguments, got, wanted)
     return "same"
+
+
+def _require_as_right(op, arguments, got, wanted) -> None:
+    """Numbers such as tables of cosines up to 40 make any rounding large: then the rule of `verify` decides."""
+    with torch.no_grad():
+        truth = _results(op.reference(**verify.widened(verify.bound(op, arguments))), False)
+    names = [f"output {i}" for i in range(len(got))]
+    dtypes = {leaf.dtype for _, leaf in verify.named_leaves(arguments) if verify.differentiable(leaf)}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    assert all(check.ok for check in verify.compare(names, got, wanted, truth, coarsest, 2.0))
 
 
 def _with_gradient(value):

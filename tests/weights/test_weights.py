@@ -196,12 +196,12 @@ def test_a_wrong_tensor_or_argument_is_named(fair_checkpoint, tmp_path, edit, me
         esm_fast.load(edited(fair_checkpoint, tmp_path, edit))
 
 
-def test_esm2_is_refused_by_name(tmp_path):
+def test_other_positions_are_refused_by_name(tmp_path):
     torch.save({"cfg": {"model": argparse.Namespace(encoder_layers=2)}, "model": {}}, tmp_path / "esm1b.pt")
-    with pytest.raises(CheckpointError, match="ESM-2 checkpoint"):
+    with pytest.raises(CheckpointError, match="rotary frequencies"):
         esm_fast.load(tmp_path / "esm1b.pt")
-    hf_model("EsmModel", position_embedding_type="rotary").save_pretrained(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="position_embedding_type is 'rotary'"):
+    hf_model("EsmModel", position_embedding_type="relative_key").save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="position_embedding_type is 'relative_key'"):
         esm_fast.load(tmp_path / "hf")
 
 
