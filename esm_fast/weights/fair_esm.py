@@ -18,7 +18,8 @@ def is_content(content) -> bool:
 
 
 def read_content(path: Path, content: dict) -> Checkpoint:
-    if not all(isinstance(name, str) for name in vars(content["args"])):
+    args = content.get("args")
+    if not all(isinstance(name, str) for name in (vars(args) if isinstance(args, Namespace) else ())):
         raise CheckpointError(f"{path} is no checkpoint: its arguments have names that are no text")
     require_tensors(path, content["model"])
     try:
@@ -26,7 +27,7 @@ def read_content(path: Path, content: dict) -> Checkpoint:
     except ValueError as error:  # LayoutErrors, and sizes that cannot be
         raise CheckpointError(f"{path}: {error}") from None
     if not found:
-        arch = getattr(content.get("args"), "arch", None)
+        arch = getattr(args, "arch", None)
         raise CheckpointError(f"{path} holds the architecture {arch!r}; esm_fast reads {titles()}")
     config, tensors = found[0]
     return Checkpoint(path, "fair-esm", config, tensors | _contact_regression(path))
