@@ -10,7 +10,7 @@ import numpy as np
 
 from ..files.atomic import atomic
 from ..files.fair_esm_pt import TorchFolder
-from ..files.hdf5 import HDF5Writer
+from ..files.hdf5 import HDF5Writer, unstorable
 from ..sequences.names import Ids, file_name, hdf5_key
 from .reader import Dataset
 from .units import has_numbers
@@ -32,6 +32,9 @@ def _proteins(data: Dataset, ask: Ask) -> Iterator[tuple[int, np.ndarray]]:
 
 def uniprot_h5(data: Dataset, out: Path, ask: Ask) -> None:
     """As UniProt publishes embeddings, and as `esm-fast embed -o OUT.h5` writes them: a data set an id."""
+    for name, header in zip(data.ids, data.headers, strict=True):
+        if what := unstorable(header):
+            raise ValueError(f"the header of {name!r} holds {what}; choose another format")
     names = Ids().give([hdf5_key(name) for name in data.ids], rename=True)
     with _h5(data, out, ask) as write:
         for number, array in _proteins(data, ask):

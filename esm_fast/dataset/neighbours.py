@@ -11,7 +11,7 @@ _QUERIES = 4096  # compared at once
 
 
 class Hits(NamedTuple):
-    """Per query, the best first; row -1 where there are fewer sequences than asked for."""
+    """Per query, the best first, no more than there are sequences; row -1 where fewer have an embedding."""
 
     rows: np.ndarray  # int64 (queries, k): sequences, over all shards
     cosines: np.ndarray  # float32 (queries, k)
@@ -19,6 +19,7 @@ class Hits(NamedTuple):
 
 def search(data: Dataset, queries: np.ndarray, k: int, layer: int = -1) -> Hits:
     """queries: (n, width). Ties go to the sequence that came first in the input."""
+    k = min(k, data.plan.info["sequences"])
     parts = [_search(data, queries[at : at + _QUERIES], k, layer) for at in range(0, len(queries), _QUERIES)]
     return Hits(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 

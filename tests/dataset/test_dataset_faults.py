@@ -315,7 +315,7 @@ def test_without_locks_the_plan_that_was_first_stays(command, clean, tmp_path, m
     monkeypatch.setattr(fcntl, "flock", without_locks)
     monkeypatch.setattr(planner, "_texts", texts)
     assert main(command(out, "--store", "float16")) == 1
-    assert "holds another data set: store is 'float16', and was 'float32'" in capsys.readouterr().err
+    assert "holds the shards of another plan" in capsys.readouterr().err
     assert contents(out) == contents(clean)
     calls.clear()
     out = tmp_path / "same"

@@ -1,7 +1,10 @@
 """Names that are safe and unique; files that are whole or absent; formats others can read."""
 
+import errno
 import os
 import random
+import subprocess
+import sys
 import urllib.parse
 
 import h5py
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from esm_fast.cli import main
 from esm_fast.files.fair_esm_pt import TorchFolder
 from esm_fast.files.hdf5 import HDF5Writer
 from esm_fast.files.npz import NpzWriter
@@ -122,6 +126,40 @@ def test_hdf5_refuses_what_is_not_finite(tmp_path, value, store, message):
     with pytest.raises(ValueError) as caught:
         write_hdf5(tmp_path / "a.h5", [2], [np.array([1, value], dtype=np.float32)], store)
     assert message in str(caught.value)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from esm_fast.files.atomic import atomic
+from esm_fast.files.hdf5 import HDF5Writer
+limit, path = int(sys.argv[1]), Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    with atomic(path) as temporary, HDF5Writer(temporary, [1, 2], store="float32", attributes={"model": "m"}) as writer:
+        for i in range(400):
+            writer.add(f"p{i}", f"p{i} some", [np.ones((i % 50, 16), np.float32)] * 2)
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 3000, 300_000])
+def test_hdf5_on_a_full_disk_is_an_error_and_no_crash(tmp_path, limit):
+    """HDF5 itself ends in a segmentation fault, at the latest when the process ends."""
+    path = tmp_path / "a.h5"
+    done = subprocess.run([sys.executable, "-c", FULL, str(limit), str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{errno.EFBIG} {path}\n"), done.stderr[-2000:]
+    assert not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
+
+
+def test_what_hdf5_cannot_store_is_said_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "in.fa").write_bytes(b">a\nMKV\n>b x\0y\nMK\n")
+    monkeypatch.setattr("esm_fast.inference.stream.run", lambda *_: pytest.fail("computes"))
+    assert main(["embed", str(tmp_path / "in.fa"), "-o", str(tmp_path / "o.h5")]) == 1
+    assert "record 2 (line 3, 'b'): its header holds a NUL character, which HDF5" in capsys.readouterr().err
+    assert not (tmp_path / "o.h5").exists()
 
 
 def test_torch_folder_stores_no_more_than_its_tensors(tmp_path):
