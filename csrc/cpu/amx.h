@@ -199,43 +199,83 @@ struct Finishing {
 
 // The registers of sums pass from one tile to the next, each between two products: its sums to where the last tile's
 // belong, then its own to begin with. All stores in one place would have the next products wait, by some 300 cycles.
-// Sums lie as a tile of kPanel columns.
 struct Turn {
-    float* last;
-    const float* begin;  // or null for zeros
+    float* last;  // or null for nowhere
+    size_t last_ld;
+    const float* begin;  // kPanel apart, or null for zeros
 
     ESM_INLINE void operator()(int number) const {
         constexpr size_t kStride = kPanel * sizeof(float), kBelow = kRegisterRows * kPanel;
+        const size_t stride = last_ld * sizeof(float);
         switch (number) {
             case 0:
-                if (last) _tile_stored(0, last, kStride);
+                if (last) _tile_stored(0, last, stride);
                 if (begin)
                     _tile_loadd(0, begin, kStride);
                 else
                     _tile_zero(0);
                 return;
             case 1:
-                if (last) _tile_stored(1, last + kRegisterRows, kStride);
+                if (last) _tile_stored(1, last + kRegisterRows, stride);
                 if (begin)
                     _tile_loadd(1, begin + kRegisterRows, kStride);
                 else
                     _tile_zero(1);
                 return;
             case 2:
-                if (last) _tile_stored(2, last + kBelow, kStride);
+                if (last) _tile_stored(2, last + kRegisterRows * last_ld, stride);
                 if (begin)
                     _tile_loadd(2, begin + kBelow, kStride);
                 else
                     _tile_zero(2);
                 return;
             default:
-                if (last) _tile_stored(3, last + kBelow + kRegisterRows, kStride);
+                if (last) _tile_stored(3, last + kRegisterRows * last_ld + kRegisterRows, stride);
                 if (begin)
                     _tile_loadd(3, begin + kBelow + kRegisterRows, kStride);
                 else
                     _tile_zero(3);
         }
     }
+};
+
+// Products tile after tile. A tile's sums are in memory once the first step of the next one, or flush(), is done.
+class Products {
+  public:
+    // c (height x 32, rows ldc apart) = begin (kPanel apart, or null for zeros) + a times one panel; beside(number) is
+    // called after every step.
+    template <class Beside>
+    ESM_INLINE void operator()(int height, const bf16* a, size_t lda, const bf16* panel, int in, const float* begin,
+                               float* c, size_t ldc, const Beside& beside) {
+        if (height != configured_height) flush(), configure(height);
+        const bool lower = height > kRegisterRows;
+        alignas(64) bf16 end[kTileRows<bf16> * kInputs];
+        const Turn pass_on{last_, last_ld_, begin};
+        for (int k = 0, number = 0; k < in; k += kInputs, ++number, panel += kInputs * kPanel) {
+            const bf16* rows = a + k;
+            size_t stride = lda * sizeof(bf16);
+            if (in - k < kInputs) {
+                copy_end(rows, lda, height, in - k, end);
+                rows = end, stride = kInputs * sizeof(bf16);
+            }
+            if (number)
+                step(number < kKept, lower, rows, stride, panel);
+            else
+                step(true, lower, rows, stride, panel, pass_on);
+            beside(number);
+        }
+        last_ = c, last_ld_ = ldc, lower_ = lower;
+    }
+
+    void flush() {
+        if (last_) store_sums(lower_, last_, last_ld_);
+        last_ = nullptr;
+    }
+
+  private:
+    float* last_ = nullptr;
+    size_t last_ld_ = 0;
+    bool lower_ = false;
 };
 
 // Steps that a panel takes at once: with more, the rows would leave the second-level cache between two panels.
@@ -265,55 +305,42 @@ void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, i
     const double start = clock_start();
     const Order order(rows, in);
     const int tiles = order.tiles, height = order.height, panels = last_panel - first_panel;
-    const bool lower = height > kRegisterRows;
     constexpr size_t kTile = kTileRows<bf16> * kPanel;
+    constexpr int kMostLines = 8;  // prefetches per 32 inputs: more would displace the loads
     float* resting = nullptr;
     if (order.passes > 1) resting = static_cast<float*>(scratch(8, size_t(panels) * tiles * kTile * sizeof(float)));
     alignas(64) float sums[2][kTile];
-    alignas(64) bf16 end[kTile];
-    float* last_sums = nullptr;
+    Products products;
     Finishing last;
     bool turn = false;
-    configure(height);
     for (int pass = 0; pass < order.passes; ++pass) {
-        const int first = order.first_step(pass), beyond = order.first_step(pass + 1), steps = beyond - first;
+        const int first = order.first_step(pass), steps = order.first_step(pass + 1) - first;
+        const int inputs = in - first * kInputs < steps * kInputs ? in - first * kInputs : steps * kInputs;
         const bool final = pass + 1 == order.passes;
-        const int even = (kPanel * steps + tiles * steps - 1) / (tiles * steps), lines = even < 8 ? even : 8;
+        const int even = (kPanel + tiles - 1) / tiles, lines = even < kMostLines ? even : kMostLines;
         const int rows_a_step = steps > 1 ? (height + steps - 2) / (steps - 1) : height;
         for (int panel = first_panel; panel < last_panel; ++panel) {
             const bf16* weights = packed + panel * panel_size(packed, in) + size_t(first) * kInputs * kPanel;
             const char* ahead = reinterpret_cast<const char*>(weights + panel_size(packed, in));
-            const char* ahead_end = panel + 1 < last_panel ? ahead + size_t(steps) * kInputs * kPanel * sizeof(bf16) : ahead;
+            const char* end = panel + 1 < last_panel ? ahead + size_t(steps) * kInputs * kPanel * sizeof(bf16) : ahead;
             for (int tile = 0; tile < tiles; ++tile) {
-                const bf16* row = a + order.first_row(tile) * int64_t(lda);
                 float* rest = resting ? resting + (size_t(panel - first_panel) * tiles + tile) * kTile : nullptr;
-                const Turn pass_on{last_sums, pass ? rest : nullptr};
-                last_sums = final ? sums[turn] : rest;
-                for (int k = first; k < beyond; ++k) {
-                    const bf16 *from = row + k * kInputs, *b = weights + size_t(k - first) * kInputs * kPanel;
-                    size_t stride = lda * sizeof(bf16);
-                    if (in - k * kInputs < kInputs) {
-                        copy_end(from, lda, height, in - k * kInputs, end);
-                        from = end, stride = kInputs * sizeof(bf16);
-                    }
-                    if (k == first) {
-                        step(true, lower, from, stride, b, pass_on);
-                    } else {
-                        step(k - first < kKept, lower, from, stride, b);
-                        last.advance(rows_a_step, finish);
-                    }
-                    for (int i = 0; i < lines && ahead < ahead_end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-                }
+                float* c = final ? sums[turn] : rest;
+                products(height, a + order.first_row(tile) * int64_t(lda) + first * kInputs, lda, weights, inputs,
+                         pass ? rest : nullptr, c, kPanel, [&](int number) {
+                             if (number) last.advance(rows_a_step, finish);
+                             for (int i = 0; i < lines && ahead < end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                         });
                 last.advance(height, finish);
                 last = Finishing();
                 if (final) {
-                    last = Finishing{sums[turn], order.first_row(tile), height, panel * kPanel, order.known_rows(tile)};
+                    last = Finishing{c, order.first_row(tile), height, panel * kPanel, order.known_rows(tile)};
                     turn = !turn;
                 }
             }
         }
     }
-    store_sums(lower, last_sums, kPanel);
+    products.flush();
     last.advance(height, finish);
     clock_stop(Phase::kGemm, start);
 }

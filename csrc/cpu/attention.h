@@ -29,29 +29,67 @@ ESM_INLINE void pack_values(const float* v, size_t ld, int length, int dim, floa
 }
 
 #if defined(__AVX512BF16__)
+// 16 rows of 16 words, as columns.
+ESM_INLINE void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// The first `count` of 32 elements, zeros behind them.
+ESM_INLINE __m512i load_row(const bf16* from, int count) {
+    return _mm512_maskz_loadu_epi16(count < kPanel ? (__mmask32(1) << count) - 1 : ~__mmask32(0), from);
+}
+
 ESM_INLINE void pack_keys(const bf16* k, size_t ld, int length, int dim, bf16* out) {
-    const int panels = panels_of(length), full = dim % kInputs ? 0 : panels - 1;  // those without padding
-    std::memset(out + full * panel_size(out, dim), 0, (panels - full) * panel_size(out, dim) * sizeof *out);
-    for (int key = 0; key < length; ++key) {
-        bf16* to = out + size_t(key / kPanel) * panel_size(out, dim) + 2 * (key % kPanel);
-        for (int d = 0; d < dim; d += 2) std::memcpy(to + d * kPanel, k + key * ld + d, 2 * sizeof *out);
+    const int inputs = int(round_up(dim, kInputs));
+    for (int first = 0; first < int(round_up(length, kPanel)); first += 16) {
+        bf16* to = out + size_t(first / kPanel) * panel_size(out, dim) + first % kPanel * 2;
+        for (int d = 0; d < inputs; d += kInputs) {
+            __m512i rows[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i)
+                rows[i] = first + i < length ? load_row(k + (first + i) * ld + d, dim - d) : _mm512_setzero_si512();
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (d + 2 * i) * kPanel, rows[i]);
+        }
     }
 }
 ESM_INLINE void pack_values(const bf16* v, size_t ld, int length, int dim, bf16* out) {
-    for (int column = 0; column < dim; column += kPanel) {
-        const int columns = dim - column < kPanel ? dim - column : kPanel;
-        for (int key = 0; key < length; key += 2, out += 2 * kPanel) {
-            const bf16 *even = v + key * ld + column, *odd = even + ld;
-            uint32_t pairs[kPanel] = {};
-            for (int c = 0; c < columns; ++c) pairs[c] = even[c].bits;
-            if (key + 1 < length)
-                for (int c = 0; c < columns; ++c) pairs[c] |= uint32_t(odd[c].bits) << 16;
-            std::memcpy(out, pairs, sizeof pairs);
+    alignas(64) uint16_t order[2][32];  // pairs of the two rows' elements, the first 16 and the last
+    for (int i = 0; i < 32; ++i)
+        order[0][i] = uint16_t(i / 2 + i % 2 * 32), order[1][i] = uint16_t(i / 2 + i % 2 * 32 + 16);
+    const __m512i left = load_as<__m512i>(order[0]), right = load_as<__m512i>(order[1]);
+    for (int column = 0; column < dim; column += kPanel)
+        for (int key = 0; key < int(round_up(length, kInputs)); key += 2, out += 2 * kPanel) {
+            const bf16* from = v + key * ld + column;
+            const __m512i zeros = _mm512_setzero_si512();
+            const __m512i even = key < length ? load_row(from, dim - column) : zeros;
+            const __m512i odd = key + 1 < length ? load_row(from + ld, dim - column) : zeros;
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, left, odd));
+            _mm512_storeu_si512(out + kPanel, _mm512_permutex2var_epi16(even, right, odd));
         }
-        const size_t padding = size_t(round_up(length, kInputs) - round_up(length, 2)) * kPanel;
-        std::memset(out, 0, padding * sizeof *out);
-        out += padding;
-    }
 }
 #endif
 
@@ -131,6 +169,137 @@ void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t 
     });
     clock_stop(Phase::kAttention, start);
 }
+
+#if defined(__AMX_BF16__)
+// The softmax of a tile's rows, some vectors at a time: softmax_weights() in pieces, with zeros up to whole panels.
+class Softmax {
+  public:
+    Softmax(int length, float scale) : length_(length), padded_(int(round_up(length, kPanel))), scale_(scale) {}
+
+    // 1 / their sums go to inverse; log_sums may be null.
+    void begin(float* scores, bf16* weights, int height, float* inverse, float* log_sums) {
+        scores_ = scores, weights_ = weights, height_ = height, inverse_ = inverse, log_sums_ = log_sums;
+        row_ = 0, at_ = 0;
+    }
+    int pairs() const { return height_ * padded_ / kPanel; }
+
+    // So many pairs of vectors more.
+    ESM_INLINE void advance(int pairs) {
+        while (pairs > 0 && row_ < height_) {
+            if (at_ == 0) begin_row();
+            float* scores = scores_ + size_t(row_) * padded_;
+            bf16* weights = weights_ + size_t(row_) * padded_;
+            const int left = padded_ - at_, end = left < pairs * kPanel ? padded_ : at_ + pairs * kPanel;
+            pairs -= (end - at_) / kPanel;
+            const SoftmaxWeight<bf16> weight = weight_;
+            F total = total_;
+            int i = at_;
+            for (; i < end; i += kPanel) {
+                const F first = weight(load(scores + i)), second = weight(load(scores + i + N));
+                total += first;
+                total += second;
+                _mm512_storeu_si512(weights + i, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+            }
+            total_ = total, at_ = i;
+            if (at_ == padded_) end_row();
+        }
+    }
+
+  private:
+    void begin_row() {
+        float* scores = scores_ + size_t(row_) * padded_;
+        for (int i = length_; i < padded_; ++i) scores[i] = -__builtin_inff();
+        F best = splat(-__builtin_inff()), other = best;
+        for (int i = 0; i < padded_; i += kPanel) {
+            best = max(best, load(scores + i));
+            other = max(other, load(scores + i + N));
+        }
+        most_ = largest(max(best, other));
+        weight_ = SoftmaxWeight<bf16>(scale_, most_), total_ = F{};
+    }
+    void end_row() {
+        const float total = sum(total_);
+        inverse_[row_] = 1.0f / total;
+        if (log_sums_) log_sums_[row_] = scale_ * most_ + __builtin_logf(total);
+        ++row_, at_ = 0;
+    }
+
+    int length_, padded_;
+    float scale_, most_ = 0;
+    float *scores_ = nullptr, *inverse_ = nullptr, *log_sums_ = nullptr;
+    bf16* weights_ = nullptr;
+    int height_ = 0, row_ = 0, at_ = 0;
+    SoftmaxWeight<bf16> weight_{0, 0};
+    F total_ = {};
+};
+
+// The same with tiles. The softmax takes longer than the products, so it runs beside them: that of one tile of queries
+// beside the scores of the next one and the sums of the one before.
+void attend(const bf16* q, const bf16* packed, bf16* out, size_t ld, int length, int64_t begin, int64_t end, int dim,
+            float scale, float* log_sums = nullptr) {
+    const int count = int(end - begin);
+    if (count <= 0) return;
+    const double start = clock_start();
+    constexpr int kMost = kTileRows<bf16>;
+    const int key_panels = panels_of(length), dim_panels = panels_of(dim), padded = key_panels * kPanel;
+    const bf16 *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
+    const int tiles = (count + kMost - 1) / kMost, most = (count + tiles - 1) / tiles;
+    const size_t size = size_t(kMost) * padded;
+    float* scores = static_cast<float*>(scratch(5, 2 * size * sizeof(float)));
+    bf16* weights = static_cast<bf16*>(scratch(6, 2 * size * sizeof(bf16)));
+    alignas(64) float sums[2][kMost * kPanel];
+    float inverse[3][kMost];
+    const auto first_of = [&](int tile) { return begin + int64_t(tile) * most; };
+    const auto height_of = [&](int tile) { return tile + 1 < tiles ? most : count - tile * most; };
+    const float* inverse_of_last = nullptr;
+    const auto finish = [&](const float* c, int64_t row, int height, int column) {
+        for (int r = 0; r < height; ++r, ++row)
+            each_vector(column, dim, [&](int at, int left) {
+                const F x = load(c + r * kPanel + at) * inverse_of_last[(row - begin) % most];
+                bf16* to = out + row * ld + column + at;
+                left >= N ? store(to, x) : store_part(to, x, left);
+            });
+    };
+    Products products;
+    Softmax softmax(length, scale);
+    Finishing last;
+    bool turn = false;
+    for (int tile = 0; tile < tiles + 2; ++tile) {
+        const int softened = tile - 1, summed = tile - 2;
+        const int steps = (tile < tiles ? key_panels * panels_of(dim) : 0) + (summed >= 0 ? dim_panels * key_panels : 0);
+        int pairs = 0;
+        if (softened >= 0 && softened < tiles) {
+            softmax.begin(scores + softened % 2 * size, weights + softened % 2 * size, height_of(softened),
+                          inverse[softened % 3], log_sums ? log_sums + first_of(softened) : nullptr);
+            pairs = steps ? (softmax.pairs() + steps - 1) / steps : softmax.pairs();
+        }
+        const auto beside = [&](int) {
+            softmax.advance(pairs);
+            last.advance(4, finish);
+        };
+        if (tile < tiles)
+            for (int panel = 0; panel < key_panels; ++panel) {
+                products(height_of(tile), q + first_of(tile) * int64_t(ld), ld, keys + panel * panel_size(keys, dim), dim,
+                         nullptr, scores + tile % 2 * size + panel * kPanel, size_t(padded), beside);
+                last.advance(kMost, finish);
+            }
+        if (summed >= 0)
+            for (int panel = 0; panel < dim_panels; ++panel) {
+                products(height_of(summed), weights + summed % 2 * size, size_t(padded),
+                         values + panel * panel_size(values, length), padded, nullptr, sums[turn], kPanel, beside);
+                last.advance(kMost, finish);
+                inverse_of_last = inverse[summed % 3];
+                last = Finishing{sums[turn], first_of(summed), height_of(summed), panel * kPanel, 0};
+                turn = !turn;
+            }
+        if (!steps) products.flush();
+        softmax.advance(kMost * padded);
+    }
+    products.flush();
+    last.advance(kMost, finish);
+    clock_stop(Phase::kAttention, start);
+}
+#endif
 
 }  // namespace
 }  // namespace cpu

@@ -50,8 +50,11 @@ class Attention {
         B* normed = buffer<B>(kShared, call_->rows, ld_normed_);
         norm().all(call_->rows, normed, ld_normed_);
         each_panel(3 * panels(), [&](int begin, int end) {
-            for (int i = begin; i < end; ++i)
-                project(i / panels(), normed, 0, call_->rows, i % panels(), i % panels() + 1);
+            for (int i = begin; i < end;) {
+                const int which = i / panels(), first = which * panels(), to = end < first + panels() ? end : first + panels();
+                project(which, normed, 0, call_->rows, i - first, to - first);
+                i = to;
+            }
         });
     }
 
@@ -223,9 +226,9 @@ void pre_ln_attention_of(const AttentionCall& call) {
         attention.attend();
         attention.finish_by_panels();
     } else {
-        each_block(call.rows, [&](int64_t first, int64_t last) { attention.project(first, last); });
+        each_block<typename Format<W>::Activation>(call.rows, [&](int64_t first, int64_t last) { attention.project(first, last); });
         attention.attend();
-        each_block(call.rows, [&](int64_t first, int64_t last) { attention.finish(first, last); });
+        each_block<typename Format<W>::Activation>(call.rows, [&](int64_t first, int64_t last) { attention.finish(first, last); });
     }
 }
 
@@ -235,7 +238,7 @@ void gelu_ffn_of(const FfnCall& call) {
     if (few<W>(call.rows))
         ffn.by_panels();
     else
-        each_block(call.rows, [&](int64_t first, int64_t last) { ffn.rows(first, last); });
+        each_block<typename Format<W>::Activation>(call.rows, [&](int64_t first, int64_t last) { ffn.rows(first, last); });
 }
 
 void copy_stream(const LayerCall& layer, int64_t first, int64_t last) {
@@ -262,7 +265,7 @@ void transformer_stack_of(const StackCall& call) {
     if (by_panels)
         attention.project_by_panels();
     else
-        each_block(rows, [&](int64_t first, int64_t last) { attention.project(first, last); });
+        each_block<typename Format<W>::Activation>(rows, [&](int64_t first, int64_t last) { attention.project(first, last); });
     for (int64_t i = 0; i < call.count; ++i) {
         attention.attend();
         const LayerCall& layer = call.layers[i];
@@ -275,7 +278,7 @@ void transformer_stack_of(const StackCall& call) {
             copy_stream(layer, 0, rows);
             if (more) next.project_by_panels();
         } else {
-            each_block(rows, [&](int64_t first, int64_t last) {
+            each_block<typename Format<W>::Activation>(rows, [&](int64_t first, int64_t last) {
                 attention.finish(first, last);
                 ffn.rows(first, last);
                 copy_stream(layer, first, last);

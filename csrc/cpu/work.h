@@ -10,7 +10,14 @@ namespace cpu {
 namespace {
 
 // Rows a thread takes through a GEMM at once: many rows share one reading of the weights, but they have to stay in L2.
+// Tiles are so fast that reading the weights is what bounds them: they need more rows.
+#if defined(__AMX_BF16__)
+template <class A>
+constexpr int64_t kBlockRows = sizeof(A) == sizeof(float) ? 192 : 384;
+#else
+template <class A>
 constexpr int64_t kBlockRows = 192;
+#endif
 
 ESM_INLINE int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 ESM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -24,10 +31,10 @@ void each(size_t n, size_t grain, const Body& body) {
     parallel(n, grain, run, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// body(first row, one past the last) in nearly equal blocks, a whole number of them per thread.
-template <class Body>
+// body(first row, one past the last) in nearly equal blocks of rows of A, a whole number of them per thread.
+template <class A = float, class Body>
 void each_block(int64_t rows, const Body& body) {
-    const int64_t blocks = round_up((rows + kBlockRows - 1) / kBlockRows, parallel_width());
+    const int64_t blocks = round_up((rows + kBlockRows<A> - 1) / kBlockRows<A>, parallel_width());
     each(size_t(blocks), 1, [&](size_t begin, size_t end) {
         for (size_t i = begin; i < end; ++i) {
             const int64_t first = rows * int64_t(i) / blocks, last = rows * int64_t(i + 1) / blocks;
@@ -43,10 +50,13 @@ void each_panel(int panels, const Body& body) {
          [&](size_t begin, size_t end) { body(int(begin), int(end)); });
 }
 
-// With few rows a thread: the threads share the weights' columns, not the rows, so that each weight is read once.
+// With few rows a thread: the threads share the weights' columns, not the rows, so that each weight is read once. Where
+// reading the weights is the bound, that goes for all that one block could hold.
 template <class W>
 bool few(int64_t rows) {
-    return rows < int64_t(kTileRows<typename Format<W>::Activation>) * parallel_width();
+    typedef typename Format<W>::Activation A;
+    constexpr bool kTiles = kTileRows<A> > kRows;
+    return rows < int64_t(kTileRows<A>) * parallel_width() || (kTiles && rows <= kBlockRows<A>);
 }
 
 template <class W>

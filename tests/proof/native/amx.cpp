@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "work.h"
 
 using namespace esm::cpu;
@@ -17,10 +18,10 @@ void parallel(size_t n, size_t grain, void (*body)(void*, size_t, size_t), void*
     for (size_t begin = 0; begin < n; begin += grain) body(context, begin, begin + grain < n ? begin + grain : n);
 }
 int parallel_width() { return 1; }
-void* scratch(int, size_t bytes) {
-    static std::vector<float> memory;
-    memory.assign(bytes / sizeof(float), __builtin_nanf(""));
-    return memory.data();
+void* scratch(int slot, size_t bytes) {
+    static std::vector<float> memory[16];
+    memory[slot].assign(bytes / sizeof(float), __builtin_nanf(""));
+    return memory[slot].data();
 }
 double clock_start() { return 0; }
 void clock_stop(Phase, double) {}
@@ -296,6 +297,49 @@ void check_gemm() {
         }
 }
 
+// All queries of a head, in place and in memory that ends with the last row, against plain loops; and bit by bit against
+// every query alone, whatever tiles it shares with others.
+void check_attention() {
+    for (int dim : {16, 40, 64})
+        for (int length : {1, 17, 32, 33, 64, 70, 130}) {
+            const size_t ld = size_t(dim) + 3;
+            const Rows q(length, dim, ld), k(length, dim, ld), v(length, dim, ld);
+            std::vector<bf16> packed(head_size<bf16>(length, dim), bf16{0x7fc0});
+            pack_head(k.row(0), v.row(0), ld, length, dim, packed.data());
+            const float scale = 1.0f / __builtin_sqrtf(float(dim));
+            const size_t size = size_t(length - 1) * ld + size_t(dim);
+            std::unique_ptr<bf16[]> whole(new bf16[size]), alone(new bf16[size]);
+            std::memcpy(whole.get(), q.row(0), size * sizeof(bf16));
+            std::vector<float> log_sums(static_cast<size_t>(length)), log_sum(log_sums.size());
+            attend(whole.get(), packed.data(), whole.get(), ld, length, 0, length, dim, scale, log_sums.data());
+            for (int i = 0; i < length; ++i) {
+                attend(q.row(0), packed.data(), alone.get(), ld, length, i, i + 1, dim, scale, log_sum.data());
+                double total = 0, mixed[64] = {}, sizes[64] = {};
+                for (int j = 0; j < length; ++j) {
+                    double score = 0;
+                    for (int d = 0; d < dim; ++d) score += double(widen(q.row(i)[d])) * double(widen(k.row(j)[d]));
+                    const double weight = __builtin_exp(score * double(scale));
+                    total += weight;
+                    for (int d = 0; d < dim; ++d) {
+                        mixed[d] += weight * double(widen(v.row(j)[d]));
+                        sizes[d] += weight * __builtin_fabs(double(widen(v.row(j)[d])));
+                    }
+                }
+                require(__builtin_fabs(log_sums[size_t(i)] - __builtin_log(total)) < 1e-3, "the log of a softmax's sum");
+                require(log_sums[size_t(i)] == log_sum[size_t(i)], "the same log in any tile");
+                for (int d = 0; d < dim; ++d) {
+                    const bf16 got = whole[size_t(i) * ld + size_t(d)];
+                    const double error = __builtin_fabs(double(widen(got)) - mixed[d] / total);
+                    require(error <= 0.01 * sizes[d] / total + 1e-6, "attention");
+                    require(got.bits == alone[size_t(i) * ld + size_t(d)].bits, "the same bits in any tile of queries");
+                }
+                for (size_t d = size_t(dim); d < ld && i + 1 < length; ++d)
+                    require(whole[size_t(i) * ld + d].bits == 0x7fc0, "nothing written between the rows");
+            }
+        }
+    release_tiles();
+}
+
 void commit(const std::string& fault) {
     alignas(64) uint8_t config[64] = {1};
     float memory[256];
@@ -329,5 +373,6 @@ int main(int argc, char** argv) {
     check_tiles();
     check_bytes_tiles();
     check_gemm();
+    check_attention();
     std::printf("right\n");
 }
