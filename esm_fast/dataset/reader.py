@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
+from ..files.checksums import sha256
 from . import layout, units
 from .errors import DatasetError
 from .plan import Plan, load
@@ -28,6 +29,7 @@ class _Pooled(NamedTuple):
 
     status: list[str]
     layers: dict[int, np.ndarray]  # (sequences, width)
+    residues_sha256: str  # of the unit's file of residues, where there is one
 
 
 class Dataset:
@@ -42,6 +44,7 @@ class Dataset:
         self.folder, self.layers = self.plan.folder, list(self.plan.settings.layers)
         self._ends = np.cumsum([0, *self.plan.info["unit_rows"]])
         self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)
+        self._verified: dict[int, tuple] = {}  # files of residues -> inode, size and time of what was compared
         self._sequences = units.Sequences(self.plan)
         self._unit = lru_cache(_OPEN_UNITS)(self._sequences.unit)
 
@@ -108,11 +111,16 @@ class Dataset:
         return self._pooled(unit).layers[self._layer(layer)][at]
 
     def residues(self, key: int | str, layer: int = -1) -> np.ndarray:
-        """(residues, width), read from the disk at each call; data sets made with --residues have them."""
+        """(residues, width), read from the disk at each call; data sets made with --residues have them.
+
+        A unit's file is compared with its SHA-256 when it is read first, and again when it has changed.
+        """
         if not self.plan.settings.residues:
             raise DatasetError(f"{self.folder} has no residues: it was made without --residues")
         unit, at = self._with_numbers(key)
         path = layout.residues_path(self.folder, unit)
+        with units.reading(path):
+            self._verify_residues(path, unit)
         with units.reading(path), safe_open(path, "numpy") as file:
             start, end = file.get_slice("offsets")[at : at + 2].tolist()
             return file.get_slice(f"layer_{self._layer(layer)}")[start:end]
@@ -163,6 +171,15 @@ class Dataset:
             raise DatasetError(f"{key!r} has no embedding: {status}")
         return self._place(self.rows[self.number(key)])
 
+    def _verify_residues(self, path: Path, unit: int) -> None:
+        """Raises DatasetError for a file that is not the one that was written with the unit's pooled table."""
+        status = path.stat()
+        found = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._verified.get(unit) != found:
+            if sha256(path) != self._pooled(unit).residues_sha256:
+                raise DatasetError(f"{path} is damaged: its SHA-256 is not the one that its unit was written with")
+            self._verified[unit] = found
+
     def _layer(self, layer: int) -> int:
         """-1 is the last one stored. Raises KeyError."""
         number = self.layers[layer] if -len(self.layers) <= layer < 0 else layer
@@ -175,7 +192,8 @@ class Dataset:
         with units.open_pooled(self.plan, unit) as file:
             group = layout.read_group(file, path, 0)
         layers = {layer: units.matrix(group[f"layer_{layer}"], width) for layer in self.layers}
-        return _Pooled(group["status"].to_pylist(), layers)
+        digest = (group.schema.metadata or {}).get(b"residues_sha256", b"").decode()
+        return _Pooled(group["status"].to_pylist(), layers, digest)
 
 
 def open(folder: str | Path) -> Dataset:

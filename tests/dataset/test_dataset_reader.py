@@ -87,6 +87,30 @@ def test_nothing_is_read_before_it_is_asked_for(folder, tmp_path):
         data[first]
 
 
+def test_residues_that_are_not_as_they_were_written_are_never_given(folder, tmp_path):
+    import shutil
+
+    out = tmp_path / "o"
+    shutil.copytree(folder, out)
+    first, second = sorted((out / "residues").iterdir())[:2]
+    whole = first.read_bytes()
+    for at in range(8, len(whole), len(whole) // 40):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        first.write_bytes(data)
+        with pytest.raises(DatasetError, match="part-000000.safetensors is damaged"):
+            esm_fast.open(out).residues(0)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(DatasetError, match="part-000000.safetensors is damaged"):
+        esm_fast.open(out).residues(0)
+    first.write_bytes(whole)
+    data = esm_fast.open(out)
+    assert np.array_equal(data.residues(0), esm_fast.open(folder).residues(0))
+    first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # while it is open
+    with pytest.raises(DatasetError, match="is damaged"):
+        data.residues(0)
+
+
 def test_what_is_not_there(folder, tmp_path, fair_checkpoint, monkeypatch):
     data = esm_fast.open(folder)
     assert "nobody" not in data
