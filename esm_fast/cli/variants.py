@@ -18,6 +18,7 @@ from .common import (
     is_random,
     load_model,
     output_path,
+    positive,
     progress,
 )
 
@@ -34,12 +35,15 @@ what each strategy computes and costs, and which to choose).
                   plain or compressed. Rows and columns stay, a column a model is added
 without           all 19 substitutions of each residue
 
-OUT ends in .csv, .tsv, .parquet (also .csv.gz, .tsv.gz); .png and .html draw a heat map of one protein."""
+OUT ends in .csv, .tsv, .parquet (also .csv.gz, .tsv.gz); .png and .html draw a heat map of one protein;
+OUT/ is a data set of all substitutions, for proteomes: interrupted runs resume, several processes share
+the work (--shard), esm-fast verify checks it, and --lookup 'P04637 R175H' reads one score of it."""
 EXAMPLES = """\
   esm-fast variants tem1.fasta -o scores.csv --variants tem1.csv --offset auto --strategy masked
   esm-fast variants p53.fasta -o p53.html --model esm1b_t33_650M_UR50S
   esm-fast variants p53.fasta -o p53.csv --png --model esm1v_t33_650M_UR90S_1 esm1v_t33_650M_UR90S_2
-  esm-fast variants proteome.fasta.gz -o atlas.parquet
+  esm-fast variants proteome.fasta.gz -o atlas/ --model esm1b_t33_650M_UR50S
+  esm-fast variants atlas/ --lookup 'P04637 R175H' 'P38398 p.Cys61Gly'
 """
 _DRAWN = (".png", ".html")
 _LISTED = 5
@@ -47,7 +51,10 @@ _LISTED = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fasta", nargs="*", metavar="FASTA", help="the wild types; none for a table of pairs")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="OUT.csv, .tsv, .parquet, .png or .html")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="OUT.csv, .tsv, .parquet, .png or .html; or a folder, OUT/"
+    )
+    parser.add_argument("--lookup", nargs="+", metavar="QUERY", help="scores of a data set, which stands for the FASTA")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument("--variants", nargs="+", default=[], metavar="FILE", help="tables of variants")
     parser.add_argument("--variant-col", metavar="NAME", help="column with the variants (default: found by its name)")
@@ -95,6 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of all substitutions: esm-variants' table or matrix, or columns as others name them (default: long; "
         "alphamissense for .tsv)",
     )
+    parser.add_argument("--store", choices=("float16", "float32"), help="numbers of a data set (default: float16)")
+    parser.add_argument("--shard", metavar="I/N", help="of a data set: compute the I-th of N shares, from 0")
+    parser.add_argument("--unit-residues", type=positive, metavar="N", help="of a data set: residues in a unit")
+    parser.add_argument("--log-json", metavar="FILE", help="of a data set: add a JSON line for each unit")
     parser.add_argument("--png", action="store_true", help="also draw each protein's heat map, in the folder OUT.maps")
     add_batch_tokens(parser)
     add_model(parser, several=True)
@@ -109,6 +120,19 @@ def run(args: argparse.Namespace) -> int:
     from ..variants.strategies import strategy
     from ..variants.tables import ENDINGS
 
+    if args.lookup:
+        from .variants_dataset import look_up
+
+        return look_up(args)
+    if args.output is None:
+        raise InputError("give -o OUT, or with a data set --lookup 'P04637 R175H'")
+    if args.output.endswith("/") or Path(args.output).is_dir():
+        from .variants_dataset import make_dataset
+
+        return make_dataset(args)
+    for name in ("store", "shard", "unit_residues", "log_json"):
+        if getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for data sets; give a folder, -o NAME/")
     out = output_path(args.output, args.force)
     strategy(args.strategy)
     if not args.output.lower().endswith(ENDINGS + _DRAWN):

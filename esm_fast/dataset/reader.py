@@ -39,8 +39,13 @@ class Dataset:
     take a layer. A protein without numbers raises DatasetError, which says why; `status` says it without raising.
     """
 
+    SCORES = False  # whether the numbers are variants' scores
+
     def __init__(self, folder: str | Path):
         self.plan: Plan = load(Path(folder))
+        if bool(self.plan.settings.scan) != self.SCORES:
+            kinds = ("embeddings, for esm_fast.open", "variants' scores, for esm_fast.variants.Atlas")
+            raise DatasetError(f"{folder} is a data set of {kinds[not self.SCORES]}")
         self.folder, self.layers = self.plan.folder, list(self.plan.settings.layers)
         self._ends = np.cumsum([0, *self.plan.info["unit_rows"]])
         self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .errors import DatasetError
 
+_LATER = {"gaps": "error", "scan": ""}  # fields that came later, and what they are where they are not there
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,6 +32,7 @@ class Settings:
     torch: str
     pyarrow: str
     gaps: str = "error"
+    scan: str = ""  # of variants: strategy and window, such as "wt brandes"; "" for embeddings
     input: tuple[str, ...] = ()  # SHA-256 of each file; empty before it is read
 
     def with_input(self, hashes: list[str]) -> "Settings":
@@ -38,8 +41,7 @@ class Settings:
     def to_json(self) -> dict:
         """In the order of plan.json. A field that came later is there only where it is not its default."""
         content = asdict(self) | {"layers": list(self.layers)}
-        if content["gaps"] == "error":
-            del content["gaps"]
+        content = {name: value for name, value in content.items() if _LATER.get(name) != value}
         return {"input": list(content.pop("input"))} | content
 
     @staticmethod
@@ -62,4 +64,4 @@ class Settings:
 
 
 def _shown(content: dict, name: str):
-    return content.get(name, "error")
+    return content.get(name, _LATER.get(name))
