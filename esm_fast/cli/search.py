@@ -48,6 +48,8 @@ def _queries(data, args: argparse.Namespace, layer: int):
     import numpy as np
 
     path = Path(args.query)
+    if args.query in data:  # whatever lies in the working directory; ./NAME is the file
+        return [args.query], data.embedding(args.query, layer)[None]
     if args.query != "-" and path.is_dir():
         other = finished(args.query)
         _require_same_numbers(data, other)
@@ -55,9 +57,7 @@ def _queries(data, args: argparse.Namespace, layer: int):
     if args.query == "-" or path.is_file():
         names, rows = _embedded(data, args, layer)
         return names, np.array(rows)
-    if args.query not in data:
-        raise InputError(f"{args.query!r} is neither an id of {data.folder} nor a file or folder")
-    return [args.query], data.embedding(args.query, layer)[None]
+    raise InputError(f"{args.query!r} is neither an id of {data.folder} nor a file or folder")
 
 
 def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:

@@ -130,6 +130,7 @@ def build(
         return lambda *_: on_progress(progress.at(stage))
 
     dtype = chosen_dtype(options)
+    fingerprint.of_model(options.model)  # before the load, which then need not read the file to find damage
     model = load(dtype=dtype)
     settings = settings_of(options, model.config, model.device, dtype)
     plan = planned(options, settings, note("planning"))

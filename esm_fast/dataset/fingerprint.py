@@ -2,11 +2,9 @@
 
 import torch
 
-from .. import _C, __version__, hub
-from ..files.checksums import digest_of, sha256
+from .. import _C, __version__, hub, weights
+from ..files.checksums import digest_of
 from .layout import FORMAT, pa
-
-_WEIGHTS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def of_model(name: str) -> str:
@@ -14,9 +12,10 @@ def of_model(name: str) -> str:
     if name.startswith("random:"):
         return name
     path = hub.resolve(name)
-    if path.is_dir():
-        return digest_of({part: sha256(path / part) for part in _WEIGHTS if (path / part).exists()})
-    return sha256(path)
+    files = weights.files_of(path)
+    if files == [path]:
+        return weights.sha256(path)
+    return digest_of({file.name: weights.sha256(file) for file in files})
 
 
 def of_versions(device: torch.device) -> dict[str, str]:

@@ -88,7 +88,8 @@ def _from_fair_key(key: str) -> str:
 
 def _without_mask_row(table: torch.Tensor) -> torch.Tensor:
     table = table.clone()
-    table[MASK : MASK + 1] = 0  # none in a table that is too short, which is found when it meets its size
+    if table.ndim:
+        table[MASK : MASK + 1] = 0  # none in a table that is too short, which is found when it meets its size
     return table
 
 

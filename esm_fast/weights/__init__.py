@@ -7,17 +7,21 @@ Tensors stay memory-mapped where they need no conversion, so loading costs littl
 from .builder import build
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .huggingface import config_from_hf
+from .integrity import sha256
 from .native import FORMAT, checksum, save
-from .reader import read
+from .reader import files_of, prepacked_dtype, read
 
 __all__ = [
     "CONTACT_KEYS",
-    "FORMAT",
     "Checkpoint",
     "CheckpointError",
+    "FORMAT",
     "build",
     "checksum",
     "config_from_hf",
+    "files_of",
+    "prepacked_dtype",
     "read",
     "save",
+    "sha256",
 ]

@@ -26,6 +26,8 @@ def read_content(path: Path, content: dict) -> Checkpoint:
         found = [read for family in families().values() if (read := family.from_fair_esm(content)) is not None]
     except ValueError as error:  # LayoutErrors, and sizes that cannot be
         raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, LookupError, AttributeError) as error:  # what stands where sizes should
+        raise CheckpointError(f"{path}: its sizes cannot be read ({type(error).__name__})") from None
     if not found:
         arch = getattr(args, "arch", None)
         raise CheckpointError(f"{path} holds the architecture {arch!r}; esm_fast reads {titles()}")

@@ -62,9 +62,19 @@ def _start_checksum(config: str, tensors: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256((config + checksum(rest)).encode()).hexdigest()
 
 
-def read_file(path: Path, verify: bool) -> Checkpoint:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors."""
     with safetensors_errors(path), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+        return file.metadata() or {}
+
+
+def is_own(path: Path) -> bool:
+    """Whether we wrote a safetensors file, which then needs no config.json beside it."""
+    return metadata_of(path).get("format") == FORMAT
+
+
+def read_file(path: Path, verify: bool) -> Checkpoint:
+    metadata = metadata_of(path)
     if metadata.get("format") != FORMAT:
         if (path.parent / "config.json").exists():
             return read_beside_config(path)

@@ -33,3 +33,23 @@ def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
     raise CheckpointError(
         f"{path} is no checkpoint of {titles()}: expected fair-esm's 'args' and 'model', or a config.json beside it"
     )
+
+
+def files_of(path: Path) -> list[Path]:
+    """All that decides the numbers of the checkpoint at a path: that file, with the config.json that tells its sizes if
+    it has none of its own, or the files of a folder. (A contact regression beside it decides contacts alone.)
+
+    Raises CheckpointError.
+    """
+    if path.is_dir():
+        return huggingface.files_of(path)
+    config = path.with_name("config.json")
+    whole = kind_of(path) == "safetensors" and native.is_own(path)
+    return [path] if whole or not config.exists() else [config, path]
+
+
+def prepacked_dtype(path: Path) -> str | None:
+    """What the prepacked matrices of a file hold ("bfloat16", "int8" ...), read from its header; None without any."""
+    if path.is_dir() or kind_of(path) != "safetensors" or not native.is_own(path):
+        return None
+    return native.metadata_of(path).get("packed")
