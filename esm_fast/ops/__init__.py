@@ -9,9 +9,11 @@ from .masked_lm_head import masked_lm_head
 from .masked_softmax import masked_softmax
 from .pack_rows import pack_rows, unpack_rows
 from .pool import pool
+from .pool_max import pool_max
+from .pool_moments import pool_moments
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
-from .transformer_stack import LayerWeights, transformer_stack
+from .transformer_stack import LayerWeights, StackPool, transformer_stack
 
 for _op in OPS.values():
     if _op.shapes is not None:
@@ -21,6 +23,7 @@ __all__ = [
     "OPS",
     "BackendError",
     "LayerWeights",
+    "StackPool",
     "attention_varlen",
     "contact_map",
     "embedding",
@@ -30,6 +33,8 @@ __all__ = [
     "masked_softmax",
     "pack_rows",
     "pool",
+    "pool_max",
+    "pool_moments",
     "pre_ln_attention",
     "select",
     "transformer_stack",

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from .common import AWKWARD_LENGTHS
-from .contract import Contract, Records, floats, heads_of, longest, offsets, real, turns, weights
+from .common import AWKWARD_LENGTHS, Maker, spans
+from .contract import Contract, Records, Spec, floats, heads_of, longest, offsets, real, turns, weights
 from .gelu_ffn import _case as ffn_case
 from .gelu_ffn import cost as ffn_cost
 from .gelu_ffn import gelu_ffn
+from .pool import pool
+from .pool_max import pool_max
+from .pool_moments import pool_moments
 from .pre_ln_attention import _case as attention_case
 from .pre_ln_attention import cost as attention_cost
 from .pre_ln_attention import pre_ln_attention
@@ -48,9 +51,38 @@ class LayerWeights(NamedTuple):
         return self[10:16]
 
 
-def _layers_exist(known, layers, return_layers, **_):
-    known_ones = all(isinstance(number, Integral) and 1 <= number <= len(layers) for number in return_layers)
-    return None if known_ones else f"return_layers must be from 1 to {len(layers)}, not {tuple(return_layers)}"
+POOLS = {"pool": pool, "pool_max": pool_max, "pool_moments": pool_moments}
+
+
+class StackPool(NamedTuple):
+    """A pooling of the stream after a layer (the first is 1), which then need not be kept.
+
+    op: one of POOLS; rows: (n,), what that op takes beside the stream and cu_seqlens.
+    """
+
+    layer: int
+    op: str
+    rows: torch.Tensor
+
+
+class _Pools(Spec):
+    """Any number of StackPools, whose rows are what their ops take."""
+
+    def problem(self, value, known) -> str | None:
+        for number, wanted in enumerate(value, start=1):
+            if not isinstance(wanted, StackPool) or wanted.op not in POOLS:
+                return f"must be StackPools by {', '.join(POOLS)}, number {number} is {wanted!r:.60}"
+            *_, rows = POOLS[wanted.op].contract.specs.values()
+            if (problem := rows.problem(wanted.rows, known)) is not None:
+                return f"are wrong: rows of number {number} {problem}"
+        return None
+
+
+def _layers_exist(known, layers, return_layers, pools, **_):
+    for name, numbers in (("return_layers", return_layers), ("the layers of pools", [one.layer for one in pools])):
+        if not all(isinstance(number, Integral) and 1 <= number <= len(layers) for number in numbers):
+            return f"{name} must be from 1 to {len(layers)}, not {tuple(numbers)}"
+    return None
 
 
 CONTRACT = Contract(
@@ -83,10 +115,11 @@ CONTRACT = Contract(
     ),
     heads=heads_of("width"),
     rotary=turns("n"),
+    pools=_Pools(),
 )
 
 
-def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=(), rotary=False) -> Case:
+def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=(), rotary=False, pools=()) -> Case:
     def build(dtype, device, seed):
         halves = attention_case(name, lengths, heads, head_dim, rotary), ffn_case(name, 0, heads * head_dim, hidden)
         layers = []
@@ -94,9 +127,17 @@ def _case(name, lengths, heads, head_dim, hidden, depth, return_layers=(), rotar
             attention, ffn = (half.build(dtype, device, seed + number) for half in halves)
             layers.append(LayerWeights(**_tensors("attn", attention), **_tensors("ffn", ffn)))
         inputs = {name: attention[name] for name in ("x", "cu_seqlens", "max_seqlen", "rotary")}
-        return dict(**inputs, layers=layers, heads=heads, return_layers=return_layers)
+        found = [_pool(layer, op, inputs, dtype, device, seed) for layer, op in pools]
+        return dict(**inputs, layers=layers, heads=heads, return_layers=return_layers, pools=found)
 
     return Case(name, build)
+
+
+def _pool(layer: int, name: str, inputs: dict, dtype, device, seed) -> StackPool:
+    """Of all rows but each sequence's first, in different shares."""
+    rows = Maker(dtype, device, seed).normal(len(inputs["x"]), dtype=inputs["x"].dtype).abs()
+    rows[[start for start, end in spans(inputs["cu_seqlens"]) if end > start]] = 0
+    return StackPool(layer, name, rows != 0 if name == "pool_max" else rows)
 
 
 def _tensors(half: str, arguments: dict) -> dict[str, torch.Tensor]:
@@ -112,6 +153,9 @@ def cases() -> list[Case]:
         _case("one_layer", [5, 33], 2, 20, 37, 1),
         _case("returned", [9, 30], 3, 8, 64, 4, return_layers=(1, 3, 4)),
         _case("rotary", [9, 0, 300, 30], 2, 16, 80, 2, return_layers=(1,), rotary=True),
+        _case(
+            "pooled", [9, 1, 70], 2, 8, 64, 3, (2,), True, [(n, op) for n in (1, 2, 3) for op in POOLS] + [(2, "pool")]
+        ),
     ]
 
 
@@ -119,8 +163,8 @@ def bench_cases() -> list[Case]:
     return [_case(f"{n}_tokens", [n], 20, 64, 5120, 2) for n in (10, 300)]
 
 
-def cost(x, cu_seqlens, layers, heads, return_layers, **_) -> Cost:
-    flops = 0
+def cost(x, cu_seqlens, layers, heads, return_layers, pools=(), **_) -> Cost:
+    flops = sum(POOLS[pool.op].cost(x=x, cu_seqlens=cu_seqlens).flops for pool in pools)
     # The stream is read and written once; between the layers it may stay in a cache.
     transferred = (2 + len(return_layers)) * x.numel() * x.element_size()
     for layer in layers:
@@ -134,7 +178,16 @@ def cost(x, cu_seqlens, layers, heads, return_layers, **_) -> Cost:
 
 
 @op(contract=CONTRACT, cases=cases, bench_cases=bench_cases, cost=cost, dtype_of="layers", shapes=None)
-def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights], heads, return_layers=(), rotary=None):
+def transformer_stack(
+    x,
+    cu_seqlens,
+    max_seqlen,
+    layers: Sequence[LayerWeights],
+    heads,
+    return_layers=(),
+    rotary=None,
+    pools: Sequence[StackPool] = (),
+):
     """Every layer of a pre-LN transformer: attention block, feed-forward block, next layer.
 
     Args:
@@ -143,14 +196,20 @@ def transformer_stack(x, cu_seqlens, max_seqlen, layers: Sequence[LayerWeights],
         layers: the layers' weights, at least one.
         return_layers: numbers of layers (the first is 1) after which the stream is wanted too.
         rotary: None, or the tables of `pre_ln_attention`, the same in all layers.
+        pools: what is pooled of the stream as it goes by.
 
     Returns:
-        The stream after the last layer, then those after `return_layers` in their order, each (n, width).
+        The stream after the last layer, then those after `return_layers` in their order, each (n, width); then what
+        `pools` made, in their order.
     """
-    after = {}
+    after, pooled = {}, [None] * len(pools)
     for number, layer in enumerate(layers, start=1):
         half = dict(heads=heads, eps=layer.attn_eps, rotary=rotary)
         x = pre_ln_attention.reference(x, cu_seqlens, max_seqlen, *layer.attention, **half)
         x = gelu_ffn.reference(x, *layer.ffn, eps=layer.ffn_eps)
-        after[number] = x
-    return x, *(after[number] for number in return_layers)
+        if number in return_layers:
+            after[number] = x
+        for place, (layer_of_pool, op_name, rows) in enumerate(pools):
+            if layer_of_pool == number:
+                pooled[place] = POOLS[op_name].reference(x, cu_seqlens, rows)
+    return x, *(after[number] for number in return_layers), *pooled

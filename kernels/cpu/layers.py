@@ -4,7 +4,7 @@ import torch
 
 from esm_fast import _C
 from esm_fast.ops.registry import implements
-from esm_fast.ops.transformer_stack import LayerWeights
+from esm_fast.ops.transformer_stack import POOLS, LayerWeights
 
 from .common import BACKEND, follow_torch, packed, require_one_dtype, stream_of, unproven, vectors_of, why_not, yields
 from .projections import attention_with_gradients
@@ -97,8 +97,10 @@ def _matrices(layer: LayerWeights) -> list[torch.Tensor]:
 
 
 @implements("transformer_stack", backend=BACKEND, why_not=why_not, yields=yields)
-def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary):
+def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
     """See `esm_fast.ops.transformer_stack`."""
+    if pools:
+        return _pooled(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools)
     follow_torch()
     require_one_dtype(*[weight for layer in layers for weight in _matrices(layer)])
     stream, ends = stream_of(x), cu_seqlens.contiguous()
@@ -128,3 +130,19 @@ def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers, r
         calls,
     )
     return tuple(wanted.to(x.dtype) for wanted in (result, *(copies[number] for number in return_layers)))
+
+
+def _pooled(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
+    """From each layer that is pooled to the next."""
+    done, streams, pooled = 0, {}, [None] * len(pools)
+    for stop in sorted({*(pool.layer for pool in pools), len(layers)}):
+        between = [number for number in return_layers if done < number <= stop]
+        part = layers[done:stop]
+        numbers = [number - done for number in between]
+        x, *copies = transformer_stack(x, cu_seqlens, max_seqlen, part, heads, numbers, rotary, ())
+        streams |= dict(zip(between, copies, strict=True))
+        for place, (layer, name, rows) in enumerate(pools):
+            if layer == stop:
+                pooled[place] = POOLS[name](x, cu_seqlens, rows)
+        done = stop
+    return x, *(streams[number] for number in return_layers), *pooled
