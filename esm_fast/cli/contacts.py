@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     model.contact_head.require_fitted()
 
     from ..inference.embed import token_budget
-    from ..inference.stream import CONTACTS
+    from ..inference.outputs import make
     from ..inference.stream import run as run_model
     from ..sequences.ingest import Counts, Source
     from ..sequences.names import file_name
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         expected, counts, start = source.scan(), Counts(), time.perf_counter()
         check_space(out.parent, 4 * expected.squares)
         with (_archive if single else _folder)(out) as add, progress(expected.residues) as bar:
-            for protein in run_model(model, source.tokens(counts), [CONTACTS], budget, bar.update):
+            for protein in run_model(model, source.tokens(counts), [make("contacts")], budget, bar.update):
                 name, contacts = protein.label.name, protein.arrays[0]
                 add(name, contacts)
                 if args.png:

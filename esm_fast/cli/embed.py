@@ -41,7 +41,6 @@ EXAMPLES = """\
   esm-fast embed uniref50.fasta.gz -o uniref50/ --model esm1b_t33_650M_UR50S --overlength window
   zcat *.fasta.gz | esm-fast embed - -o layers.h5 --layers 0 16 -1 --unknown x --empty skip
 """
-_POOLS = {"mean": "mean", "cls": "cls", "per-residue": "per_residue"}
 _ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
@@ -59,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "group each: layer_33/P12345",
     )
     parser.add_argument(
-        "--pool", choices=tuple(_POOLS), default="mean", help="what to keep of a protein (default: %(default)s)"
+        "--pool",
+        type=_pool,
+        default="mean",
+        help="what to keep of a protein: mean, max or std over its residues, cls, or per-residue (default: mean)",
     )
     parser.add_argument(
         "--store", choices=tuple(_ITEM_BYTES), default="float32", help="numbers in the file (default: %(default)s)"
@@ -68,6 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     add_model(parser)
     add_policies(parser, overlength=("error", "truncate", "window"))
+
+
+def _pool(text: str) -> str:
+    """One of the outputs that are made of a layer, with - for _; outputs are found by file, so none is listed here."""
+    from ..inference.outputs import pools
+
+    if _output_name(text) not in pools():
+        known = ", ".join(name.replace("_", "-") for name in pools())
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
+    return text
+
+
+def _output_name(pool: str) -> str:
+    return pool.replace("-", "_")
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -83,7 +99,7 @@ def run(args: argparse.Namespace) -> int | None:
     from ..files.atomic import atomic
     from ..files.hdf5 import HDF5Writer, unstorable
     from ..inference.embed import layer_numbers, token_budget
-    from ..inference.stream import Output
+    from ..inference.outputs import make
     from ..inference.stream import run as run_model
     from ..sequences.ingest import Counts, Source
     from ..sequences.names import hdf5_key
@@ -92,7 +108,7 @@ def run(args: argparse.Namespace) -> int | None:
     limit = model.config.limit(args.overlength)
     ingest = ingest_of(args, limit, safe=hdf5_key, unstorable=unstorable)
     budget = token_budget(model, args.batch_tokens)
-    outputs = [Output(_POOLS[args.pool], layer) for layer in layers]
+    outputs = [make(_output_name(args.pool), layer) for layer in layers]
     attributes = {
         "model": args.model,
         "layers": layers,
@@ -125,8 +141,9 @@ def run(args: argparse.Namespace) -> int | None:
 def _size(counts, embed_dim: int, args, layers: int) -> int:
     """About the bytes of the output."""
     from ..files.hdf5 import OVERHEAD
+    from ..inference.outputs import make
 
-    rows = counts.residues if args.pool == "per-residue" else counts.proteins
+    rows = counts.proteins if make(_output_name(args.pool), 0).per == "protein" else counts.residues
     return layers * (rows * embed_dim * _ITEM_BYTES[args.store] + counts.proteins * OVERHEAD)
 
 

@@ -95,18 +95,18 @@ def _without_flags(message: str) -> str:
 
 def _outputs(include: list[str], layers: list[int]) -> list[tuple[tuple, object]]:
     """((key, layer) in the .pt file, or (key,) for contacts; what the stream is to make)."""
-    from ..inference.stream import CONTACTS, Output
+    from ..inference.outputs import make
 
     keys = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
     pools = {"per_tok": "per_residue", "mean": "mean", "bos": "cls"}
-    wanted = [((keys[name], n), Output(pools[name], n)) for name in keys if name in include for n in layers]
-    return wanted + ([(("contacts",), CONTACTS)] if "contacts" in include else [])
+    wanted = [((keys[name], n), make(pools[name], n)) for name in keys if name in include for n in layers]
+    return wanted + ([(("contacts",), make("contacts"))] if "contacts" in include else [])
 
 
 def _size(wanted: list[tuple[tuple, object]], counts, embed_dim: int) -> int:
     """About the bytes of the output."""
     cells = {"contacts": counts.squares, "per_residue": counts.residues * embed_dim}
-    return 4 * sum(cells.get(output.pool, counts.proteins * embed_dim) for _, output in wanted)
+    return 4 * sum(cells.get(output.name, counts.proteins * embed_dim) for _, output in wanted)
 
 
 def _entries(wanted: list[tuple[tuple, object]], arrays: list) -> dict:

@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    ids = _encode(args.sequence)
+    tokens = _encode(args.sequence)
     dtype = dtype_of(args)
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     if model.lm_head is None:
         raise InputError(f"{args.model} has no language-model head, so it cannot fill masks")
-    if len(ids) > model.config.limit("error"):
-        raise InputError(f"the sequence has {len(ids)} residues; this model takes {model.config.max_residues}")
-    masks = _predict(model, ids, args.top)
+    if len(tokens.ids) > model.config.limit("error"):
+        raise InputError(f"the sequence has {len(tokens.ids)} residues; this model takes {model.config.max_residues}")
+    masks = _predict(model, tokens, args.top)
     if args.json:
         print(json.dumps([found for _, found in masks] if len(masks) > 1 else masks[0][1], indent=2))
         return
@@ -53,32 +53,30 @@ def _encode(sequence: str):
 
     records = next(records_from([("SEQUENCE", sequence)]))
     try:
-        ids = tokenize(records, Policy(max_residues=len(sequence) + 1), Report()).ids
+        tokens = tokenize(records, Policy(max_residues=len(sequence) + 1), Report())
     except FastaError as error:
         raise InputError(str(error).split("; use ")[0]) from None
-    if not (ids == MASK).any():
+    if not (tokens.ids == MASK).any():
         raise InputError(f"the sequence has no {_MASK}; put one in, in quotes: 'QERLKSIVRILE{_MASK}SLGYNIVAT'")
-    return ids
+    return tokens
 
 
-def _predict(model, ids, top: int) -> list[tuple[int, list[dict]]]:
+def _predict(model, tokens, top: int) -> list[tuple[int, list[dict]]]:
     """Per mask its residue number, and predictions with the keys of Hugging Face's pipeline."""
-    import numpy as np
     import torch
 
-    from ..alphabet import MASK, TOKENS
-    from ..sequences.batching import pack
+    from ..alphabet import TOKENS
+    from ..inference.outputs.logits import Logits, masks_of
+    from ..inference.stream import run as run_model
 
-    batch = pack(ids, np.array([0]), np.array([len(ids)]), np.array([0]))
-    with torch.inference_mode():
-        logits = model.forward_packed(batch.to(model.device), logits=True).logits
-    tokens = [TOKENS[i] for i in ids]
+    ((_, (logits,)),) = run_model(model, [tokens], [Logits(only=masks_of)], len(tokens.ids))
+    names = [TOKENS[i] for i in tokens.ids]
     masks = []
-    for place in np.flatnonzero(ids == MASK).tolist():
-        best = logits[place + 1].float().softmax(-1).topk(min(top, len(TOKENS)))
+    for place, row in zip((i for i, name in enumerate(names) if name == _MASK), torch.from_numpy(logits), strict=True):
+        best = row.softmax(-1).topk(min(top, len(TOKENS)))
         found = []
         for score, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            filled = " ".join([*tokens[:place], TOKENS[token], *tokens[place + 1 :]])
+            filled = " ".join([*names[:place], TOKENS[token], *names[place + 1 :]])
             found.append({"score": score, "token": token, "token_str": TOKENS[token], "sequence": filled})
         masks.append((place + 1, found))
     return masks

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ..inference.stream import Output, run
+from ..inference.outputs import make
+from ..inference.stream import run
 from ..sequences.fasta import records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import layout
@@ -24,8 +25,8 @@ class Computer:
     ):
         self.model, self.settings, self.exact, self.on_batch = model, settings, exact, on_batch
         self.budget = settings.batch_tokens
-        pooled = [Output(settings.pool, layer) for layer in settings.layers]
-        residues = [Output("per_residue", layer) for layer in settings.layers if settings.residues]
+        pooled = [make(settings.pool, layer) for layer in settings.layers]
+        residues = [make("per_residue", layer) for layer in settings.layers if settings.residues]
         self.outputs, self.pooled_count = pooled + residues, len(pooled)
 
     def __call__(self, unit: Unit) -> Results:

@@ -9,7 +9,8 @@ import numpy as np
 from ..models.encoder import Encoder
 from ..sequences.fasta import Records, read_fasta, records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
-from .stream import POOLS, Output, run
+from .outputs import make, pools
+from .stream import run
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
@@ -35,13 +36,15 @@ def embed(
         sequences: a FASTA path ("-" for standard input; plain, gz, bz2, xz or zst) or an open binary file; or an
             iterable of strings or (label, string) pairs.
         layers: 0 (the embedding) to the number of layers; negative numbers count from the last, -1.
-        pool: "mean" over the residues (<cls> and <eos> never enter it), "cls", or "per_residue".
+        pool: "mean", "max" or "std" over the residues, column by column (<cls> and <eos> never enter it; std is the
+            population's: divided by the number of residues), "cls", or "per_residue".
         batch_tokens: tokens in one batch, <cls> and <eos> included; default 4,096 on a CPU, 16,384 on a GPU.
         unknown: for residues ESM-1b does not know: "error", "x" (read as X) or "skip" (leave the record out).
         empty: for records without residues: "error" or "skip".
         overlength: for proteins over the model's limit, 1,022 residues in ESM-1b; ESM-2 has none, runs them whole with
             "error", and cuts at 1,022 with the others. "error", "truncate" (as fair-esm), or "window":
-            windows of 1,022 overlapping by half, averaged per residue. Windows are our choice, not ESM-1b's.
+            windows of 1,022 overlapping by half, averaged per residue (max: the largest of all). Windows are our
+            choice, not ESM-1b's.
         report: a `Report` to count into.
 
     Yields:
@@ -53,8 +56,8 @@ def embed(
     wanted = layer_numbers(model, layers)
     if not wanted:
         raise ValueError("layers is empty: ask for at least one, such as (-1,)")
-    if pool not in POOLS:
-        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(POOLS)}")
+    if pool not in pools():
+        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(pools())}")
     budget = token_budget(model, batch_tokens)
     limit = model.config.limit(overlength)
     policy = Policy(unknown=unknown, empty=empty, overlength=overlength, max_residues=limit)
@@ -64,7 +67,7 @@ def embed(
 
 
 def _embed(model: Encoder, tokens: Iterable[Tokens], layers: list[int], pool: str, budget: int, window: int | None):
-    for protein in run(model, tokens, [Output(pool, layer) for layer in layers], budget, window=window):
+    for protein in run(model, tokens, [make(pool, layer) for layer in layers], budget, window=window):
         arrays = dict(zip(layers, protein.arrays, strict=True))
         yield protein.label, Layers(arrays, model.config.layers)
 

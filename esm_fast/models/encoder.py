@@ -21,11 +21,14 @@ class Outputs:
 
     representations: {layer: (n, embed_dim)}, layer 0 the embedding, k < layers the stream after block k, the last after
         the final layer norm; in fp32 (fp64) even for half weights.
+    pooled: what `pools` made, in their order. rows: (m, embed_dim), the last representation at the rows asked for.
     logits: (n, 33). attentions: per sequence (layers, heads, T, T).
     contacts: per sequence (T, T) probabilities; rows and columns of <cls> and <eos> hold the regression's bias alone.
     """
 
     representations: dict[int, torch.Tensor] = field(default_factory=dict)
+    pooled: list[torch.Tensor] = field(default_factory=list)
+    rows: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     attentions: list[torch.Tensor] | None = None
     contacts: list[torch.Tensor] | None = None
@@ -67,6 +70,8 @@ class Encoder(nn.Module):
         batch: PackedBatch,
         *,
         layers=(),
+        pools=(),
+        rows=None,
         logits=False,
         attentions=False,
         contacts=False,
@@ -79,6 +84,9 @@ class Encoder(nn.Module):
         Args:
             batch: on the model's device.
             layers: which representations, 0 to config.layers.
+            pools: `ops.StackPool`s of representations, which are pooled as the layers go by and are not kept.
+            rows: (m,) int64, ascending: where the last representation is wanted. If nothing else needs all of it, the
+                last layer's feed-forward block runs on these alone.
             scale: (sequences,) token-dropout factors in place of the model's own count (see `ops.embedding`).
             keep: (n,) bool, the tokens that are residues for `contacts`; by default all but each sequence's first and
                 every <eos>.
@@ -86,24 +94,24 @@ class Encoder(nn.Module):
         """
         if contacts:
             self.contact_head.require_fitted()
-        depth = self.config.layers if logits or attentions or contacts else max(layers, default=0)
+        last, all_rows = self.config.layers, logits or attentions or contacts
+        depth = last if all_rows or rows is not None else max([*layers, *(pool.layer for pool in pools)], default=0)
+        some_rows = rows is not None and not all_rows and last not in (*layers, *(pool.layer for pool in pools))
+        whole = depth - some_rows  # layers that run on all rows
         out = Outputs(attentions=[] if attentions else None)
+        seen = _Seen(self, batch, layers, pools, out)
         x = self.embed(batch, scale) if embedded is None else embedded
-        if 0 in layers:
-            out.representations[0] = x
-        between = [number for number in layers if 0 < number < self.config.layers]
+        seen.add(0, x)
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
         rotary = self.rotary(batch) if depth else None
         all_at_once = None
-        if depth and not (attentions or contacts):
-            all_at_once = ops.transformer_stack.kernel_call(
-                self.backend, **self._stack(x, batch, rotary, depth, between)
-            )
+        if whole and not (attentions or contacts):
+            all_at_once = ops.transformer_stack.kernel_call(self.backend, **self._stack(x, batch, rotary, whole, seen))
         if all_at_once is not None:
-            x, *streams = all_at_once()
-            out.representations |= dict(zip(between, streams, strict=True))
+            x, *found = all_at_once()
+            seen.add_inner(found)
         else:
-            for number, layer in enumerate(self.layers[:depth], start=1):
+            for number, layer in enumerate(self.layers[:whole], start=1):
                 x, *qk = layer(
                     x,
                     batch,
@@ -114,18 +122,21 @@ class Encoder(nn.Module):
                 )
                 if qk:
                     maps.add(number - 1, *qk)
-                if number in between:
-                    out.representations[number] = x
-        if depth == self.config.layers:
+                if number < last:
+                    seen.add(number, x)
+        if some_rows:
+            (x,) = self.layers[-1](x, batch, rotary, rows=rows, backend=self.backend)
+        if depth == last:
             x = self.emb_layer_norm_after(x)
-            if depth in layers:
-                out.representations[depth] = x
+            seen.add(last, x)
+        if rows is not None:
+            out.rows = x if some_rows else x.index_select(0, rows)
         if logits:
             out.logits, _ = self.lm_head(x, backend=self.backend)
         out.attentions, out.contacts = maps.finish()
         return out
 
-    def _stack(self, x: torch.Tensor, batch: PackedBatch, rotary, depth: int, return_layers: list[int]) -> dict:
+    def _stack(self, x: torch.Tensor, batch: PackedBatch, rotary, depth: int, seen: "_Seen") -> dict:
         """The arguments of `ops.transformer_stack` for the first `depth` layers."""
         return dict(
             x=x,
@@ -133,8 +144,9 @@ class Encoder(nn.Module):
             max_seqlen=batch.max_seqlen,
             layers=[layer.weights() for layer in self.layers[:depth]],
             heads=self.config.attention_heads,
-            return_layers=return_layers,
+            return_layers=seen.inner_layers,
             rotary=rotary,
+            pools=seen.inner_pools,
         )
 
     def make_positions(self) -> None:
@@ -174,6 +186,36 @@ class Encoder(nn.Module):
     def tied(self) -> dict[str, str]:
         """Of the state_dict, the keys that are others once more: {key: the one it is}. Files hold each tensor once."""
         return {} if self.lm_head is None else {"lm_head.weight": "embed_tokens.weight"}
+
+
+class _Seen:
+    """Keeps or pools what is wanted of the stream while the layers go by."""
+
+    def __init__(self, model: Encoder, batch: PackedBatch, layers, pools, out: Outputs):
+        self.model, self.batch, self.layers, self.pools, self.out = model, batch, layers, pools, out
+        out.pooled = [None] * len(pools)
+        last = model.config.layers
+        self.inner_layers = [number for number in layers if 0 < number < last]
+        self._places = [place for place, pool in enumerate(pools) if 0 < pool.layer < last]
+
+    @property
+    def inner_pools(self) -> list[ops.StackPool]:
+        return [self.pools[place] for place in self._places]
+
+    def add(self, number: int, x: torch.Tensor) -> None:
+        if number in self.layers:
+            self.out.representations[number] = x
+        for place, (layer, name, rows) in enumerate(self.pools):
+            if layer == number:
+                pool = ops.POOLS[name]
+                self.out.pooled[place] = pool(x, self.batch.cu_seqlens, rows, backend=self.model.backend)
+
+    def add_inner(self, found: list[torch.Tensor]) -> None:
+        """What `ops.transformer_stack` returned beside the stream."""
+        streams, pooled = found[: len(self.inner_layers)], found[len(self.inner_layers) :]
+        self.out.representations |= dict(zip(self.inner_layers, streams, strict=True))
+        for place, rows in zip(self._places, pooled, strict=True):
+            self.out.pooled[place] = rows
 
 
 class _Maps:

@@ -50,18 +50,19 @@ class TransformerLayer(nn.Module):
         tensors = [tensor for part in parts for tensor in (_weight(part), part.bias)]
         return ops.LayerWeights(*tensors, attn_eps=before_attn.eps, ffn_eps=before_ffn.eps)
 
-    def forward(self, x, batch: PackedBatch, rotary=None, *, return_qk=False, recompute=False, backend=None):
+    def forward(self, x, batch: PackedBatch, rotary=None, *, rows=None, return_qk=False, recompute=False, backend=None):
         """x (n, width) -> (x,), or (x, q, k) with q and k (n, heads, head_dim) as the attention saw them.
 
         rotary: the tables of `ops.pre_ln_attention`, or None.
+        rows: (m,) int64, ascending: the only rows that are wanted; the feed-forward block runs on these.
         recompute: keep nothing of the layer but its input for the backward pass, which runs it again
         (Chen et al. 2016).
         """
         run = partial(checkpoint, self._run, use_reentrant=False) if recompute else self._run
         # Of now: when the backward pass comes, a cast of the parameters may be gone from the module.
-        return run(self.weights(), x, batch, rotary, return_qk, backend)
+        return run(self.weights(), x, batch, rotary, rows, return_qk, backend)
 
-    def _run(self, weights: ops.LayerWeights, x, batch: PackedBatch, rotary, return_qk: bool, backend: str | None):
+    def _run(self, weights: ops.LayerWeights, x, batch: PackedBatch, rotary, rows, return_qk: bool, backend):
         attended = ops.pre_ln_attention(
             x,
             batch.cu_seqlens,
@@ -74,6 +75,8 @@ class TransformerLayer(nn.Module):
             backend=backend,
         )
         x, *qk = attended if return_qk else (attended,)
+        if rows is not None:
+            x = x.index_select(0, rows)
         x = ops.gelu_ffn(x, *weights.ffn, eps=weights.ffn_eps, backend=backend)
         return x, *qk
 

@@ -13,7 +13,7 @@ from .pool_max import pool_max
 from .pool_moments import pool_moments
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
-from .transformer_stack import LayerWeights, StackPool, transformer_stack
+from .transformer_stack import POOLS, LayerWeights, StackPool, transformer_stack
 
 for _op in OPS.values():
     if _op.shapes is not None:
@@ -21,6 +21,7 @@ for _op in OPS.values():
 
 __all__ = [
     "OPS",
+    "POOLS",
     "BackendError",
     "LayerWeights",
     "StackPool",

@@ -88,7 +88,7 @@ def test_embed_writes_what_the_library_computes(embed, fasta, fair_checkpoint):
         assert file.attrs["model"] == str(fair_checkpoint) and "warning" not in file.attrs
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls", "per-residue"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "max", "std", "per-residue"])
 def test_embed_layers_and_pools(embed, fasta, fair_checkpoint, pool):
     result = embed(fasta, "--layers", 0, -1, 3, "--pool", pool, "--store", "float16", "--batch-tokens", 20)
     assert result.code == 0
@@ -323,9 +323,9 @@ def test_a_failure_half_way_leaves_nothing(embed, fasta, monkeypatch, tmp_path):
 
 
 def test_numbers_too_large_for_float16_are_refused(embed, fasta, monkeypatch):
-    from esm_fast.inference import stream
+    from esm_fast.inference.outputs.pooled import Mean
 
-    monkeypatch.setattr(stream, "_pooled", lambda *where, real=stream._pooled: [mean + 1e6 for mean in real(*where)])
+    monkeypatch.setattr(Mean, "reduce", lambda *where, real=Mean.reduce: [mean + 1e6 for mean in real(*where)])
     result = embed(fasta, "--store", "float16")
     assert result.code == 1 and "more than float16 can store; store float32" in error_line(result)
     assert not result.path.exists()
@@ -554,7 +554,7 @@ def test_a_command_imports_no_other():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["embed"], ["embed", "a", "-o", "b", "--pool", "max"], ["info", "a", "b"]]
+    "arguments", [[], ["fly"], ["embed"], ["embed", "a", "-o", "b", "--pool", "median"], ["info", "a", "b"]]
 )
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

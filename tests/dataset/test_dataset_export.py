@@ -16,7 +16,7 @@ from embedded import MIXED, fasta_of, proteins
 
 from esm_fast.dataset.export import FORMATS
 from esm_fast.dataset.neighbours import search
-from esm_fast.inference import stream
+from esm_fast.inference.outputs.pooled import Mean
 
 # Ids that no file may be named by.
 ODD = fasta_of([("../up", "MKAV"), ("a/b", "MKAL"), ("x" * 300, "MKAI"), (".", "MKAT")])
@@ -116,12 +116,12 @@ def test_an_unfinished_data_set_is_not_exported(folder, tmp_path, capsys, fair_c
 
 
 def test_proteins_without_numbers_are_left_out_and_counted(folder, tmp_path, monkeypatch, fair_checkpoint, capsys):
-    def pooled_rows(*where, real=stream._pooled):
+    def pooled_rows(*where, real=Mean.reduce):
         made = real(*where)
         made[0][:] = np.nan
         return made
 
-    monkeypatch.setattr(stream, "_pooled", pooled_rows)
+    monkeypatch.setattr(Mean, "reduce", pooled_rows)
     assert make(folder.parent / "in.fasta", tmp_path / "o", fair_checkpoint) == 3
     data = esm_fast.open(tmp_path / "o")
     whole = [number for number in range(len(data)) if data.status(number) == "ok"]

@@ -25,6 +25,7 @@ from esm_fast.dataset import verify
 from esm_fast.dataset.errors import DatasetError
 from esm_fast.dataset.plan import load
 from esm_fast.inference import stream
+from esm_fast.inference.outputs.pooled import Mean
 
 FASTA = fasta_of(proteins(9, seed=2)) + MIXED
 # The quick numbers are for every day; ESM_FAST_FAULTS=200 kills at every single step and 200 times more, and flips
@@ -456,13 +457,13 @@ def test_a_protein_that_fits_into_no_memory_is_named(command, tmp_path, monkeypa
 
 
 def test_numbers_that_are_not_finite_are_computed_again_in_float32(command, clean, tmp_path, monkeypatch):
-    def pooled_rows(model, x, *rest, real=stream._pooled):
-        made = real(model, x, *rest)
-        if next(model.parameters()).dtype == torch.bfloat16:
+    def pooled_rows(output, given, batch, real=Mean.reduce):
+        made = real(output, given, batch)
+        if given.model.dtype == torch.bfloat16:
             made[0][:] = np.inf
         return made
 
-    monkeypatch.setattr(stream, "_pooled", pooled_rows)
+    monkeypatch.setattr(Mean, "reduce", pooled_rows)
     assert main(command(tmp_path / "o", "--dtype", "bfloat16")) == 0
     rows, exact = pooled(tmp_path / "o"), pooled(clean)
     again = [i for i, row in enumerate(rows) if row["status"] == "float32"]
@@ -472,12 +473,12 @@ def test_numbers_that_are_not_finite_are_computed_again_in_float32(command, clea
 
 
 def test_numbers_that_stay_infinite_are_named(command, tmp_path, monkeypatch, capsys):
-    def pooled_rows(*where, real=stream._pooled):
+    def pooled_rows(*where, real=Mean.reduce):
         made = real(*where)
         made[-1][..., 3] = np.nan
         return made
 
-    monkeypatch.setattr(stream, "_pooled", pooled_rows)
+    monkeypatch.setattr(Mean, "reduce", pooled_rows)
     assert main(command(tmp_path / "o")) == 3
     assert "not finite" in capsys.readouterr().err
     rows = pooled(tmp_path / "o")
@@ -487,7 +488,7 @@ def test_numbers_that_stay_infinite_are_named(command, tmp_path, monkeypatch, ca
 
 
 def test_numbers_too_large_for_float16_are_named(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "_pooled", lambda *where, real=stream._pooled: [rows + 1e6 for rows in real(*where)])
+    monkeypatch.setattr(Mean, "reduce", lambda *where, real=Mean.reduce: [rows + 1e6 for rows in real(*where)])
     assert main(command(tmp_path / "o", "--store", "float16")) == 3
     assert {row["status"] for row in pooled(tmp_path / "o")} == {"too large for float16"}
 

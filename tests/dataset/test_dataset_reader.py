@@ -12,7 +12,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 from embedded import MIXED, fasta_of, proteins
 
 from esm_fast.dataset.errors import DatasetError
-from esm_fast.inference import stream
+from esm_fast.inference.outputs.pooled import Mean
 
 FASTA = fasta_of(proteins(20, seed=7)) + MIXED
 OPTIONS = ["--unit-residues", "150", "--residues", "--unknown", "skip", "--empty", "skip", "--layers", "0", "-1"]
@@ -122,12 +122,12 @@ def test_what_is_not_there(folder, tmp_path, fair_checkpoint, monkeypatch):
     with pytest.raises(DatasetError, match="is no data set"):
         esm_fast.open(tmp_path)
 
-    def pooled_rows(*where, real=stream._pooled):
+    def pooled_rows(*where, real=Mean.reduce):
         made = real(*where)
         made[0][:] = np.nan
         return made
 
-    monkeypatch.setattr(stream, "_pooled", pooled_rows)
+    monkeypatch.setattr(Mean, "reduce", pooled_rows)
     source, out = folder.parent / "in.fasta", tmp_path / "o"
     options = ["--unknown", "skip", "--empty", "skip", "--unit-residues", "150"]
     assert main(["embed", str(source), "-o", str(out), "--model", str(fair_checkpoint), *options]) == 3

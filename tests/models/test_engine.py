@@ -40,10 +40,11 @@ def reference(model, sequence, layer, pool):
     _, _, tokens = model.alphabet.get_batch_converter()([("x", sequence)])
     with torch.no_grad():
         x = model(tokens, repr_layers=[layer])["representations"][layer][0].numpy()
-    return {"mean": x[1:-1].mean(0), "cls": x[0], "per_residue": x[1:-1]}[pool]
+    inner = x[1:-1]
+    return {"mean": inner.mean(0), "cls": x[0], "max": inner.max(0), "std": inner.std(0), "per_residue": inner}[pool]
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls", "per_residue"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "max", "std", "per_residue"])
 @pytest.mark.parametrize("batch_tokens", [1, 64, 500, None])
 def test_embeddings_are_the_models_in_input_order(model, pool, batch_tokens):
     data = proteins(23)
@@ -179,7 +180,8 @@ def test_mask_tokens_are_honoured(model):
         (dict(layers=(3,)), "layer 3 does not exist: the model has 0"),
         (dict(layers=(-4,)), "layer -4 does not exist"),
         (dict(layers=()), "layers is empty"),
-        (dict(pool="max"), "pool is 'max'"),
+        (dict(pool="median"), "pool is 'median'"),
+        (dict(pool="contacts"), "pool is 'contacts'"),
         (dict(batch_tokens=0), "batch_tokens is 0"),
         (dict(unknown="drop"), "unknown"),
         (dict(overlength="cut"), "overlength"),
