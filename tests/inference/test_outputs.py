@@ -17,7 +17,7 @@ from esm_fast.inference import outputs
 from esm_fast.inference.outputs import make
 from esm_fast.inference.outputs.logits import Logits, masks_of
 from esm_fast.inference.stream import run
-from esm_fast.models import Config
+from esm_fast.models.esm1 import Config
 from esm_fast.sequences.fasta import records_from
 from esm_fast.sequences.tokenize import Policy, Report, tokenize
 
