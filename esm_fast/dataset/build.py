@@ -99,7 +99,7 @@ def build_dataset(
         folder: of the data set, made if need be; its parent must be there.
         model: a name or path, as `load` takes it.
         layers: 0 (the embedding) to the number of layers, or counted from the last, -1.
-        pool: what to keep of a protein, "mean" over its residues or "cls".
+        pool: what to keep of a protein: "mean", "max" or "std" over its residues, or "cls".
         residues: whether to keep every residue's numbers as well.
         dtype: to compute in: "float32", "bfloat16", "float16", "int8", or "auto", the fastest whose error is known.
         shard: "I/N" for the I-th of N shares, from 0; None for what SLURM or torchrun say, else for everything. A
@@ -276,6 +276,6 @@ def finished(plan: Plan, progress: Progress, on_progress: Callable) -> Counter:
 
 
 def _pools() -> tuple[str, ...]:
-    from ..inference.stream import POOLS
+    from ..inference.outputs import pools
 
-    return tuple(pool for pool in POOLS if pool != "per_residue")
+    return tuple(pools("protein"))

@@ -84,8 +84,8 @@ def npy(data: Dataset, out: Path, ask: Ask) -> None:
 
 def pt(data: Dataset, out: Path, ask: Ask) -> None:
     """A folder as fair-esm's extract.py fills it, a file a protein."""
-    pooled = {"mean": "mean_representations", "cls": "bos_representations"}[data.plan.settings.pool]
-    key = "representations" if ask.residues else pooled
+    pool = data.plan.settings.pool
+    key = "representations" if ask.residues else {"cls": "bos_representations"}.get(pool, f"{pool}_representations")
     names = Ids().give([file_name(header) for header in data.headers], rename=True)
     with TorchFolder(out) as folder:
         for number, array in _proteins(data, ask):

@@ -26,7 +26,7 @@ class Policy:
 
     unknown: str = "error"  # or "x": read each as X; or "skip" the record
     empty: str = "error"  # or "skip" the record
-    overlength: str = "error"  # or "truncate" to the first max_residues; or "window": left whole, for the engine to cut
+    overlength: str = "error"  # or "truncate" to the first max_residues; or "window": left whole, to be cut later
     max_residues: int = 1022  # what ESM-1b's position table has room for, beside cls and eos
     gaps: str | None = None  # '-' and '.': "error", "remove", "keep" as tokens; None: an error in files only
     specials: str = "keep"  # records that hold a literal token such as <mask>; or "skip" them

@@ -158,14 +158,14 @@ def test_a_new_output_is_one_file(model, monkeypatch, tmp_path):
     monkeypatch.setattr(outputs, "__path__", [*outputs.__path__, str(tmp_path)])
     outputs.outputs.cache_clear()
     try:
-        assert "ends" in outputs.names("protein") and "ends" in outputs.pools()
+        assert "ends" in outputs.pools("protein") and "ends" not in outputs.pools("residue")
         ((_, found),) = esm_fast.embed(model, ["ACDEF"], pool="ends", layers=(1, 2))
         assert set(found) == {1, 2} and found[1].shape == (32,)
     finally:
         monkeypatch.undo()
         outputs.outputs.cache_clear()
         sys.modules.pop("esm_fast.inference.outputs.ends", None)
-    assert "ends" not in outputs.names()
+    assert "ends" not in outputs.pools()
 
 
 def test_pooling_keeps_no_layer(model):

@@ -94,14 +94,10 @@ def outputs() -> dict[str, Callable[[int | None], Output]]:
     return {name: made for module in modules for name, made in module.OUTPUTS.items()}
 
 
-def names(per: str | None = None) -> list[str]:
-    """Of all outputs, or of those whose rows are of a "protein", a "residue" or a "pair"."""
-    return [name for name, made in outputs().items() if per in (None, made(-1).per)]
-
-
-def pools() -> list[str]:
-    """What a layer's representation can be made into."""
-    return [name for name, made in outputs().items() if made(-1).layer is not None]
+def pools(per: str | None = None) -> list[str]:
+    """What a layer's representation can be made into; or only into a row of a "protein", or of a "residue"."""
+    made = {name: of_layer(0) for name, of_layer in outputs().items()}
+    return [name for name, output in made.items() if output.layer is not None and per in (None, output.per)]
 
 
 def make(name: str, layer: int | None = None) -> Output:
