@@ -23,14 +23,15 @@ def arguments(dtype, lengths=LENGTHS, depth=3, return_layers=(2, 1), head_dim=24
     return verify.bound(ops.transformer_stack, case.build(dtype, "cpu", 0))
 
 
-def layer_by_layer(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary):
+def layer_by_layer(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
     after = []
     for layer in layers:
         attention = kernel("pre_ln_attention").forward
         x = attention(x, cu_seqlens, max_seqlen, *layer.attention, heads, layer.attn_eps, rotary, False)
         x = kernel("gelu_ffn").forward(x, *layer.ffn, layer.ffn_eps)
         after.append(x)
-    return [x, *(after[number - 1] for number in return_layers)]
+    pooled = (ops.POOLS[name](after[number - 1], cu_seqlens, rows) for number, name, rows in pools)
+    return [x, *(after[number - 1] for number in return_layers), *pooled]
 
 
 def same(found, expected):
@@ -49,6 +50,10 @@ def test_the_bits_of_the_layers_one_by_one(isa, threads, dtype, rotary):  # noqa
         values = arguments(dtype, lengths, rotary=rotary)
         found = run("transformer_stack", **values)
         assert same(found, layer_by_layer(**values)), (lengths, n)
+        rows = values["x"][:, 0].abs()
+        pools = [ops.StackPool(1, "pool", rows), ops.StackPool(3, "pool_max", rows > 0.1)]
+        pooled = values | {"pools": pools}
+        assert same(run("transformer_stack", **pooled), layer_by_layer(**pooled)), (lengths, n)
         # A stack that drops the positions is caught here and above: it is right without them.
         assert not rotary or lengths == [5] or not same(found, run("transformer_stack", **values | {"rotary": None}))
 
