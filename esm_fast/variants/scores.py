@@ -1,6 +1,7 @@
 """One protein under one strategy: its variants' scores, its scan, its log-probabilities, on any model."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -54,14 +55,18 @@ class Job:
             self._proteins[longest] = Proteins(self.text, self.window, longest)
         return self._proteins[longest]
 
-    def refuse(self, bound: Bound, proteins: Proteins | None = None) -> str:
+    def refuse(self, bound: Bound) -> str:
         """Why a variant has no score under this strategy, or ""."""
         if bound.stop is not None and not self.how.STOPS:
             return f"{self.how.NAME} has no score for a stop; pllr has"
         if bound.stop is None and bound.substitutions is None and not self.how.LENGTHS:
             return f"{self.how.NAME} has no score for another length; pllr and pll have"
-        proteins = proteins or Proteins(self.text, self.window, RESIDUES)
-        return self.how.refuse(bound, proteins) if hasattr(self.how, "refuse") else ""
+        return self.how.refuse(bound, self._usual) if hasattr(self.how, "refuse") else ""
+
+    @cached_property
+    def _usual(self) -> Proteins:
+        """For a model of the usual length; before a model is loaded, variants are checked against it."""
+        return Proteins(self.text, self.window, None if self.window == "whole" else RESIDUES)
 
     # ---- variants
 
