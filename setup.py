@@ -61,6 +61,7 @@ setup(
     # The kernels stand at the top level, beside csrc, and are imported as `esm_fast.kernels`.
     package_dir={"esm_fast": "esm_fast", "esm_fast.kernels": "kernels"},
     package_data={
+        "esm_fast": ["*.pyi", "py.typed"],
         "esm_fast.models": ["*.safetensors"],
         "esm_fast.kernels.cuda": ["*.csv"],
         "esm_fast.kernels.triton": ["*.csv"],

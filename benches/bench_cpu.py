@@ -17,6 +17,7 @@ import torch
 from machine import machine
 
 from esm_fast import _C
+from esm_fast.formats.int8 import Int8Weight
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.embedding import _case as embedding_case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
@@ -24,7 +25,6 @@ from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
 from esm_fast.ops.pool import _case as pool_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case
-from esm_fast.quantized import Int8Weight
 
 NATURAL = [1022, 683, 460, 351, 264, 187, 103]
 POINTS = [

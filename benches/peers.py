@@ -11,20 +11,19 @@ from torch_peers import fair_esm, hugging_face, torch_packed
 
 def our_model(size: Size, state: dict[str, torch.Tensor], dtype: str, backend: str | None = None):
     """ESM1 on the shared weights; without a named backend packed or quantised, as the command line loads it."""
+    from esm_fast.formats import formats
+    from esm_fast.formats.model import prepack_model, why_not
     from esm_fast.inference.load import DTYPES
     from esm_fast.models.esm1 import ESM1, Config
-    from esm_fast.packed import pack_model, why_not
 
     with torch.device("meta"):
         model = ESM1(Config(**vars(size)), backend=backend)
     plain = DTYPES["bfloat16" if dtype == "int8" else dtype]
     model.load_state_dict({name: tensor.to(plain) for name, tensor in state.items()}, assign=True)
     if dtype == "int8":
-        from esm_fast.quantized import quantize_model
-
-        quantize_model(model)
+        prepack_model(model, formats()["int8"])
     elif backend is None and why_not(model) is None:
-        pack_model(model)
+        prepack_model(model)
     return model.eval()
 
 
@@ -45,10 +44,10 @@ def ours(dtype: str) -> Callable[[Setup], Run]:
 
 
 def int8_missing() -> str:
-    from esm_fast.quantized import require_int8
+    from esm_fast.formats import formats
 
     try:
-        require_int8("cpu", None, None)
+        formats()["int8"].require("cpu", None, None)
     except ValueError as error:
         return str(error)
     return ""

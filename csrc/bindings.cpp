@@ -9,7 +9,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace esm::cpu {
-void bind(py::module_& module);  // cpu/bindings.cpp
+void bind(py::module_& module);  // cpu/bindings/
 }
 
 namespace {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "workspace.h"
 
 #if defined(ESM_EMULATE_AMX)
 #include "amx_emulator.h"
@@ -308,7 +309,7 @@ void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, i
     constexpr size_t kTile = kTileRows<bf16> * kPanel;
     constexpr int kMostLines = 8;  // prefetches per 32 inputs: more would displace the loads
     float* resting = nullptr;
-    if (order.passes > 1) resting = static_cast<float*>(scratch(8, size_t(panels) * tiles * kTile * sizeof(float)));
+    if (order.passes > 1) resting = buffer<float>(Any::resting, int64_t(panels) * tiles, kTile);
     alignas(64) float sums[2][kTile];
     Products products;
     Finishing last;

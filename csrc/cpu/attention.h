@@ -145,8 +145,8 @@ void attend(const A* q, const A* packed, A* out, size_t ld, int length, int64_t 
     const int key_panels = panels_of(length), dim_panels = panels_of(dim);
     const A *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
     const size_t ld_scores = size_t(key_panels) * kPanel;
-    float* scores = static_cast<float*>(scratch(5, kTileRows<A> * ld_scores * sizeof(float)));
-    A* weights = static_cast<A*>(scratch(6, kTileRows<A> * ld_scores * sizeof(A)));
+    float* scores = buffer<float>(Any::scores, kTileRows<A>, ld_scores);
+    A* weights = buffer<A>(Any::probabilities, kTileRows<A>, ld_scores);
     Tiles<A>{end - begin}.each([&](int64_t row, int height) {
         const int64_t first = begin + row;
         for (int panel = 0; panel < key_panels; ++panel)
@@ -245,8 +245,8 @@ void attend(const bf16* q, const bf16* packed, bf16* out, size_t ld, int length,
     const bf16 *keys = packed, *values = keys + key_panels * panel_size(keys, dim);
     const int tiles = (count + kMost - 1) / kMost, most = (count + tiles - 1) / tiles;
     const size_t size = size_t(kMost) * padded;
-    float* scores = static_cast<float*>(scratch(5, 2 * size * sizeof(float)));
-    bf16* weights = static_cast<bf16*>(scratch(6, 2 * size * sizeof(bf16)));
+    float* scores = buffer<float>(Any::scores, 2, size);
+    bf16* weights = buffer<bf16>(Any::probabilities, 2, size);
     alignas(64) float sums[2][kMost * kPanel];
     float inverse[3][kMost];
     const auto first_of = [&](int tile) { return begin + int64_t(tile) * most; };

@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#include "table.h"
+#include "host.h"
 
 namespace esm {
 namespace cpu {

@@ -3,13 +3,25 @@
 #pragma once
 
 #include "clock.h"
-#include "formats/bf16.h"
-#include "formats/f32.h"
-#include "formats/int8.h"
+#include "panels.h"
+
+#define ESM_FILES
+#include "formats.def"
+#undef ESM_FILES
 
 namespace esm {
 namespace cpu {
 namespace {
+
+template <Type type>
+struct ElementOf;
+#define X(name, Element)              \
+    template <>                       \
+    struct ElementOf<Type::name> {    \
+        typedef Element W;            \
+    };
+ESM_FORMATS(X)
+#undef X
 
 // tile<rows>.
 template <int R = kRows, class A, class W>
@@ -85,6 +97,20 @@ struct Project {
                 A* to = out + (row + r) * ld + column + v;
                 left >= N ? store(to, x) : store_part(to, x, left);
             });
+    }
+};
+
+// out += the tile.
+struct Accumulate {
+    float* out;
+    size_t ld;
+
+    ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
+        for (int r = 0; r < height; ++r)
+            for (int v = 0; v < kPanel; v += N) {
+                float* to = out + (row + r) * ld + column + v;
+                store(to, load(to) + load(c + r * kPanel + v));
+            }
     }
 };
 

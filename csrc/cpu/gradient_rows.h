@@ -1,29 +1,25 @@
 // What a layer's halves share in training: matrices packed for one call, sums over rows, the layer norm's gradient.
 #pragma once
 
-#include "edges.h"
-#include "training.h"
+#include "rows.h"
+#include "work.h"
 
 namespace esm {
 namespace cpu {
 namespace {
 
-// Scratch slots as in layers.h. The calling thread's: small vectors, matrices, sums of the parts. Every thread's own:
-// rows of its block.
-enum LayerTrainingSlot { kVectorsSlot, kMatricesSlot, kPartsSlot, kOwnRows, kOwnWide, kOwnGradient };
-
 // Gains and biases in fp32, padded with zeros to whole panels.
-template <int Count>
+template <class W, int Count>
 class Vectors {
   public:
-    Vectors(Type type, const void* const (&from)[Count], const int (&sizes)[Count]) {
+    Vectors(const void* const (&from)[Count], const int (&sizes)[Count]) {
         for (int i = 0; i < Count; ++i) {
             size[i] = sizes[i], offset[i] = floats;
             floats += size_t(round_up(sizes[i], kPanel));
         }
-        float* memory = buffer<float>(kVectorsSlot, 1, floats);
+        float* memory = buffer<float>(Layer::vectors, 1, floats);
         values_ = memory;
-        for (int i = 0; i < Count; ++i) widen(from[i], type, size[i], memory + offset[i]);
+        for (int i = 0; i < Count; ++i) widen<typename FormatOf<W>::Plain>(from[i], size[i], memory + offset[i]);
     }
     const float* operator[](int i) const { return values_ + offset[i]; }
 
@@ -37,7 +33,7 @@ class Vectors {
 // One panel of a matrix as the GEMM reads it: of (out, in), or transposed of (in, out).
 template <bool Transposed, class W>
 void pack_panel(const W* matrix, int out, int in, int panel, W* to) {
-    constexpr int kTogether = sizeof(W) == 2 ? 2 : 1, kStretch = 64;
+    constexpr int kTogether = FormatOf<W>::kTogether, kStretch = 64;
     const int first = panel * kPanel, count = int(smaller(kPanel, out - first));
     const auto place = [&](int i, int o) { return (size_t(i / kTogether) * kPanel + o) * kTogether + i % kTogether; };
     std::memset(to, 0, panel_size(to, in) * sizeof(W));
@@ -71,7 +67,7 @@ void pack_matrices(Matrix (&&matrices)[Count], bool transposed, const W* (&packe
         if (transposed) matrices[i] = {matrices[i].plain, matrices[i].in, matrices[i].out};
         offset[i + 1] = offset[i] + panels_of(matrices[i].out) * panel_size(packed[i], matrices[i].in);
     }
-    W* memory = buffer<W>(kMatricesSlot, 1, offset[Count]);
+    W* memory = buffer<W>(Layer::matrices, 1, offset[Count]);
     for (int i = 0; i < Count; ++i) {
         const W* plain = static_cast<const W*>(matrices[i].plain);
         W* to = memory + offset[i];
@@ -90,10 +86,10 @@ void pack_matrices(Matrix (&&matrices)[Count], bool transposed, const W* (&packe
 constexpr int kSummedTogether = 64;
 
 // body(first row, one past the last, sums) for each part; out: the sums of all parts in order, vector after vector.
-template <int Count, class Body>
-void each_part_of_sums(int64_t rows, const Vectors<Count>& vectors, float* out, const Body& body) {
+template <class W, int Count, class Body>
+void each_part_of_sums(int64_t rows, const Vectors<W, Count>& vectors, float* out, const Body& body) {
     const int64_t parts = (rows + kSummedTogether - 1) / kSummedTogether;
-    float* all = buffer<float>(kPartsSlot, parts, vectors.floats);
+    float* all = buffer<float>(Layer::sums, parts, vectors.floats);
     each(size_t(parts), 1, [&](size_t begin, size_t end) {
         for (size_t part = begin; part < end; ++part) {
             const int64_t first = int64_t(part) * kSummedTogether;
@@ -130,6 +126,19 @@ void add_rows(const A* rows, int width, int64_t count, size_t ld, float* sums) {
     for (; count; --count, rows += ld)
         each_part(rows, width, [&](int i, F x, int) { store(sums + i, load(sums + i) + x); });
 }
+
+// Keeps what GELU is given, for `columns` columns; see Gelu.
+template <class W, class A>
+struct GeluKeeping {
+    Gelu<A> gelu;
+    W* middle;
+    int columns;
+
+    ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
+        Project<W>{middle, size_t(columns), gelu.bias, columns}(c, row, height, column);
+        gelu(c, row, height, column);
+    }
+};
 
 // The epilogue that does nothing: rows of `columns`, one after the other.
 template <class W>

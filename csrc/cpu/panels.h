@@ -1,7 +1,7 @@
-// Weights and rows as the GEMM sees them, whatever their format: panels of kPanel outputs (see Packed in table.h).
+// Weights and rows as the GEMM sees them, whatever their format: panels of kPanel outputs (see Prepacked in types.h).
 #pragma once
 
-#include "table.h"
+#include "types.h"
 #include "vec.h"
 
 namespace esm {
@@ -16,13 +16,18 @@ template <class A>
 constexpr int kTileRows = kRows;
 
 // What a format of weights says of itself; a file of formats/ has the one of its W, with its panel_size, its tile and,
-// where the GEMM does not read the activations as they are, its operand.
+// where the GEMM does not read the activations as they are, what makes its operand of them.
 //
 //     typedef ... Activation;  // of the rows between the steps of a layer
 //     typedef ... Operand;     // of the rows that the GEMM reads
 //     typedef ... Plain;       // of the vectors and results beside the weights
+//     static constexpr int kTogether = ...;  // inputs of an output that lie side by side in a panel
 template <class W>
-struct Format;
+struct FormatOf;
+
+// Whether the GEMM reads operands B that have to be made of the activations, by quantize_row(activations, n, B*).
+template <class B>
+constexpr bool kQuantized = false;
 
 ESM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 ESM_INLINE int panels_of(int64_t columns) { return int((columns + kPanel - 1) / kPanel); }

@@ -1,7 +1,8 @@
-// Row by row: layer norm, softmax, and the small vectors of a call in fp32.
+// Row by row: layer norm, softmax, the small vectors of a call in fp32, and from one type to another.
 #pragma once
 
-#include "formats/int8.h"
+#include "gemm.h"
+#include "workspace.h"
 
 namespace esm {
 namespace cpu {
@@ -30,9 +31,8 @@ struct Statistics {
     }
 };
 
-// Layer norm; the row's padding up to whole panels is set to 0.
 template <class A>
-void layer_norm(const float* x, int width, const float* gain, const float* bias, float eps, A* out) {
+void normed_row(const float* x, int width, const float* gain, const float* bias, float eps, A* out) {
     const int whole = width / N * N, rest = width - whole;
     const Statistics row(x, width, eps);
     for (int i = 0; i < whole; i += N)
@@ -45,10 +45,16 @@ void layer_norm(const float* x, int width, const float* gain, const float* bias,
     }
 }
 
-void layer_norm(const float* x, int width, const float* gain, const float* bias, float eps, biased8* out) {
-    float* row = static_cast<float*>(scratch(7, size_t(round_up(width, kPanel)) * sizeof(float)));
-    layer_norm(x, width, gain, bias, eps, row);
-    quantize_row(row, width, out);
+// Layer norm, as the GEMM reads it; the row's padding up to whole panels is set to 0.
+template <class B>
+void layer_norm(const float* x, int width, const float* gain, const float* bias, float eps, B* out) {
+    if constexpr (kQuantized<B>) {
+        float* row = buffer<float>(Any::normed, 1, size_t(round_up(width, kPanel)));
+        layer_norm(x, width, gain, bias, eps, row);
+        quantize_row(row, width, out);
+    } else {
+        normed_row(x, width, gain, bias, eps, out);
+    }
 }
 
 // e^(scale (x - most)), as many digits as type A has.
@@ -87,18 +93,34 @@ float softmax_weights(float* scores, int length, float scale, A* weights, float*
     return sum(total);
 }
 
-// `count` values of the vectors beside weights of `type` in fp32, then zeros to whole panels; returns where the next vector may begin.
-float* widen(const void* from, Type type, int count, float* to) {
+// `count` values of P in fp32, then zeros to whole panels; returns where the next vector may begin.
+template <class P>
+float* widen(const void* from, int count, float* to) {
+    const P* values = static_cast<const P*>(from);
     const int padded = int(round_up(count, kPanel)), whole = count / N * N;
     std::memset(to + whole, 0, size_t(padded - whole) * sizeof(float));
-    if (type == Type::kFloat32) {
-        std::memcpy(to, from, size_t(count) * sizeof(float));
-    } else {
-        const bf16* values = static_cast<const bf16*>(from);
-        for (int i = 0; i < whole; i += N) store(to + i, load(values + i));
-        for (int i = whole; i < count; ++i) to[i] = widen(values[i]);
-    }
+    for (int i = 0; i < whole; i += N) store(to + i, load(values + i));
+    for (int i = whole; i < count; ++i) to[i] = widen(values[i]);
     return to + padded;
+}
+
+// use(i, values, left) for each vector of a row; left is how many of its elements count, N or more for all.
+template <class T, class Use>
+ESM_INLINE void each_part(const T* row, int width, const Use& use) {
+    for (int i = 0; i < width; i += N)
+        use(i, width - i >= N ? load(row + i) : load_part(row + i, width - i), width - i);
+}
+
+template <class T>
+ESM_INLINE void store_first(T* to, F x, int left) {
+    left >= N ? store(to, x) : store_part(to, x, left);
+}
+
+// From one type to another, with zeros up to whole panels.
+template <class T, class A>
+void copy_row(const T* from, int width, A* to) {
+    each_part(from, width, [&](int i, F x, int left) { store_first(to + i, x, left); });
+    std::memset(to + width, 0, size_t(round_up(width, kPanel) - width) * sizeof *to);
 }
 
 }  // namespace

@@ -4,69 +4,21 @@
 #include <cstring>
 #include <new>
 
-#include "quantized.h"
+#include "host.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#define ESM_FILES
+#include "formats.def"
+#undef ESM_FILES
 
 namespace esm {
 namespace cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr int kBlock = 64;
-
-// Elements of one panel. Group: how many inputs of one output lie side by side, 2 for bf16.
-template <int Group>
-size_t panel_size(int in) {
-    constexpr int kWhole = Group == 1 ? 1 : kInputs;
-    return size_t(in + kWhole - 1) / kWhole * kWhole * kPanel;
-}
-
-size_t panels_of(int out) { return size_t(out + kPanel - 1) / kPanel; }
-
-// visit(element of the matrix, element of the packed one) for one panel's share of the matrix, a few inputs at a time,
-// so that what is scattered stays in the first-level cache.
-template <int Group, class Visit>
-void each_element(int out, int in, size_t panel, const Visit& visit) {
-    const size_t to = panel * panel_size<Group>(in);
-    for (int start = 0; start < in; start += kBlock)
-        for (int row = 0; row < kPanel && int(panel) * kPanel + row < out; ++row) {
-            const size_t from = (panel * kPanel + size_t(row)) * size_t(in);
-            for (int i = start; i < in && i < start + kBlock; ++i)
-                visit(from + size_t(i), to + (size_t(i / Group) * kPanel + size_t(row)) * Group + size_t(i % Group));
-        }
-}
-
-// Packs the panels [first, last) of a matrix, or unpacks them.
-struct Work {
-    const void* from;
-    void* to;
-    int out, in;
-    Type type;
-    bool unpack;
-
-    static void run(void* context, size_t first, size_t last) {
-        const Work& w = *static_cast<const Work*>(context);
-        w.type == Type::kFloat32 ? w.move<uint32_t, 1>(first, last) : w.move<uint16_t, 2>(first, last);
-    }
-
-    template <class T, int Group>
-    void move(size_t first, size_t last) const {
-        const T* source = static_cast<const T*>(from);
-        T* target = static_cast<T*>(to);
-        for (size_t panel = first; panel < last; ++panel) {
-            if (unpack) {
-                each_element<Group>(out, in, panel, [&](size_t plain, size_t packed) { target[plain] = source[packed]; });
-                continue;
-            }
-            const size_t size = panel_size<Group>(in);
-            std::memset(target + panel * size, 0, size * sizeof(T));
-            each_element<Group>(out, in, panel, [&](size_t plain, size_t packed) { target[packed] = source[plain]; });
-        }
-    }
-};
 
 std::shared_ptr<void> allocate(size_t bytes) {
     // Huge pages as far as they are filled: fewer of the TLB misses that end a prefetch.
@@ -79,52 +31,113 @@ std::shared_ptr<void> allocate(size_t bytes) {
     return memory;
 }
 
+// body(panel, where it is) for every panel of a matrix, on all threads.
+template <class Byte, class Body>
+void each_panel(const Prepacked& matrix, Byte* data, const Body& body) {
+    struct Work {
+        const Body& body;
+        Byte* data;
+        size_t size;
+
+        static void run(void* context, size_t first, size_t last) {
+            const Work& work = *static_cast<const Work*>(context);
+            for (size_t panel = first; panel < last; ++panel) work.body(int(panel), work.data + panel * work.size);
+        }
+    } work{body, data, layout_of(matrix.type).panel_size(matrix.in)};
+    parallel(size_t(panels_of(matrix.out)), 1, Work::run, &work);
+}
+
 }  // namespace
 
-size_t packed_size(Type type, int out, int in) {
-    if (type == Type::kInt8) return quantized_size(out, in);
-    return panels_of(out) *
-           (type == Type::kFloat32 ? panel_size<1>(in) * sizeof(float) : panel_size<2>(in) * sizeof(uint16_t));
+const Layout& layout_of(Type type) {
+    static constexpr Layout kLayouts[] = {
+#define X(name, Element)                                                                    \
+    {LayoutOf<Type::name>::plain, LayoutOf<Type::name>::parts, LayoutOf<Type::name>::panel_size, \
+     LayoutOf<Type::name>::pack, LayoutOf<Type::name>::unpack},
+        ESM_FORMATS(X)
+#undef X
+    };
+    return kLayouts[int(type)];
 }
 
-Weights::Weights(const void* matrix, int out, int in, Type type) {
-    std::shared_ptr<void> memory = allocate(packed_size(type, out, in));
-    packed_ = Packed{memory.get(), out, in, type};
-    Work work{matrix, memory.get(), out, in, type, false};
-    parallel(panels_of(out), 1, Work::run, &work);
+size_t prepacked_size(Type type, int out, int in) {
+    return size_t(panels_of(out)) * layout_of(type).panel_size(in);
+}
+
+Weights::Weights(Type type, const void* const* parts, int out, int in) {
+    std::shared_ptr<void> memory = allocate(prepacked_size(type, out, in));
+    prepacked_ = Prepacked{memory.get(), out, in, type};
+    each_panel(prepacked_, static_cast<char*>(memory.get()), [&](int panel, char* to) {
+        layout_of(type).pack(parts, out, in, panel, to);
+    });
     memory_ = std::move(memory);
 }
 
-Weights::Weights(std::shared_ptr<const void> packed, int out, int in, Type type)
-    : memory_(std::move(packed)), packed_{memory_.get(), out, in, type} {}
+Weights::Weights(std::shared_ptr<const void> prepacked, int out, int in, Type type)
+    : memory_(std::move(prepacked)), prepacked_{memory_.get(), out, in, type} {}
 
-Weights::Weights(const int8_t* numbers, const float* scales, int out, int in) {
-    std::shared_ptr<void> memory = allocate(quantized_size(out, in));
-    packed_ = Packed{memory.get(), out, in, Type::kInt8};
-    pack_quantized(numbers, scales, out, in, memory.get());
-    memory_ = std::move(memory);
+void Weights::unpack(void* const* parts) const {
+    const Prepacked& from = prepacked_;
+    each_panel(from, static_cast<const char*>(from.data), [&](int panel, const char* data) {
+        layout_of(from.type).unpack(data, from.out, from.in, panel, parts);
+    });
 }
 
-void Weights::unpack(int8_t* numbers, float* scales) const {
-    unpack_quantized(packed_.data, packed_.out, packed_.in, numbers, scales);
-}
+namespace {
 
-void Weights::unpack(void* matrix) const {
-    Work work{packed_.data, matrix, packed_.out, packed_.in, packed_.type, true};
-    parallel(panels_of(packed_.out), 1, Work::run, &work);
-}
+constexpr size_t kStretch = size_t(1) << 18;  // bytes that one thread takes at once
+constexpr uint64_t kOdd = 0x9e3779b97f4a7c15ull;
 
-uint64_t fingerprint(const void* data, size_t bytes) {
-    constexpr size_t kSamples = 32;
-    uint64_t hash = 14695981039346656037ull;
-    if (bytes < 8) return hash;
-    for (size_t i = 0; i < kSamples; ++i) {
-        uint64_t word;
-        std::memcpy(&word, static_cast<const char*>(data) + (bytes - 8) / (kSamples - 1) * i, 8);
-        hash = (hash ^ word) * 1099511628211ull;
-        hash ^= hash >> 29;
+// Eight chains of words, so that their multiplications overlap. Each step can be undone, so no change of one word is
+// lost on the way.
+uint64_t checksum(const char* data, size_t size) {
+    constexpr size_t kChains = 8;
+    uint64_t chains[kChains], words[kChains];
+    for (size_t i = 0; i < kChains; ++i) chains[i] = (i + 1) * kOdd;
+    const auto take = [&](const char* from, size_t bytes) {
+        std::memcpy(words, from, bytes);
+        for (size_t i = 0; i < kChains; ++i) {
+            chains[i] = (chains[i] ^ words[i]) * kOdd;
+            chains[i] ^= chains[i] >> 32;
+        }
+    };
+    for (; size >= sizeof words; data += sizeof words, size -= sizeof words) take(data, sizeof words);
+    if (size) {
+        std::memset(words, 0, sizeof words);
+        take(data, size);
     }
-    return hash;
+    uint64_t whole = size;
+    for (const uint64_t chain : chains) whole = (whole ^ chain) * kOdd, whole ^= whole >> 29;
+    return whole;
+}
+
+}  // namespace
+
+std::vector<uint64_t> checksums(const std::vector<Bytes>& all) {
+    struct Stretch {
+        const char* data;
+        size_t size;
+        uint64_t sum;
+    };
+    std::vector<Stretch> stretches;
+    for (const Bytes& bytes : all)
+        for (size_t at = 0; at < bytes.size; at += kStretch) {
+            const size_t left = bytes.size - at;
+            stretches.push_back({static_cast<const char*>(bytes.data) + at, left < kStretch ? left : kStretch, 0});
+        }
+    const auto run = [](void* context, size_t first, size_t last) {
+        for (Stretch* s = static_cast<Stretch*>(context) + first; first < last; ++first, ++s)
+            s->sum = checksum(s->data, s->size);
+    };
+    parallel(stretches.size(), 1, run, stretches.data());
+    std::vector<uint64_t> sums;
+    const Stretch* next = stretches.data();
+    for (const Bytes& bytes : all) {
+        uint64_t whole = bytes.size;
+        for (size_t at = 0; at < bytes.size; at += kStretch, ++next) whole = (whole ^ next->sum) * kOdd;
+        sums.push_back(whole);
+    }
+    return sums;
 }
 
 }  // namespace cpu

@@ -1,44 +1,47 @@
-// A matrix packed for the GEMM (see Packed in table.h), in memory of its own or of a mapped file.
+// A matrix prepacked for the GEMM (see Prepacked in types.h), in memory of its own or of a mapped file.
 #pragma once
 
 #include <memory>
 
-#include "table.h"
+#include "layout.h"
 
 namespace esm {
 namespace cpu {
 
-// Raised whenever packed bytes change their meaning: files hold it.
+// Raised whenever prepacked bytes change their meaning: files hold it.
 constexpr int kLayout = 1;
-// What packed bytes are aligned to.
+// What prepacked bytes are aligned to.
 constexpr size_t kAlignment = 64;
 
-// Bytes of a packed (out, in) matrix.
-size_t packed_size(Type type, int out, int in);
+// Bytes of a prepacked (out, in) matrix, both at most kMostColumns.
+size_t prepacked_size(Type type, int out, int in);
 
 class Weights {
   public:
-    // Packs a row-major (out, in) matrix of `type`, float32 or bfloat16. Throws std::bad_alloc.
-    Weights(const void* matrix, int out, int in, Type type);
-    // Packs a matrix of 8 bits: numbers (out, in) from -127 to 127 and scales (out, groups); see quantized.h.
-    Weights(const int8_t* numbers, const float* scales, int out, int in);
-    // Views packed_size(type, out, in) bytes that were packed before, aligned to kAlignment; they live as long as the
+    // Packs a matrix from the parts that its layout names. Throws std::bad_alloc.
+    Weights(Type type, const void* const* parts, int out, int in);
+    // Views prepacked_size(type, out, in) bytes that were packed before, aligned to kAlignment; they live as long as the
     // pointer does.
-    Weights(std::shared_ptr<const void> packed, int out, int in, Type type);
+    Weights(std::shared_ptr<const void> prepacked, int out, int in, Type type);
 
-    const Packed& packed() const { return packed_; }
-    size_t bytes() const { return packed_size(packed_.type, packed_.out, packed_.in); }
-    // Writes the row-major matrix back, or the numbers and scales of one of 8 bits.
-    void unpack(void* matrix) const;
-    void unpack(int8_t* numbers, float* scales) const;
+    const Prepacked& prepacked() const { return prepacked_; }
+    size_t bytes() const { return prepacked_size(prepacked_.type, prepacked_.out, prepacked_.in); }
+    // Writes the parts back.
+    void unpack(void* const* parts) const;
 
   private:
     std::shared_ptr<const void> memory_;
-    Packed packed_;
+    Prepacked prepacked_;
 };
 
-// A number that changes when the values do, very likely: it looks at some of them only.
-uint64_t fingerprint(const void* data, size_t bytes);
+// So many bytes in memory.
+struct Bytes {
+    const void* data;
+    size_t size;
+};
+// A checksum of all bytes of each, at the speed of memory, on all threads. One changed word always changes it, other
+// changes but for one in 2^64.
+std::vector<uint64_t> checksums(const std::vector<Bytes>& all);
 
 }  // namespace cpu
 }  // namespace esm

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "amx.h"
+#include "host.h"
 #include "rows.h"
-#include "table.h"
 
 namespace esm {
 namespace cpu {
@@ -18,6 +18,8 @@ constexpr int64_t kBlockRows = sizeof(A) == sizeof(float) ? 192 : 384;
 template <class A>
 constexpr int64_t kBlockRows = 192;
 #endif
+// Rows a thread takes at once, where a row is little work.
+constexpr size_t kTurn = 32;
 
 ESM_INLINE int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 ESM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -54,19 +56,33 @@ void each_panel(int panels, const Body& body) {
 // reading the weights is the bound, that goes for all that one block could hold.
 template <class W>
 bool few(int64_t rows) {
-    typedef typename Format<W>::Activation A;
+    typedef typename FormatOf<W>::Activation A;
     constexpr bool kTiles = kTileRows<A> > kRows;
     return rows < int64_t(kTileRows<A>) * parallel_width() || (kTiles && rows <= kBlockRows<A>);
 }
 
 template <class W>
-const W* weights_of(const Packed& packed) {
-    return static_cast<const W*>(packed.data);
+const W* weights_of(const Prepacked& weights) {
+    return static_cast<const W*>(weights.data);
 }
 
-template <class A>
-A* buffer(int slot, int64_t rows, size_t ld) {
-    return static_cast<A*>(scratch(slot, size_t(rows) * ld * sizeof(A)));
+// Rows as a GEMM with weights W reads them: these themselves, or copies of its own type in the memory of that name.
+template <class B>
+struct Rows {
+    const B* data;
+    size_t ld;
+};
+template <class W, class A, class List>
+Rows<typename FormatOf<W>::Operand> operand(const W*, const A* rows, size_t ld, int64_t count, int n, List name) {
+    typedef typename FormatOf<W>::Operand B;
+    if constexpr (kQuantized<B>) {
+        const size_t to = leading<B>(n);
+        B* quantized = buffer<B>(name, count, to);
+        for (int64_t row = 0; row < count; ++row) quantize_row(rows + row * ld, n, quantized + row * to);
+        return {quantized, to};
+    } else {
+        return {rows, ld};
+    }
 }
 
 struct Norm {

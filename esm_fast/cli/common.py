@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from ..console import check_space, human_bytes, progress  # noqa: F401, the commands'
+from ..formats import quantised
 
 DEMO = "esm1b_t6_demo"
 _LISTED = 10
@@ -32,7 +33,7 @@ def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None
     group.add_argument(
         "--dtype",
         default="float32",
-        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+        choices=("auto", "float32", "bfloat16", "float16", *quantised()),
         help="auto: bfloat16 on CPUs that multiply it natively, else float32; docs/benchmarks.md states its error "
         "(default: %(default)s)",
     )

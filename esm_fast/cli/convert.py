@@ -3,6 +3,7 @@
 import argparse
 import warnings
 
+from ..formats import formats, quantised
 from .common import InputError, human_bytes, is_random, output_path
 
 NAME = "convert"
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a model's name, file or folder, see esm-fast embed --help")
     parser.add_argument("output", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="default: as in SOURCE")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", *quantised()), help="default: as in SOURCE"
+    )
     parser.add_argument("--pack", action="store_true", help="pack the matrices for the CPU kernels")
 
 
@@ -41,26 +44,24 @@ def run(args: argparse.Namespace) -> None:
 
     from .. import hub, weights
     from ..files.atomic import atomic
+    from ..formats.model import prepack_model
+    from ..formats.weight import NAMES
     from ..memory import MappedFiles
-    from ..packed import NAMES, pack_model
-    from ..quantized import quantize_model
 
     checkpoint = weights.read(hub.resolve(args.source)).unpacked()
     kind, source = checkpoint.kind, checkpoint.source
-    int8 = args.dtype == "int8"
-    dtype = torch.bfloat16 if int8 else getattr(torch, args.dtype) if args.dtype else checkpoint.dtype
-    if int8 and not args.pack:
-        raise InputError("8-bit weights are always stored packed; give --pack too")
+    form = formats()[args.dtype] if args.dtype in quantised() else None
+    dtype = form.around if form else getattr(torch, args.dtype) if args.dtype else checkpoint.dtype
+    if form and not args.pack:
+        raise InputError(f"{form.name} weights are always stored prepacked; give --pack too")
     if args.pack and dtype not in NAMES:
         raise InputError("--pack stores float32 or bfloat16; give --dtype bfloat16")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = weights.build(checkpoint, dtype=dtype, backend="cpu" if args.pack else None)
     del checkpoint  # or it would keep what packing drops
-    if int8:
-        quantize_model(model, forget=MappedFiles().forget)
-    elif args.pack:
-        pack_model(model, forget=MappedFiles().forget)
+    if args.pack:
+        prepack_model(model, form, forget=MappedFiles().forget)
     with atomic(out) as temporary:
         digest = weights.save(model, temporary)
         _compare(weights.read(temporary, verify=True), model)
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"note      {warning.message}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"source    {source} ({kind})")
-    stored = "int8" if int8 else str(dtype).removeprefix("torch.")
+    stored = form.name if form else str(dtype).removeprefix("torch.")
     print(f"model     {parameters:,} parameters, {stored}{', packed' if args.pack else ''}")
     print(f"sha256    {digest}  (of the tensors; read back and equal)")
     print(f"output    {out} ({human_bytes(out.stat().st_size)})")

@@ -2,16 +2,18 @@
 
 import torch
 
-from .. import hub, quantized, weights
+from .. import hub, weights
 from ..compat.fair_esm import api_class
+from ..formats import formats, of_dtype
+from ..formats.format import Format
+from ..formats.model import prepack_model, why_not
 from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import published
 from ..ops.registry import require_backend
-from ..packed import pack_model, why_not
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES |= {"int8": torch.int8}  # of the layers' matrices, with bfloat16 around them (see quantized.py)
+DTYPES |= {name: form.dtype for name, form in formats().items()}  # of the layers' matrices
 
 
 def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None):
@@ -38,8 +40,9 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     if packed not in (None, True, False, "auto"):
         raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
     wanted, name = _dtype(dtype), str(name_or_path)
-    if wanted == torch.int8:
-        quantized.require_int8(device, backend, packed)
+    form = _quantised(wanted)
+    if form is not None:
+        form.require(device, backend, packed)
     if name.startswith("random:"):
         model = random_model(name, backend=backend).to(_around(wanted))
     else:
@@ -50,24 +53,32 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
             packed = True
             _require_own_dtype(checkpoint, wanted)
             wanted = checkpoint.dtype
+            form = _quantised(wanted)
         model = weights.build(checkpoint, api_class(checkpoint.config), dtype=_around(wanted), backend=backend)
         del checkpoint  # or it would keep what packing drops
     if device == "auto":
-        anywhere = packed is not True and wanted != torch.int8
+        anywhere = packed is not True and form is None
         device = "cuda" if torch.cuda.is_available() and anywhere else "cpu"
     on_cpu = torch.device(device).type == "cpu"
     if packed is True and not on_cpu:
         raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
-    if wanted == torch.int8:
-        quantized.quantize_model(model, forget=MappedFiles().forget)
+    if form is not None:
+        prepack_model(model, form, forget=MappedFiles().forget)
     elif packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
-        pack_model(model, forget=MappedFiles().forget)
+        prepack_model(model, forget=MappedFiles().forget)
     return model.eval().to(device), model.alphabet
 
 
 def _around(wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of ordinary tensors."""
-    return torch.bfloat16 if wanted == torch.int8 else wanted or torch.float32
+    form = _quantised(wanted)
+    return (wanted or torch.float32) if form is None else form.around
+
+
+def _quantised(wanted: torch.dtype | None) -> Format | None:
+    """The format of a dtype that no ordinary tensors have."""
+    form = of_dtype(wanted)
+    return form if form is not None and form.quantised else None
 
 
 def _require_own_dtype(checkpoint: weights.Checkpoint, wanted: torch.dtype | None) -> None:

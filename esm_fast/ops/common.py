@@ -27,7 +27,7 @@ def layer_norm(x, weight, bias, eps):
 
 
 def linear(x, weight, bias):
-    """x W' + b. Weights of 8 bits bring their own definition (esm_fast/quantized.py)."""
+    """x W' + b. Weights of 8 bits bring their own definition (esm_fast/formats/int8.py)."""
     if hasattr(weight, "linear"):
         return weight.linear(x, bias)
     return F.linear(x, weight, bias if bias.dtype == weight.dtype else bias.to(weight.dtype))
@@ -51,7 +51,7 @@ class Maker:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape, scale=1.0, mean=0.0, dtype=None):
-        drawn = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale + mean
+        drawn = torch.randn(*shape, generator=self.generator, dtype=torch.float64, device="cpu") * scale + mean
         return drawn.to(self.device, dtype or self.dtype)
 
     def residual(self, *shape, scale=1.0):
@@ -66,7 +66,7 @@ class Maker:
         return self.normal(width, scale=0.5, dtype=torch.float64).exp().to(self.dtype)
 
     def integers(self, low: int, high: int, *shape):
-        drawn = torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
+        drawn = torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32, device="cpu")
         return drawn.to(self.device)
 
     def cu_seqlens(self, lengths: list[int]):

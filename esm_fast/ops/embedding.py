@@ -39,7 +39,7 @@ def _case(name, lengths, width, *, norm=True, token_dropout=True, table=True) ->
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         starts = [end - length for end, length in zip(ends, lengths, strict=True)]
         tokens[[start for start, length in zip(starts, lengths, strict=True) if length]] = 0
-        positions = torch.cat([torch.arange(2, 2 + length) for length in lengths]).to(device, torch.int32)
+        positions = torch.cat([torch.arange(2, 2 + n, dtype=torch.int32, device="cpu") for n in lengths]).to(device)
         return dict(
             tokens=tokens,
             positions=positions,
@@ -77,9 +77,11 @@ def cost(tokens, cu_seqlens, token_table, **_) -> Cost:
 def token_dropout_scale(tokens, cu_seqlens, dtype=torch.float32):
     """What embeddings are multiplied by, per sequence, to make up for the <mask> tokens it shows: (sequences,)."""
     lengths = cu_seqlens.diff().long()
-    numbers = torch.arange(len(lengths), device=tokens.device)
+    numbers = torch.arange(len(lengths), dtype=torch.int64, device=tokens.device)
     owner = torch.repeat_interleave(numbers, lengths, output_size=len(tokens))  # or it would wait for a GPU's sum
-    masked = torch.zeros(len(lengths), device=tokens.device).index_add_(0, owner, (tokens == MASK).float())
+    masked = torch.zeros(len(lengths), dtype=torch.float32, device=tokens.device).index_add_(
+        0, owner, (tokens == MASK).float()
+    )
     return KEPT_IN_TRAINING / (1 - masked / lengths).to(dtype)  # the share is in fp32 in every reference
 
 

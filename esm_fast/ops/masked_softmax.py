@@ -47,7 +47,7 @@ def masked_softmax(scores, lengths):
     Returns:
         (batch, heads, T, T) in fp32 (fp64 for fp64); padded rows and columns are exactly 0.
     """
-    valid = torch.arange(scores.shape[-1], device=scores.device) < lengths[:, None]
+    valid = torch.arange(scores.shape[-1], dtype=torch.int64, device=scores.device) < lengths[:, None]
     scores = scores.to(accumulate_dtype(scores.dtype))
     weights = scores.masked_fill(~valid[:, None, None, :], float("-inf")).softmax(-1)
     return weights.masked_fill(~(valid[:, None, :, None] & valid[:, None, None, :]), 0.0)

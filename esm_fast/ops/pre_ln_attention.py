@@ -53,8 +53,8 @@ def _case(name, lengths, heads, head_dim, rotary=False) -> Case:
 
 
 def _rotary_tables(make: Maker, lengths, head_dim):
-    positions = torch.cat([torch.arange(length) for length in lengths]).double()
-    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    positions = torch.cat([torch.arange(n, dtype=torch.float64, device="cpu") for n in lengths])
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angles = torch.outer(positions, frequencies).repeat(1, 2)
     return torch.stack([angles.cos(), angles.sin()]).to(make.device, torch.float32)  # whatever the weights are
 

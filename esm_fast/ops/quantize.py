@@ -43,7 +43,7 @@ def int8_linear(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None = 
     """x (rows, in) times weight (out, in), transposed, plus bias; in x's dtype."""
     rows = quantize(x.detach())
     wide = rows.scales.dtype
-    total = torch.zeros(len(x), len(weight.numbers), dtype=wide)
+    total = torch.zeros(len(x), len(weight.numbers), dtype=wide, device=x.device)
     for group, start in enumerate(range(0, x.shape[1], GROUP)):
         ours, theirs = (q.numbers[:, start : start + GROUP].to(wide) for q in (rows, weight))
         scale = torch.outer(rows.scales[:, group], weight.scales[:, group].to(wide))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from .. import _C
 from . import opaque
 from .contract import Contract
 from .gradients import run_with_gradients
@@ -34,6 +35,8 @@ class Request(NamedTuple):
 
     device: torch device type; arch: CUDA compute capability or None; dtype: of the weights (or of q for attention);
     head_dim: of the attention ops, else None; grad: whether a gradient will be asked for.
+    level: the CPU kernels' instruction-set level; name: a GPU's; executors: what backends run on in the device's place,
+    see `runs_on`. Left out, they are those of this process.
     """
 
     device: str
@@ -41,6 +44,9 @@ class Request(NamedTuple):
     dtype: torch.dtype
     head_dim: int | None
     grad: bool
+    level: str = ""
+    name: str | None = None
+    executors: tuple = ()
 
 
 class Cost(NamedTuple):
@@ -62,7 +68,7 @@ class Case(NamedTuple):
     build: Callable[[torch.dtype, str, int], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One backend's implementation of one op, with the op's own signature.
 
@@ -174,9 +180,8 @@ class Op:
         lead = arguments[self.dtype_of]
         if not isinstance(lead, torch.Tensor):
             lead = next(tensor for tensor in _tensors(lead[0]) if tensor.ndim > 1)
-        arch = torch.cuda.get_device_capability(lead.device) if lead.device.type == "cuda" else None
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors or _tensors(arguments))
-        return Request(lead.device.type, arch, lead.dtype, _head_dim(arguments), grad)
+        return request_of(lead.device, dtype=lead.dtype, head_dim=_head_dim(arguments), grad=grad)
 
 
 def _tensors(tree) -> Iterator[torch.Tensor]:
@@ -215,7 +220,6 @@ def implements(op_name: str, *, backend: str, why_not, **options):
         options.setdefault("priority", priority_of(backend))
         _KERNELS[op_name].append(Kernel(op_name, backend, forward, why_not=why_not, **options))
         _KERNELS[op_name].sort(key=lambda kernel: -kernel.priority)
-        select.cache_clear()
         return forward
 
     return decorate
@@ -258,12 +262,50 @@ def require_backend(name: str | None) -> None:
         raise BackendError(f"backend {name!r} cannot be loaded: {known[name]}")
 
 
-@functools.lru_cache(maxsize=1024)
+_EXECUTORS: list[Callable[[], Any]] = []
+
+
+def runs_on(executor: Callable[[], Any]) -> Callable[[], Any]:
+    """Decorates what says, for a backend, where its kernels run just now: None, or what stands in the device's place,
+    such as an emulator. It is part of every request, so no choice outlives it."""
+    _EXECUTORS.append(executor)
+    return executor
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], str]:
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+
+
+def request_of(device: torch.device, *, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False) -> Request:
+    """The request of a call on this machine."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    arch, name = _gpu(device) if device.type == "cuda" else (None, None)
+    return Request(device.type, arch, dtype, head_dim, grad, _C.isa(), name, _executors())
+
+
+def _executors() -> tuple:
+    backends()  # which say what they run on
+    return tuple([find() for find in _EXECUTORS])
+
+
+def _complete(request: Request) -> Request:
+    return request._replace(level=request.level or _C.isa(), executors=request.executors or _executors())
+
+
 def select(op_name: str, request: Request, backend: str | None = None) -> Kernel:
     """The kernel to run. A backend asked for by name runs the ops it implements, or raises BackendError with its
     reasons; the ops it does not implement at all are selected as if no backend had been named."""
+    if not request.executors:
+        request = _complete(request)
+    return _chosen(op_name, tuple(_KERNELS[op_name]), request, backend)
+
+
+# By all that a choice depends on, the kernels included: it never has to be told that something changed.
+@functools.lru_cache(maxsize=1024)
+def _chosen(op_name: str, candidates: tuple[Kernel, ...], request: Request, backend: str | None) -> Kernel:
     require_backend(backend)
-    candidates = kernels(op_name)
     named = [kernel for kernel in candidates if kernel.backend == backend]
     for kernel in named or candidates:
         reasons = kernel.why_not(request) or ([] if named else kernel.yields(request))
@@ -276,4 +318,5 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
 
 def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
     """(backend, reasons it is not chosen for this request) for every kernel of an op, best first."""
+    request = _complete(request)
     return [(kernel.backend, kernel.why_not(request) or kernel.yields(request)) for kernel in kernels(op_name)]

@@ -47,7 +47,8 @@ def gradients(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: st
         inputs = [leaf for _, leaf in named_leaves(values) if differentiable(leaf)]
         outputs = outputs_of(run(values))
         generator = torch.Generator().manual_seed(seed)
-        seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
+        drawn = [torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu") for out in outputs]
+        seeds = [draw.to(out) for draw, out in zip(drawn, outputs, strict=True)]
         pairs = [(out, seed) for out, seed in zip(outputs, seeds, strict=True) if out.requires_grad]
         if not pairs:  # no output depends on any input
             return [torch.zeros_like(leaf) for leaf in inputs]

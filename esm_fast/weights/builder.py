@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..formats.weight import PrepackedWeight
 from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import of_config
-from ..packed import PackedWeight
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError, raise_problems, shown
 from .safe import require_dense
 
@@ -25,7 +25,7 @@ def build(
     language-model head the model loads, with a warning unless we wrote the file, and says so when these are asked for.
     """
     tensors = dict(checkpoint.tensors)
-    require_dense(checkpoint.source, {key: t for key, t in tensors.items() if not isinstance(t, PackedWeight)})
+    require_dense(checkpoint.source, {key: t for key, t in tensors.items() if not isinstance(t, PrepackedWeight)})
     _check_depth(checkpoint)
     with without_values():
         model_class = model_class or of_config(checkpoint.config).model
@@ -84,7 +84,7 @@ def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     """
     mapped, problems, converted = MappedFiles(), [], {}
     for key, tensor in tensors.items():
-        if isinstance(tensor, PackedWeight):
+        if isinstance(tensor, PrepackedWeight):
             converted[key] = tensor
             continue
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
@@ -98,7 +98,7 @@ def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
 
 def _apart(tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> dict[str, torch.Tensor]:
     """With a copy of each tensor that shares memory with another, as a file may have it: training would change both."""
-    ordinary = [key for key, t in tensors.items() if not isinstance(t, PackedWeight) and key not in tied]
+    ordinary = [key for key, t in tensors.items() if not isinstance(t, PrepackedWeight) and key not in tied]
     end = 0
     for key in sorted(ordinary, key=lambda key: tensors[key].data_ptr()):
         tensor = tensors[key]

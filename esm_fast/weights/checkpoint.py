@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from ..formats import formats
+from ..formats.weight import PrepackedWeight, plain
 from ..models.family import Config
-from ..packed import PackedWeight, plain
-from ..quantized import Int8Weight
 
 CONTACT_KEYS = {"contact_head.regression.weight", "contact_head.regression.bias"}
 
@@ -46,13 +46,14 @@ class Checkpoint:
     @property
     def packed(self) -> bool:
         """Whether it holds matrices as `esm-fast convert --pack` stores them."""
-        return any(isinstance(tensor, PackedWeight) for tensor in self.tensors.values())
+        return any(isinstance(tensor, PrepackedWeight) for tensor in self.tensors.values())
 
     @property
     def dtype(self) -> torch.dtype:
-        """As `load` takes it: int8 where the layers' matrices have 8 bits."""
-        if any(isinstance(tensor, Int8Weight) for tensor in self.tensors.values()):
-            return torch.int8
+        """As `load` takes it: that of the format of its matrices, such as int8, where they are prepacked."""
+        for tensor in self.tensors.values():
+            if isinstance(tensor, PrepackedWeight):
+                return formats()[tensor.weights.dtype].dtype
         return self.tensors["embed_tokens.weight"].dtype
 
     def unpacked(self) -> "Checkpoint":

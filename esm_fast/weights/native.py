@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .. import _C, packed_file
+from .. import _C
 from ..files.atomic import atomic
+from ..formats import file as prepacked_file
+from ..formats.weight import PrepackedWeight
 from ..memory import MappedFiles
 from ..models.encoder import Encoder
 from ..models.family import Config, config_class
-from ..packed import PackedWeight
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .huggingface import read_beside_config
 from .safe import parsed_json, read_safetensors, safetensors_errors
@@ -33,10 +34,10 @@ def save(model: Encoder, path: str | Path) -> str:
         tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
     config = json.dumps(asdict(model.config))
     metadata = {"format": FORMAT, "version": "1", "config": config, "sha256": checksum(tensors)}
-    kinds = {tensor.weights.dtype for tensor in tensors.values() if isinstance(tensor, PackedWeight)}
+    kinds = {tensor.weights.dtype for tensor in tensors.values() if isinstance(tensor, PrepackedWeight)}
     if kinds:
         metadata |= {"packed": kinds.pop(), "layout": str(_C.LAYOUT), "sha256_start": _start_checksum(config, tensors)}
-        write = packed_file.write
+        write = prepacked_file.write
     else:
         metadata["sha256_config"] = _digest(config)
         write = save_file
@@ -51,14 +52,14 @@ def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], N
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(packed_file.content(tensor))
+        digest.update(prepacked_file.content(tensor))
         after(tensor)
     return digest.hexdigest()
 
 
 def _start_checksum(config: str, tensors: dict[str, torch.Tensor]) -> str:
     """What is checked each time a packed file is loaded: all but the panels, which are 99 % of it."""
-    rest = {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, PackedWeight)}
+    rest = {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, PrepackedWeight)}
     return hashlib.sha256((config + checksum(rest)).encode()).hexdigest()
 
 
@@ -113,7 +114,7 @@ def _packed(path: Path, config: Config, stored: dict[str, torch.Tensor], metadat
             f"{_C.LAYOUT}; convert the original again"
         )
     try:
-        tensors = packed_file.view(stored, config, metadata["packed"])
+        tensors = prepacked_file.view(stored, config, metadata["packed"])
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged or was rewritten: {error}; convert the original again") from None
     if _start_checksum(metadata["config"], tensors) != metadata.get("sha256_start"):

@@ -20,7 +20,7 @@ def bias_gelu(h, bias):
 def bias_gelu_grads(h, bias, dy):
     """(dh, dbias)"""
     dh, grid = torch.empty_like(h), _grid(h)
-    shares = torch.empty(grid[1], h.shape[1], device=h.device)
+    shares = torch.empty(grid[1], h.shape[1], dtype=torch.float32, device=h.device)
     launch("bias_gelu", "backward", h.dtype, grid, _THREADS, h, bias, dy, dh, shares, *h.shape)
     return dh, column_sums(shares, bias.dtype)
 

@@ -17,6 +17,7 @@ _WARP, _ROWS_PER_BLOCK = 32, 4  # rows.cuh
 _executor: Executor = Driver()
 
 
+@registry.runs_on
 def executor() -> Executor:
     """What runs the kernels: the CUDA driver, unless a test put the emulator in its place."""
     return _executor
@@ -27,12 +28,10 @@ def executed_by(other: Executor):
     """Has every launch executed by another one meanwhile."""
     global _executor
     before, _executor = _executor, other
-    registry.select.cache_clear()
     try:
         yield other
     finally:
         _executor = before
-        registry.select.cache_clear()
 
 
 def why_not(request: Request) -> list[str]:

@@ -28,7 +28,7 @@ def _starts(cu_seqlens):
 
 
 def _owners(cu_seqlens, n: int):
-    return torch.searchsorted(cu_seqlens, torch.arange(n, device=cu_seqlens.device), right=True) - 1
+    return torch.searchsorted(cu_seqlens, torch.arange(n, dtype=torch.int64, device=cu_seqlens.device), right=True) - 1
 
 
 def _by_sequence(numbers, cu_seqlens):

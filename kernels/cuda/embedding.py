@@ -16,7 +16,7 @@ def _factors(tokens, cu_seqlens, token_dropout, scale):
     """(n,) what multiplies each token's embedding, or None for 1."""
     if not token_dropout:
         return None
-    factors = torch.empty(tokens.shape, device=tokens.device)
+    factors = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     sequences = len(cu_seqlens) - 1
     tensors = tokens, cu_seqlens.contiguous(), scale, factors
     launch(
@@ -27,7 +27,7 @@ def _factors(tokens, cu_seqlens, token_dropout, scale):
 
 def _rows(tokens, positions, factors, tables, norm, eps):
     rows, width = len(tokens), tables[0].shape[1]
-    out = torch.empty(rows, width, device=tokens.device)
+    out = torch.empty(rows, width, dtype=torch.float32, device=tokens.device)
     tensors = tokens, positions, factors, *tables, *norm, out
     launch("embedding", "forward", tables[0].dtype, *row_grid(rows, _ROWS_EACH), *tensors, rows, width, eps)
     return out
@@ -60,7 +60,10 @@ def _backward(arguments, kept, grad_outputs):
     dscale = None
     if token_dropout and scale is not None:
         along = (grad * token_table[tokens].float()).sum(1, keepdim=True).masked_fill((tokens == MASK)[:, None], 0.0)
-        owner = torch.searchsorted(cu_seqlens, torch.arange(len(tokens), device=grad.device), right=True) - 1
+        owner = (
+            torch.searchsorted(cu_seqlens, torch.arange(len(tokens), dtype=torch.int64, device=grad.device), right=True)
+            - 1
+        )
         dscale = scatter_sum(along, owner, len(scale), torch.float32)[:, 0].to(scale.dtype)
     return None, None, None, dtokens, dpositions, dgain, dbias, None, dscale, None
 

@@ -16,7 +16,7 @@ def layer_norm(x, gain, bias, eps: float, keep_statistics: bool = False):
     """(y in gain's dtype, statistics (rows, 2): means and inverse deviations for the backward pass, or None)."""
     rows, width = x.shape
     y = torch.empty(rows, width, dtype=gain.dtype, device=x.device)
-    statistics = torch.empty(rows, 2, device=x.device) if keep_statistics else None
+    statistics = torch.empty(rows, 2, dtype=torch.float32, device=x.device) if keep_statistics else None
     name = "forward" if x.dtype == torch.float32 else "forward_narrow"
     launch("layer_norm", name, gain.dtype, *row_grid(rows, _ROWS_EACH), x, gain, bias, y, statistics, rows, width, eps)
     return y, statistics
@@ -33,7 +33,7 @@ def layer_norm_grads(x, gain, dy, statistics, along=None):
     threads = min(_THREADS, round_up(packs, _WARP))
     blocks = min(ceil_div(rows, _BLOCK_ROWS), _BLOCKS)
     dx = torch.empty_like(x)
-    shares = torch.empty(blocks, 2 * width, device=x.device)
+    shares = torch.empty(blocks, 2 * width, dtype=torch.float32, device=x.device)
     name = "backward" if dy.dtype == gain.dtype else "backward_wide"
     name = name if x.dtype == torch.float32 else "backward_narrow"
     launch(

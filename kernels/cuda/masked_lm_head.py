@@ -14,7 +14,7 @@ _MOST_TOKENS = _SHARED // 4 // _ROWS
 
 def cross_entropy(logits, targets) -> torch.Tensor:
     """The sum over the rows, fp32 ()."""
-    losses = torch.empty(len(logits), device=logits.device)
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     launch("cross_entropy", "forward", logits.dtype, *_grid(logits), logits, targets, losses, *logits.shape,
            shared=_shared(logits))  # fmt: skip
     return losses.sum()

@@ -22,7 +22,7 @@ def _backward(arguments, kept, grad_outputs):
 def masked_softmax(scores, lengths):
     """See `esm_fast.ops.masked_softmax`."""
     batch, heads, size, _ = scores.shape
-    weights = torch.empty(scores.shape, device=scores.device)
+    weights = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     rows = batch * heads * size
     scores, lengths = scores.contiguous(), lengths.int().contiguous()
     launch("masked_softmax", "forward", scores.dtype, *row_grid(rows), scores, lengths, weights, rows, heads, size)

@@ -24,7 +24,7 @@ def _backward(arguments, kept, grad_outputs):
 def pool(x, cu_seqlens, weight):
     """See `esm_fast.ops.pool`."""
     width, sequences = x.shape[1], len(cu_seqlens) - 1
-    out = torch.empty(sequences, width, device=x.device)
+    out = torch.empty(sequences, width, dtype=torch.float32, device=x.device)
     grid = sequences, ceil_div(width // vector_width(width), _WARP)
     tensors = x.float().contiguous(), cu_seqlens.contiguous(), weight.float().contiguous(), out
     launch("pool", "forward", torch.float32, grid, _WARPS * _WARP, *tensors, width)

@@ -20,7 +20,7 @@ def scatter_sum(x, index, size: int, dtype: torch.dtype, factors=None) -> torch.
     """(size, width): row i is the sum of the fp32 rows x[r] whose index[r] is i, each times factors[r]."""
     width = x.shape[1]
     ordered, order = torch.sort(index.long(), stable=True)
-    begins = torch.searchsorted(ordered, torch.arange(size + 1, device=x.device)).int()
+    begins = torch.searchsorted(ordered, torch.arange(size + 1, dtype=torch.int64, device=x.device)).int()
     out = torch.empty(size, width, dtype=dtype, device=x.device)
     grid = size, ceil_div(width // vector_width(width), _WARP)
     launch("gather_sum", "forward", dtype, grid, _GATHER_WARPS * _WARP, x, factors, order, begins, out, width)

@@ -31,6 +31,12 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@registry.runs_on
+def _in_its_place() -> object:
+    """Of a GPU: the interpreter, or nothing, for kernels that are compiled only."""
+    return "interpreter" if interpreted() else elsewhere
+
+
 def why_not(request: Request) -> list[str]:
     """What keeps the Triton kernels from running a request; see `registry.Request`."""
     reasons = []

@@ -161,7 +161,10 @@ def contact_grads(q, k, cu_seqlens, keep, weight, max_seqlen, scale, lse, sums, 
 
 def _of_the_average_product(cu_seqlens, weight, sums, gr):
     """e (heads, n); and per sequence and head, 1 / t (0 without residues) and r . g r."""
-    owner = torch.searchsorted(cu_seqlens, torch.arange(sums.shape[1], device=sums.device), right=True) - 1
+    owner = (
+        torch.searchsorted(cu_seqlens, torch.arange(sums.shape[1], dtype=torch.int64, device=sums.device), right=True)
+        - 1
+    )
     sequences = len(cu_seqlens) - 1
     t, crossed = (scatter_sum(x.T.contiguous(), owner, sequences, x.dtype) for x in (sums, sums * gr))
     whole = torch.where(t > 0, 1 / t, 0.0)

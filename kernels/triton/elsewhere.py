@@ -11,8 +11,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from esm_fast.ops import select
-
 from . import common
 
 
@@ -43,9 +41,7 @@ def compiling_for(capability: int):
         return run(self, *arguments, grid=grid, warmup=True, **options)
 
     JITFunction.run, driver._active, common.elsewhere = compile_only, _Elsewhere(capability), capability
-    select.cache_clear()
     try:
         yield
     finally:
         JITFunction.run, driver._active, common.elsewhere = run, active, None
-        select.cache_clear()

@@ -118,7 +118,9 @@ def _backward(arguments, kept, grad_outputs):
 def _scale_grad(grad, tokens, cu_seqlens, token_table, scale):
     """Per sequence, the inner product of its rows' gradients and embeddings. Only who passes `scale` pays for it."""
     along = (grad * token_table[tokens].float()).sum(1).masked_fill(tokens == MASK, 0.0)
-    owner = torch.searchsorted(cu_seqlens, torch.arange(len(tokens), device=grad.device), right=True) - 1
+    owner = (
+        torch.searchsorted(cu_seqlens, torch.arange(len(tokens), dtype=torch.int64, device=grad.device), right=True) - 1
+    )
     return scatter_sum(along[:, None], owner, len(scale), scale.dtype)[:, 0]
 
 

@@ -193,7 +193,7 @@ def _logits_grad(logits, targets, grad_logits, grad_loss):
     """In fp32; 33 numbers a row, so that torch's own operations do."""
     if targets is None:
         return grad_logits.float()
-    right = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    right = torch.arange(logits.shape[1], dtype=torch.int64, device=logits.device) == targets[:, None]
     slope = (logits.float().softmax(-1) - right.float()).masked_fill((targets == -100)[:, None], 0.0)
     return slope * grad_loss + grad_logits.float()
 

@@ -44,7 +44,7 @@ def pool_backward(X, WEIGHT, OWNER, GRAD, DX, DWEIGHT, WIDTH: tl.constexpr, BLOC
 def _backward(arguments, kept, grad_outputs):
     x, cu_seqlens, weight = (tensor.contiguous() for tensor in arguments)
     n, width = x.shape
-    owner = torch.searchsorted(cu_seqlens, torch.arange(n, device=x.device), right=True) - 1
+    owner = torch.searchsorted(cu_seqlens, torch.arange(n, dtype=torch.int64, device=x.device), right=True) - 1
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     tensors = (x, weight, owner, grad_outputs[0].contiguous(), dx, dweight)
     pool_backward[(n,)](*tensors, width, padded(width), **_BACKWARD.launch)

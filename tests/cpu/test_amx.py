@@ -24,7 +24,7 @@ NATIVE = ROOT / "tests" / "proof" / "native"
 COMPILE = ["g++", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
 AMX = FLAGS["amx"].split()
 KERNEL_TESTS = ["test_cpu.py", "test_cpu_edges.py", "test_cpu_training.py", "test_stack.py", "test_int8.py"]
-EMULATED = [*AMX, "-DESM_EMULATE_AMX"]
+EMULATED = [*AMX, "-DESM_EMULATE_AMX", "-DESM_LEVEL=amx"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 needs_avx512 = pytest.mark.skipif(

@@ -206,23 +206,37 @@ def test_changed_weights_are_packed_again():
         assert same_as_fresh()
 
 
+@pytest.mark.parametrize("edit", ["data", "numpy", "detached"])
+def test_no_edit_is_missed_where_autograd_does_not_see_it(edit):
+    """Every single element: a sample of them would miss most."""
+    arguments = ffn_case("edited", 5, 40, 72).build(torch.float32, "cpu", 0)
+    weight = arguments["fc1_weight"]
+    view = {"data": weight.data, "numpy": weight.numpy(), "detached": weight.detach().data}[edit]
+    for row in range(72):
+        before = run("gelu_ffn", **arguments)[0]
+        view[row, row % 40] = 3.0 + row
+        after = run("gelu_ffn", **arguments)[0]
+        fresh = run("gelu_ffn", **{**arguments, "fc1_weight": weight.clone()})[0]
+        assert torch.equal(after, fresh) and not torch.equal(after, before)
+
+
 def test_packed_weights_are_kept_once_and_freed_with_their_tensor():
-    from esm_fast.kernels.cpu import common
+    from esm_fast.kernels.cpu import weights
 
     weight = torch.randn(64, 96).bfloat16()
-    first = common.packed(weight)
-    assert common.packed(weight) is first and first.nbytes == weight.numel() * 2
-    before = len(common._packed)
+    (first,) = weights.prepacked(weight)
+    assert weights.prepacked(weight)[0] is first and first.nbytes == weight.numel() * 2
+    before = len(weights._prepacked)
     del weight
-    assert len(common._packed) == before - 1
+    assert len(weights._prepacked) == before - 1
 
 
 def test_bf16_panels_are_whole_amx_tiles():
     """32 outputs and a multiple of 32 inputs; fp32 pads the outputs alone."""
-    from esm_fast.kernels.cpu import common
+    from esm_fast.kernels.cpu import weights
 
-    assert common.packed(torch.ones(33, 65).bfloat16()).nbytes == 64 * 96 * 2
-    assert common.packed(torch.ones(33, 65)).nbytes == 64 * 65 * 4
+    assert weights.prepacked(torch.ones(33, 65).bfloat16())[0].nbytes == 64 * 96 * 2
+    assert weights.prepacked(torch.ones(33, 65))[0].nbytes == 64 * 65 * 4
 
 
 # --- levels ----------------------------------------------------------------------------------------------------------

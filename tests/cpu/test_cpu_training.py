@@ -5,17 +5,17 @@ import itertools
 import pytest
 import torch
 from cpu_levels import HALF_AND_FULL, changed, kernel, relaxed
-from esm_fast.kernels.cpu.training import filled_up, product_of_rows
+from esm_fast.kernels.cpu.weights import filled_up, product_of_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esm_fast.formats.int8 import Int8Weight
+from esm_fast.formats.weight import PrepackedWeight
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.attention_varlen import _case
 from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.pre_ln_attention import _case as block_case
-from esm_fast.packed import PackedWeight
-from esm_fast.quantized import Int8Weight
 
 ATTENTION = OPS["attention_varlen"]
 # Longer than a block of queries and than a chunk of keys, and neither's multiple.
@@ -171,7 +171,7 @@ def test_gradients_of_logits_and_loss_add_up():
 def test_a_head_whose_matrices_are_frozen_plain_or_packed():
     arguments = HEAD_PARTS.build(torch.float32, "cpu", 0)
     expected = head_gradients(arguments, lambda logits, loss: loss)[0]["x"]
-    for frozen in (lambda matrix: matrix, PackedWeight.pack):
+    for frozen in (lambda matrix: matrix, PrepackedWeight.pack):
         x = arguments["x"].clone().requires_grad_()
         fixed = {key: frozen(arguments[key]) for key in ("dense_weight", "token_table")}
         HEAD(**{**arguments, **fixed, "x": x}, backend="cpu")[1].backward()
@@ -185,7 +185,7 @@ def test_frozen_matrices_plain_or_packed(name):
     matrices = [key for key in arguments if key.endswith("_weight") and arguments[key].ndim == 2]
     incoming = torch.randn(arguments["x"].shape, generator=torch.Generator().manual_seed(0))
     expected, out = half_gradients(name, arguments, incoming)
-    for frozen in (lambda matrix: matrix, PackedWeight.pack):
+    for frozen in (lambda matrix: matrix, PrepackedWeight.pack):
         x = arguments["x"].clone().requires_grad_()
         fixed = {key: frozen(arguments[key]) for key in matrices}
         got = OPS[name](**{**arguments, **fixed, "x": x}, backend="cpu")

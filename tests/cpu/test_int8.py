@@ -12,13 +12,15 @@ from torch.utils._pytree import tree_map_only
 import esm_fast
 from esm_fast import _C, weights
 from esm_fast.cli import main
+from esm_fast.formats import formats
+from esm_fast.formats.int8 import Int8Weight, _balance
+from esm_fast.formats.model import prepack_model
+from esm_fast.formats.weight import MATRICES, PrepackedWeight
 from esm_fast.inference.embed import embed
 from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.pre_ln_attention import _case as attention_case
 from esm_fast.ops.quantize import GROUP, int8_linear, quantize
-from esm_fast.packed import MATRICES, PackedWeight
-from esm_fast.quantized import Int8Weight, _balance, quantize_model
 from esm_fast.sequences.batching import pack_padded
 
 SHAPES = [(1, 1, 1), (5, 33, 63), (13, 70, 130), (30, 96, 256), (40, 64, 257), (25, 40, 1280)]  # rows, outputs, inputs
@@ -40,7 +42,7 @@ def random(*shape, seed=0):
 
 def linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     result = torch.empty(len(x), weight.shape[0])
-    _C.int8_linear(x.data_ptr(), len(x), weight.weights, result.data_ptr())
+    _C.int8_linear(x=x, weights=weight.weights, result=result)
     return result
 
 
@@ -126,10 +128,10 @@ def test_what_is_packed_comes_back():
         weight, expected = Int8Weight.pack(matrix), quantize(matrix)
         assert all(map(torch.equal, weight.quantized(), expected))
         assert torch.equal(weight.unpack(), expected.values().bfloat16())
-        assert weight.weights.nbytes == _C.packed_size("int8", outputs, inputs)
-        view = _C.view_weights(weight.weights, outputs, inputs, "int8")
+        assert weight.weights.nbytes == _C.prepacked_size("int8", outputs, inputs)
+        view = _C.view_weights(weight.weights, "int8", outputs, inputs)
         assert torch.equal(Int8Weight(view).unpack(), weight.unpack())
-    assert _C.packed_size("int8", 1280, 5120) < 1.04 * 1280 * 5120
+    assert _C.prepacked_size("int8", 1280, 5120) < 1.04 * 1280 * 5120
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def models():
         for layer in exact.layers:  # as in trained models, a few channels stand out
             layer.self_attn_layer_norm.weight[3] = layer.final_layer_norm.weight[7] = 20.0
     rounded = copy.deepcopy(exact).bfloat16()
-    quantize_model(rounded)
+    prepack_model(rounded, formats()["int8"])
     return exact, rounded
 
 
@@ -308,7 +310,7 @@ def test_a_file_of_8_bits(tmp_path):
     with pytest.raises(ValueError, match="holds int8 weights, packed"):
         esm_fast.load(packed, dtype="bfloat16")
     unpacked, _ = esm_fast.load(packed, packed=False)
-    assert not isinstance(unpacked.layers[0].fc1.weight, PackedWeight)
+    assert not isinstance(unpacked.layers[0].fc1.weight, PrepackedWeight)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -348,14 +350,15 @@ def test_weights_of_two_kinds_are_refused():
             run("pre_ln_attention", **{**attention, name: Int8Weight.pack(attention[name])})
     head = OPS["masked_lm_head"].cases()[0].build(torch.bfloat16, "cpu", 0)
     head |= {name: Int8Weight.pack(head[name]) for name in ("dense_weight", "weight") if name in head}
-    with pytest.raises(ValueError, match="cannot be mixed|no 8-bit weights"):
+    with pytest.raises(ValueError, match="cannot be mixed|no kernel for int8 weights"):
         run("masked_lm_head", **head)
-    plain = PackedWeight.pack(random(3, 4))
+    matrix = random(3, 4)
+    plain = PrepackedWeight.pack(matrix)
     for wrong in (
-        lambda: _C.int8_linear(0, 0, plain.weights, 0),
-        lambda: plain.weights.unpack_quantized(0, 0),
-        lambda: Int8Weight.pack(random(3, 4)).weights.unpack(0),
-        lambda: _C.pack_weights(0, 3, 4, "int8"),
+        lambda: _C.int8_linear(x=random(1, 4), weights=plain.weights, result=random(1, 3)),
+        lambda: plain.weights.unpack([matrix.to(torch.int8), random(3, 1)]),
+        lambda: Int8Weight.pack(matrix).weights.unpack([matrix]),
+        lambda: _C.prepack([matrix], "int8"),
     ):
         with pytest.raises(ValueError):
             wrong()

@@ -93,18 +93,18 @@ def test_the_extension_under_its_own_tests(python):
     assert Path(used).parts[-3].startswith("bounds")
 
 
-# Seven rows where eight are promised, at an address that may be odd.
+# A tensor whose storage was cut behind its back has seven rows where it says eight; offsets at an odd address.
 PLANTED = """
-import ctypes, sys
-sys.path.insert(0, "esm_fast")
-import _C
+import sys, torch
+from esm_fast import _C
 _C.set_isa(sys.argv[1])
 rows, width = 8, 64
-x, weight, result = ((ctypes.c_float * count)(*[1] * count) for count in (7 * width, rows, width))
-offsets = (ctypes.c_char * 9)()
-ends = ctypes.addressof(offsets) + int(sys.argv[2])
-ctypes.memmove(ends, (ctypes.c_int32 * 2)(0, rows), 8)
-_C.pool(ctypes.addressof(x), rows, width, ends, 1, ctypes.addressof(weight), ctypes.addressof(result))
+x, weight, result = torch.ones(rows, width), torch.ones(rows), torch.empty(1, width)
+x.untyped_storage().resize_(7 * width * 4)
+shift = int(sys.argv[2])
+memory = bytearray(bytes(shift) + torch.tensor([0, rows], dtype=torch.int32).numpy().tobytes())
+ends = torch.frombuffer(memory, dtype=torch.int32, offset=shift)
+_C.pool(x=x, cu_seqlens=ends, weight=weight, result=result)
 """
 
 

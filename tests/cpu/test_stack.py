@@ -11,7 +11,7 @@ from cpu_levels import HALF_AND_FULL, kernel, run
 from esm_fast import ops
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, registry, verify
-from esm_fast.ops.registry import REFERENCE, Kernel, select
+from esm_fast.ops.registry import REFERENCE, Kernel
 from esm_fast.ops.transformer_stack import _case
 from esm_fast.sequences import batching
 
@@ -155,9 +155,7 @@ def calls(monkeypatch):
         known = [Kernel(name, k.backend, logged(name, k.backend, k.forward), priority=-1) for k in known]
         monkeypatch.setitem(registry._KERNELS, name, added + known)
     monkeypatch.setattr(registry, "backends", lambda: {"whole": None, "halves": None, REFERENCE: None})
-    select.cache_clear()
     yield log
-    select.cache_clear()
 
 
 def tiny(backend=None):

@@ -10,9 +10,9 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esm_fast.compat.fair_esm import ProteinBertModel
+from esm_fast.formats.weight import PrepackedWeight
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.ops import OPS, verify
-from esm_fast.packed import PackedWeight
 from esm_fast.sequences.batching import pack_padded
 
 BATCHES = [
@@ -156,8 +156,8 @@ def test_the_padded_face_is_the_same():
 
 def test_weights_are_packed_once(monkeypatch):
     made, packs = model("cpu"), []
-    pack = PackedWeight.pack
-    monkeypatch.setattr(PackedWeight, "pack", lambda matrix: packs.append(matrix) or pack(matrix))
+    pack = PrepackedWeight.pack
+    monkeypatch.setattr(PrepackedWeight, "pack", lambda matrix: packs.append(matrix) or pack(matrix))
     compiled = torch.compile(outputs_of(made), backend="aot_eager", dynamic=True)
     with torch.inference_mode():
         compiled(BATCHES[0])

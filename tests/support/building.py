@@ -43,7 +43,9 @@ def package(folder: Path, levels: dict[str, str], *flags: str) -> Path:
         return compiled(folder / f"{level}.o", *common, *kernel, KERNELS)
 
     def of_file(source):
-        quick = ["-O0"] * source.name.endswith("bindings.cpp")  # pybind11 is much to compile, and does no work
+        quick = ["-O0"] * (
+            "bindings" in (source.stem, source.parent.name)
+        )  # pybind11 is much to compile, and does no work
         return compiled(folder / f"{source.parent.name}_{source.stem}.o", *common, *quick, built_in, source)
 
     sources = sorted({*(ROOT / "csrc").rglob("*.cpp")} - {KERNELS})

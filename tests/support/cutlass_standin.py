@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import library
 
-from esm_fast.ops import OPS, registry, select
+from esm_fast.ops import OPS, registry
 
 ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
 
@@ -49,12 +49,10 @@ def admitted(backend: str, devices=("cpu",)):
             replace(kernel, why_not=as_gpu(kernel.why_not)) if kernel.backend == backend else kernel
             for kernel in before[name]
         ]
-    select.cache_clear()
     try:
         yield
     finally:
         registry._KERNELS.update(before)
-        select.cache_clear()
 
 
 def _check(q, k, v, bias, ends_q, ends_k, longest_q, longest_k, dropout, mask, seqlen_k=None, window_size=None):

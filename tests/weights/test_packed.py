@@ -10,7 +10,8 @@ from torch import nn
 
 import esm_fast
 from esm_fast import _C
-from esm_fast.packed import MATRICES, PackedWeight, pack_model
+from esm_fast.formats.model import prepack_model
+from esm_fast.formats.weight import MATRICES, PrepackedWeight
 from esm_fast.sequences.batching import pack_padded
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,7 +27,7 @@ def packed_linear(dtype=torch.bfloat16):
     """A linear layer with a packed weight, and the plain weight."""
     linear = nn.Linear(37, 70, dtype=dtype).requires_grad_(False)
     plain = linear.weight.clone()
-    linear.weight = nn.Parameter(PackedWeight.pack(plain), requires_grad=False)
+    linear.weight = nn.Parameter(PrepackedWeight.pack(plain), requires_grad=False)
     return linear, plain
 
 
@@ -37,12 +38,12 @@ def packed_linear(dtype=torch.bfloat16):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_goes_round(shape, dtype):
     plain = matrix(shape, dtype)
-    packed = PackedWeight.pack(plain)
+    packed = PrepackedWeight.pack(plain)
     name = str(dtype).removeprefix("torch.")
     assert (packed.weights.out, packed.weights.in_, packed.weights.dtype) == (*shape, name)
-    assert packed.weights.nbytes == _C.packed_size(name, *shape) >= plain.nbytes
+    assert packed.weights.nbytes == _C.prepacked_size(name, *shape) >= plain.nbytes
     assert packed.shape == plain.shape and packed.dtype == dtype and torch.equal(packed.unpack(), plain)
-    assert torch.equal(PackedWeight.pack(plain.t().contiguous().t()).unpack(), plain)
+    assert torch.equal(PrepackedWeight.pack(plain.t().contiguous().t()).unpack(), plain)
 
 
 def aligned(data: bytes, shift=0) -> memoryview:
@@ -54,11 +55,11 @@ def aligned(data: bytes, shift=0) -> memoryview:
 
 def test_packed_bytes_can_be_viewed_where_they_lie():
     plain = matrix()
-    weights = PackedWeight.pack(plain).weights
+    weights = PrepackedWeight.pack(plain).weights
     data = bytes(weights)
     assert len(data) == weights.nbytes and memoryview(weights).readonly
     room = aligned(data)
-    view = PackedWeight(_C.view_weights(room, 70, 37, "bfloat16"))
+    view = PrepackedWeight(_C.view_weights(room, "bfloat16", 70, 37))
     address = np.frombuffer(room, dtype=np.uint8).ctypes.data
     assert np.frombuffer(view.weights, dtype=np.uint8).ctypes.data == address
     del room  # the view keeps it
@@ -66,7 +67,7 @@ def test_packed_bytes_can_be_viewed_where_they_lie():
 
 
 def test_bytes_that_cannot_be_the_matrix_are_refused():
-    data = bytes(PackedWeight.pack(matrix()).weights)
+    data = bytes(PrepackedWeight.pack(matrix()).weights)
     for wrong, message in [
         (aligned(data[:-1]), "70 x 37 takes .* contiguous bytes, these are"),
         (aligned(data + b"\0"), "70 x 37 takes .* contiguous bytes, these are"),
@@ -75,11 +76,11 @@ def test_bytes_that_cannot_be_the_matrix_are_refused():
         (np.frombuffer(aligned(data), dtype=np.uint8).reshape(2, -1), "contiguous"),
     ]:
         with pytest.raises(ValueError, match=message):
-            _C.view_weights(wrong, 70, 37, "bfloat16")
-    with pytest.raises(ValueError, match="negative"):
-        _C.view_weights(aligned(data), -70, 37, "bfloat16")
+            _C.view_weights(wrong, "bfloat16", 70, 37)
+    with pytest.raises(ValueError, match="out must be from 0 to"):
+        _C.view_weights(aligned(data), "bfloat16", -70, 37)
     with pytest.raises(ValueError, match="not float16"):
-        _C.view_weights(aligned(data), 70, 37, "float16")
+        _C.view_weights(aligned(data), "float16", 70, 37)
 
 
 # --- as a tensor -----------------------------------------------------------------------------------------------------
@@ -98,10 +99,10 @@ def test_torch_computes_with_it(dtype):
     assert torch.equal(weight[3:5, 7], plain[3:5, 7]) and weight[2, 3].item() == plain[2, 3].item()
     assert weight.tolist() == plain.tolist() and torch.equal(torch.cat([weight, weight]), torch.cat([plain, plain]))
     assert torch.equal(torch.zeros_like(plain).copy_(weight), plain)
-    assert isinstance(weight.detach(), PackedWeight) and isinstance(weight.data, PackedWeight)
-    assert np.array_equal(PackedWeight.pack(plain.float()).numpy(), plain.float().numpy())
-    assert np.array_equal(np.asarray(PackedWeight.pack(plain.float())), plain.float().numpy())
-    assert torch.equal(torch.from_dlpack(PackedWeight.pack(plain)), plain)
+    assert isinstance(weight.detach(), PrepackedWeight) and isinstance(weight.data, PrepackedWeight)
+    assert np.array_equal(PrepackedWeight.pack(plain.float()).numpy(), plain.float().numpy())
+    assert np.array_equal(np.asarray(PrepackedWeight.pack(plain.float())), plain.float().numpy())
+    assert torch.equal(torch.from_dlpack(PrepackedWeight.pack(plain)), plain)
     assert "70 x 37" in repr(weight)
 
 
@@ -150,7 +151,7 @@ def test_copies_share_it_and_files_hold_the_matrix():
         file.seek(0)
         again = torch.load(file, weights_only=False)
         weight = again.weight if content is linear else again["weight"]
-        assert torch.equal(weight, plain) and not isinstance(weight, PackedWeight)
+        assert torch.equal(weight, plain) and not isinstance(weight, PrepackedWeight)
     other = nn.Linear(37, 70, dtype=torch.bfloat16)
     other.load_state_dict(linear.state_dict())
     assert torch.equal(other.weight, plain)
@@ -161,7 +162,7 @@ def test_copies_share_it_and_files_hold_the_matrix():
 def test_a_module_converts_it():
     linear, plain = packed_linear()
     linear.to(torch.float32)
-    assert isinstance(linear.weight, PackedWeight) and linear.weight.dtype == torch.float32
+    assert isinstance(linear.weight, PrepackedWeight) and linear.weight.dtype == torch.float32
     x = matrix((5, 37), torch.float32)
     assert torch.equal(linear(x), nn.functional.linear(x, plain.float(), linear.bias))
     with pytest.raises(ValueError, match="float32 or bfloat16 on the CPU, not float64"):
@@ -178,8 +179,10 @@ def test_a_packed_model_computes_the_same_bits(dtype):
     for backend in ("cpu", "reference"):
         model, _ = esm_fast.load("random:esm1b_t6_demo", dtype=dtype, backend="cpu")
         packed = copy.deepcopy(model)
-        pack_model(packed)
-        assert all(isinstance(layer.get_submodule(m).weight, PackedWeight) for layer in packed.layers for m in MATRICES)
+        prepack_model(packed)
+        assert all(
+            isinstance(layer.get_submodule(m).weight, PrepackedWeight) for layer in packed.layers for m in MATRICES
+        )
         model.backend = packed.backend = backend
         with torch.inference_mode():
             wanted, got = (
@@ -199,5 +202,5 @@ def test_a_model_that_would_not_run_packed_is_left_alone():
     ]:
         model, _ = esm_fast.load("random:esm1b_t6_demo", **changes)
         with pytest.raises(ValueError, match=f"cannot be packed: .*{reason}"):
-            pack_model(model)
-        assert not any(isinstance(p, PackedWeight) for p in model.parameters())
+            prepack_model(model)
+        assert not any(isinstance(p, PrepackedWeight) for p in model.parameters())

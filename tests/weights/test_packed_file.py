@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 import esm_fast
 from esm_fast import _C, weights
 from esm_fast.cli import main
+from esm_fast.formats.file import SUFFIX
+from esm_fast.formats.weight import MATRICES, PrepackedWeight
 from esm_fast.inference.load import random_model
-from esm_fast.packed import MATRICES, PackedWeight
-from esm_fast.packed_file import SUFFIX
 from esm_fast.weights import CheckpointError
 
 PROTEINS = ["MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQ", "KALTARQ"]
@@ -50,7 +50,7 @@ def matrices(model):
 
 
 def is_packed(model):
-    kinds = {isinstance(weight, PackedWeight) for weight in matrices(model)}
+    kinds = {isinstance(weight, PrepackedWeight) for weight in matrices(model)}
     assert len(kinds) == 1
     return kinds.pop()
 
@@ -83,7 +83,7 @@ def test_packed_models_embed_the_same_bits(plain_file, tmp_path, dtype):
 def test_a_packed_model_uses_the_kernels_without_no_grad(packed_file, monkeypatch):
     """Were a parameter left asking for gradients, every op would unpack its weights for the reference."""
     model, _ = esm_fast.load(packed_file)
-    monkeypatch.setattr(PackedWeight, "unpack", lambda self: pytest.fail("a packed weight was unpacked"))
+    monkeypatch.setattr(PrepackedWeight, "unpack", lambda self: pytest.fail("a packed weight was unpacked"))
     model(torch.tensor([[0, 20, 15, 11, 2]]), repr_layers=[3], return_contacts=True)
 
 
@@ -112,16 +112,12 @@ def test_an_unproven_level_packs_only_by_name(plain_file, packed_file):
     before = _C.isa()
     _C.set_isa("base")
     try:
-        from esm_fast.ops import select
-
-        select.cache_clear()
         for file in (plain_file, packed_file):
             with pytest.raises(ValueError, match="only by name on base"):
                 esm_fast.load(file, packed=True)
         assert is_packed(esm_fast.load(packed_file, backend="cpu")[0])
     finally:
         _C.set_isa(before)
-        select.cache_clear()
 
 
 def test_a_packed_file_has_one_type(packed_file):
@@ -153,7 +149,7 @@ def test_a_packed_file_is_a_safetensors_file(packed_file, plain_file):
             continue
         weight = state[key.removesuffix(SUFFIX)]
         assert tensor.dtype == torch.uint8 and tensor.data_ptr() % 64 == 0
-        view = PackedWeight(_C.view_weights(tensor.numpy(), *weight.shape, "bfloat16"))
+        view = PrepackedWeight(_C.view_weights(tensor.numpy(), "bfloat16", *weight.shape))
         assert torch.equal(view.unpack(), weight)
 
 

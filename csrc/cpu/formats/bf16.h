@@ -2,6 +2,19 @@
 // activations would only lose digits.
 #pragma once
 
+#if !defined(ESM_LEVEL)
+#include "../layout.h"
+
+namespace esm {
+namespace cpu {
+
+template <>
+struct LayoutOf<Type::bfloat16> : PlainLayout<uint16_t, 2, kInputs, Element::bfloat16> {};
+
+}  // namespace cpu
+}  // namespace esm
+
+#else
 #include "../panels.h"
 
 namespace esm {
@@ -9,7 +22,7 @@ namespace cpu {
 namespace {
 
 template <>
-struct Format<bf16> {
+struct FormatOf<bf16> {
 #if defined(__AVX512BF16__)
     typedef bf16 Activation;
 #else
@@ -17,6 +30,7 @@ struct Format<bf16> {
 #endif
     typedef Activation Operand;
     typedef bf16 Plain;
+    static constexpr int kTogether = 2;
 };
 
 // Elements of one panel of weights.
@@ -75,3 +89,4 @@ ESM_INLINE void tile(const bf16* a, size_t lda, const bf16* panel, int in, float
 }  // namespace
 }  // namespace cpu
 }  // namespace esm
+#endif

@@ -1,6 +1,19 @@
 // Weights of fp32.
 #pragma once
 
+#if !defined(ESM_LEVEL)
+#include "../layout.h"
+
+namespace esm {
+namespace cpu {
+
+template <>
+struct LayoutOf<Type::float32> : PlainLayout<uint32_t, 1, 1, Element::float32> {};
+
+}  // namespace cpu
+}  // namespace esm
+
+#else
 #include "../panels.h"
 
 namespace esm {
@@ -8,8 +21,9 @@ namespace cpu {
 namespace {
 
 template <>
-struct Format<float> {
+struct FormatOf<float> {
     typedef float Activation, Operand, Plain;
+    static constexpr int kTogether = 1;
 };
 
 // Elements of one panel of weights.
@@ -48,3 +62,4 @@ ESM_INLINE void tile(const float* a, size_t lda, const float* panel, int in, flo
 }  // namespace
 }  // namespace cpu
 }  // namespace esm
+#endif

@@ -3,6 +3,76 @@
 // the groups' sums are added up in fp32.
 #pragma once
 
+#if !defined(ESM_LEVEL)
+#include "../layout.h"
+
+namespace esm {
+namespace cpu {
+
+// Numbers (out, in) from -127 to 127, and scales (out, groups).
+template <>
+struct LayoutOf<Type::int8> {
+    static constexpr Element plain = Element::bfloat16;
+    static constexpr int kQuad = 4;
+    static constexpr size_t kHead = kPanel * (sizeof(int32_t) + sizeof(float));  // of a group
+
+    static int groups(int in) { return (in + kGroup - 1) / kGroup; }
+    static int padded(int inputs) { return (inputs + kInputs8 - 1) / kInputs8 * kInputs8; }
+    static size_t place(int row, int input) {
+        return kHead + size_t(input / kQuad * kPanel + row) * kQuad + size_t(input % kQuad);
+    }
+
+    static std::vector<Part> parts(int in) { return {{Element::int8, in}, {Element::float32, groups(in)}}; }
+    static size_t panel_size(int in) { return size_t(padded(in)) * kPanel + size_t(groups(in)) * kHead; }
+
+    // use(bytes of a group in the panel, the first of its numbers in the matrix, that of its scale, inputs) for each
+    // group of each row.
+    template <class Use>
+    static void each(int out, int in, int panel, const Use& use) {
+        size_t group_at = 0;
+        for (int group = 0; group < groups(in); ++group) {
+            const int input = group * kGroup, inputs = in - input < kGroup ? in - input : kGroup;
+            for (int row = 0; row < rows_of(out, panel); ++row) {
+                const size_t output = size_t(panel) * kPanel + size_t(row);
+                use(group_at, row, output * size_t(in) + size_t(input), output * size_t(groups(in)) + size_t(group), inputs);
+            }
+            group_at += kHead + size_t(padded(inputs)) * kPanel;
+        }
+    }
+
+    static void pack(const void* const* parts, int out, int in, int panel, void* to) {
+        const int8_t* numbers = static_cast<const int8_t*>(parts[0]);
+        const float* scales = static_cast<const float*>(parts[1]);
+        char* bytes = static_cast<char*>(to);
+        std::memset(bytes, 0, panel_size(in));
+        each(out, in, panel, [&](size_t at, int row, size_t number, size_t scale, int inputs) {
+            char* group = bytes + at;
+            int32_t sum = 0;
+            for (int i = 0; i < inputs; ++i) {
+                sum += numbers[number + size_t(i)];
+                group[place(row, i)] = char(numbers[number + size_t(i)]);
+            }
+            const int32_t correction = -kZero * sum;
+            std::memcpy(group + size_t(row) * sizeof correction, &correction, sizeof correction);
+            std::memcpy(group + (kPanel + size_t(row)) * sizeof(float), scales + scale, sizeof(float));
+        });
+    }
+    static void unpack(const void* from, int out, int in, int panel, void* const* parts) {
+        int8_t* numbers = static_cast<int8_t*>(parts[0]);
+        float* scales = static_cast<float*>(parts[1]);
+        const char* bytes = static_cast<const char*>(from);
+        each(out, in, panel, [&](size_t at, int row, size_t number, size_t scale, int inputs) {
+            const char* group = bytes + at;
+            for (int i = 0; i < inputs; ++i) numbers[number + size_t(i)] = int8_t(group[place(row, i)]);
+            std::memcpy(scales + scale, group + (kPanel + size_t(row)) * sizeof(float), sizeof(float));
+        });
+    }
+};
+
+}  // namespace cpu
+}  // namespace esm
+
+#else
 #include "../panels.h"
 #include "bf16.h"
 
@@ -22,11 +92,13 @@ struct biased8 {
 };
 
 template <>
-struct Format<int8> {
-    typedef Format<bf16>::Activation Activation;
+struct FormatOf<int8> {
+    typedef FormatOf<bf16>::Activation Activation;
     typedef biased8 Operand;
     typedef bf16 Plain;
 };
+template <>
+constexpr bool kQuantized<biased8> = true;
 
 constexpr float kTiniest = 1e-30f;
 
@@ -106,25 +178,7 @@ void quantize_row(const A* x, int n, biased8* out) {
     }
 }
 
-// Rows as a GEMM with weights W reads them: these themselves, or copies of 8 bits in scratch memory.
-template <class B>
-struct Rows {
-    const B* data;
-    size_t ld;
-};
-template <class W, class A>
-ESM_INLINE Rows<A> operand(const W*, const A* rows, size_t ld, int64_t, int, int) {
-    return {rows, ld};
-}
-template <class A>
-Rows<biased8> operand(const int8*, const A* rows, size_t ld, int64_t count, int n, int slot) {
-    const size_t to = leading<biased8>(n);
-    biased8* quantized = static_cast<biased8*>(scratch(slot, size_t(count) * to));
-    for (int64_t row = 0; row < count; ++row) quantize_row(rows + row * ld, n, quantized + row * to);
-    return {quantized, to};
-}
-
-// A panel's groups one after the other: see Packed.
+// A panel's groups one after the other: see Prepacked.
 ESM_INLINE size_t group_size(int64_t inputs) { return size_t(round_up(inputs, kInputs8) + 2 * sizeof(float)) * kPanel; }
 ESM_INLINE size_t panel_size(const int8*, int64_t in) {
     return size_t(round_up(in, kInputs8) + groups_of(in) * int64_t(2 * sizeof(float))) * kPanel;
@@ -198,3 +252,4 @@ void tile(const biased8* a, size_t lda, const int8* panel, int in, float* c, siz
 }  // namespace
 }  // namespace cpu
 }  // namespace esm
+#endif

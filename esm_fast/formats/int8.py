@@ -1,0 +1,111 @@
+"""8-bit weights for inference on CPUs, made without any calibration data.
+
+`ops.quantize` defines their arithmetic. Everything else of the model (embedding, layer norms, softmax and the attention
+products, residual stream, language-model head) stays in bf16 and fp32.
+"""
+
+import torch
+from torch import nn
+
+from .. import _C
+from ..ops import contract
+from ..ops.quantize import Quantized, int8_linear, quantize
+from .format import Format
+from .weight import MATRICES, PrepackedWeight
+
+
+class Int8Weight(PrepackedWeight):
+    """A prepacked matrix of 8 bits. Its dtype is that of the arithmetic around it: to() changes nothing else."""
+
+    @staticmethod
+    def __new__(cls, weights: _C.Weights, dtype: torch.dtype = torch.bfloat16):
+        made = torch.Tensor._make_wrapper_subclass(cls, (weights.out, weights.in_), dtype=dtype, device="cpu")
+        made.weights = weights
+        return made
+
+    @classmethod
+    def pack(cls, matrix: torch.Tensor) -> "Int8Weight":
+        """A floating-point matrix on the CPU, quantised in fp32."""
+        numbers, scales = quantize(matrix.detach().float())
+        return cls(_C.prepack([numbers, scales.contiguous()], "int8"))
+
+    @property
+    def beside(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def quantized(self) -> Quantized:
+        out, inputs = self.shape
+        numbers = torch.empty(out, inputs, dtype=torch.int8, device="cpu")
+        scales = torch.empty(out, -(-inputs // _C.GROUP), dtype=torch.float32, device="cpu")
+        self.weights.unpack([numbers, scales])
+        return Quantized(numbers, scales)
+
+    def unpack(self) -> torch.Tensor:
+        """The matrix it stands for, as a new plain tensor."""
+        return self.quantized().values().to(self.dtype)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The definition that the kernels are held to."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("8-bit weights have no gradients; load the model with another dtype")
+        return int8_linear(x, self.quantized(), bias)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].weights, args[0].dtype)
+        dtype = (kwargs or {}).get("dtype")
+        if func is torch.ops.aten._to_copy.default and dtype is not None and dtype.is_floating_point:
+            return cls(args[0].weights, dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __repr__(self, **options) -> str:
+        return f"Int8Weight({self.shape[0]} x {self.shape[1]}, around it {self.dtype})"
+
+
+contract.PLAIN.add(Int8Weight)
+
+_NATIVE = ("avx512vnni", "avx512bf16", "amx")  # levels that multiply 8 bits faster than 16
+
+
+def _require(device: str, backend: str | None, packed) -> None:
+    """Raises ValueError where a model with 8-bit weights would not run, or not fast unless the backend is named."""
+    if device != "auto" and torch.device(device).type != "cpu":
+        raise ValueError(f"dtype 'int8' runs on CPUs only, not on {device}; choose bfloat16 there")
+    if packed is False:
+        raise ValueError("8-bit weights are always prepacked; leave out packed=False, or choose another dtype")
+    if _C.isa() not in _NATIVE and backend is None:
+        raise ValueError(
+            f"the CPU kernels' level here, {_C.isa()}, has no instructions for 8 bits and would be slower than with "
+            "other types; choose float32 or bfloat16, or insist with backend='cpu'"
+        )
+
+
+def _factors(layer) -> dict[str, torch.Tensor]:
+    """What `_balance` takes out of a layer's norms, for the matrices that read them and have no 8 bits yet."""
+    read_by = {layer.self_attn_layer_norm: MATRICES[:3], layer.final_layer_norm: ("fc1",)}
+    factors = {}
+    for norm, names in read_by.items():
+        matrices = [layer.get_submodule(name).weight for name in names]
+        if not any(isinstance(matrix, Int8Weight) for matrix in matrices):
+            factors |= dict.fromkeys(names, _balance(norm, matrices))
+    return factors
+
+
+def _balance(norm: nn.LayerNorm, matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Takes a factor per channel out of a layer norm and returns it, for the matrices that read the norm.
+
+    A layer norm's gain is known without data, and a channel with a large gain makes its group coarse.
+    With the factor sqrt(gain / largest weight) activations and weights share the burden (as in SmoothQuant, Xiao et al.
+    2023, the gain standing in for measured activations). Powers of two: bf16 holds the results exactly.
+    """
+    gain = norm.weight.abs().double()
+    largest = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0).double()
+    exponent = (torch.log2(gain / largest) / 2).round().nan_to_num(0, 0, 0).clamp(-30, 30)
+    factor = torch.exp2(exponent).to(norm.weight.dtype)
+    for parameter in (norm.weight, norm.bias):
+        parameter.data = parameter.data / factor
+    return factor
+
+
+FORMATS = [Format("int8", torch.int8, around=torch.bfloat16, weight=Int8Weight, require=_require, factors=_factors)]
