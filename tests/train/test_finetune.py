@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import esm_fast
 from esm_fast.cli import main
 from esm_fast.inference.embed import embed
+from esm_fast.models import esm2
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.train import adapters
 from esm_fast.train.examples import Example, ExamplesError, Targets, read_examples
@@ -21,6 +22,7 @@ from esm_fast.train.finetune import Predictor, Settings, finetune, load_predicto
 from esm_fast.train.model import new_model
 
 CONFIG = Config(2, 32, 64, 2, max_positions=64)
+ROTARY = esm2.Config(2, 32, 64, 2)
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
 
 
@@ -80,8 +82,10 @@ def test_a_frozen_model_stays_and_its_head_learns(esm, task, level, tmp_path):
     assert alone == predicted
 
 
+@pytest.mark.parametrize("config", [CONFIG, ROTARY], ids=["learned", "rotary"])
 @pytest.mark.parametrize("trained", ["full", "lora"])
-def test_the_model_is_trained_too(esm, trained, tmp_path):
+def test_the_model_is_trained_too(config, trained, tmp_path):
+    esm = new_model(config, seed=0, std=0.05)
     if trained == "lora":
         pytest.importorskip("peft")
     before = {name: tensor.clone() for name, tensor in esm.state_dict().items()}

@@ -38,6 +38,7 @@ from esm_fast.train.store import open_store
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 MODEL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, max_positions=48)
+ROTARY = dict(family="esm2", layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2)
 
 
 # Models this small are slower on two, and a process that waits for a core holds the other up.
@@ -144,9 +145,10 @@ def test_rows_that_fill_the_selected_ones_up_count_nothing(store, tmp_path):
 # ---- resume
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(store, tmp_path):
-    train(store, tmp_path / "whole")
-    stopped = Trainer(recipe(store, tmp_path / "cut"), store, ALONE)
+@pytest.mark.parametrize("model", [MODEL, ROTARY], ids=["learned", "rotary"])
+def test_a_resumed_run_is_the_uninterrupted_one(store, tmp_path, model):
+    train(store, tmp_path / "whole", model=model)
+    stopped = Trainer(recipe(store, tmp_path / "cut", model=model), store, ALONE)
 
     def stop(step, entry):
         if step == 10:  # the last checkpoint is from step 8
@@ -154,7 +156,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(store, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stopped.train(stop)
-    train(store, tmp_path / "cut")
+    train(store, tmp_path / "cut", model=model)
     for name in ("loss", "learning_rate", "gradient_norm", "valid_loss"):
         assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
     whole, cut = (weights.read(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
