@@ -9,6 +9,8 @@ import torch
 
 from .. import ops
 from ..alphabet import EOS, TOKENS, Alphabet
+from ..models import unfused
+from ..models.attached import NotPackable, warn_not_packed
 from ..models.family import Config, families, of_config
 from ..sequences.batching import PackedBatch, pack_padded
 from ..sequences.fasta import read_fasta
@@ -19,6 +21,8 @@ class _Padded:
 
     Differences from fair-esm, all on rows that hold no data: representations and logits of padded rows are 0.
     """
+
+    padded_call = True
 
     def __init__(self, config: Config, *, backend: str | None = None):
         super().__init__(config, backend=backend)
@@ -51,10 +55,18 @@ class _Padded:
         """
         check_tokens(tokens, self.config.max_residues)
         tokens = tokens.to(self.device)
+        try:
+            parts = self.examine(contacts=return_contacts)
+        except NotPackable as reason:
+            if not self.pads_by_itself:
+                raise
+            warn_not_packed(reason)
+            return unfused.forward(self, tokens, repr_layers, need_head_weights, return_contacts)
         batch, rows = pack_padded(tokens)
         batch = replace(batch, positions=self.positions(batch.positions, rows.int() % max(tokens.shape[1], 1)))
         layers = {layer for layer in repr_layers if 0 <= layer <= self.num_layers}
-        out = self.forward_packed(
+        out = self.run(
+            parts,
             batch,
             layers=layers,
             logits=self.lm_head is not None,
@@ -66,7 +78,7 @@ class _Padded:
         representations = {
             k: pad_rows(x.to(self.dtype), rows, shape, self.backend) for k, x in out.representations.items()
         }
-        result = {"representations": representations}
+        result = Results(representations=representations)
         if out.logits is not None:
             result["logits"] = pad_rows(out.logits, rows, shape, self.backend)
         if need_head_weights:
@@ -74,11 +86,58 @@ class _Padded:
         if return_contacts:
             bias = self.contact_head.regression.bias
             result["contacts"] = pad_contacts(out.contacts, bias, batch, rows, shape)
+            if not need_head_weights:
+                result.make_attentions_later(self, tokens)
         return result
 
     def predict_contacts(self, tokens) -> torch.Tensor:
         """Contact probabilities (B, T-2, T-2) of a padded batch."""
         return self(tokens, return_contacts=True)["contacts"]
+
+
+class Results(dict):
+    """fair-esm's dictionary. After `return_contacts` alone it has "attentions" too, computed when they are first asked
+    for: the contacts did not need them, and they are the largest of all results."""
+
+    _later = None
+
+    def make_attentions_later(self, model: torch.nn.Module, tokens: torch.Tensor) -> None:
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self._later = model, tokens.clone(), _versions(model), *modes
+
+    def __missing__(self, key):
+        if key != "attentions" or self._later is None:
+            raise KeyError(key)
+        model, tokens, versions, grad, inference = self._later
+        if _versions(model) != versions:
+            raise KeyError(
+                "attentions: the model was changed since these contacts were computed; ask for both in one call, with "
+                "need_head_weights=True"
+            )
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            self["attentions"] = model(tokens, need_head_weights=True)["attentions"]
+        self._later = None
+        return self["attentions"]
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(key) or (key == "attentions" and self._later is not None)
+
+    def get(self, key, default=None):
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+
+def _versions(model: torch.nn.Module) -> list[tuple]:
+    """What changes when parameters or modules are changed, for the same numbers."""
+    found: list[tuple] = [(id(module), module.training) for module in model.modules()]
+    for tensor in model.parameters():
+        found.append((id(tensor), None if tensor.is_inference() else tensor._version))
+    return found
 
 
 def _make(name: str, model: type) -> type:

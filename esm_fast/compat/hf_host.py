@@ -47,13 +47,16 @@ def _require_encoder(config) -> None:
             raise NotPackable(f"its configuration says {name}; esm_fast runs encoders")
 
 
-def _require_ready(layers) -> None:
-    for layer in layers:
-        attention, dropouts = layer["attention.self"], (layer["attention.output.dropout"], layer["output.dropout"])
-        if attention.training and attention.dropout or any(d.training and d.p for d in dropouts):
-            raise NotPackable("dropout is active: call eval(), or set the probabilities in the configuration to 0")
-        if layer[""].training and layer[""].gradient_checkpointing:
-            raise NotPackable("gradient checkpointing is on")
+def _dropouts(layer) -> tuple[float, float]:
+    attention, after, last = layer["attention.self"], layer["attention.output.dropout"], layer["output.dropout"]
+    hidden = [module.p if module.training else 0.0 for module in (after, last)]
+    if hidden[0] != hidden[1]:
+        raise NotPackable(f"a layer's two dropouts have different probabilities, {hidden[0]} and {hidden[1]}")
+    return hidden[0], attention.dropout if attention.training else 0.0
+
+
+def _recomputes(layers) -> bool:
+    return any(layer[""].training and layer[""].gradient_checkpointing for layer in layers)
 
 
 LAYOUT = Layout(
@@ -88,7 +91,8 @@ LAYOUT = Layout(
     ),
     family_of=_family_of,
     describe=_describe,
-    require_ready=_require_ready,
+    dropouts=_dropouts,
+    recomputes=_recomputes,
 )
 HEAD = (
     Part("lm_head", theirs.EsmLMHead),

@@ -1,13 +1,12 @@
 """Another package's model, computed by ours: a shadow model made of the host's own parameters.
 
 The shadow owns no tensor. Before every forward the host is walked and its parameters are handed to the shadow by
-reference, so .to(), .half(), load_state_dict, replaced weights and cut layers are all seen. A host that is not exactly
-what its layout says (a LoRA layer, a hook, active dropout, another position embedding) raises `NotPackable`: nothing
-the user put into the model is passed over. The walk takes about a millisecond for 33 layers.
+reference, so .to(), .half(), load_state_dict, replaced weights and cut layers are all seen. What users have attached is
+judged as in our own models, by `models.attached`: a module that has to be called stands in the shadow itself, and what
+cannot run packed raises `NotPackable`. The walk takes about a millisecond for 33 layers.
 """
 
 import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,27 +16,17 @@ import torch
 from torch import nn
 
 from ..alphabet import MASK, PAD
+from ..models.attached import NotPackable, NotPackedWarning, is_plain, require_own, warn_not_packed
 from ..models.encoder import Encoder
 from ..models.family import Config, Family, LayoutError, of_config
 from .fair_esm import api_class
 
-
-class NotPackable(ValueError):
-    """Why a model, as it is now or as it was called, cannot run packed."""
-
-
-class NotPackedWarning(UserWarning):
-    """A call was computed by the original package's code, not by esm_fast; the message says why."""
-
-
-def warn_not_packed(reason: NotPackable) -> None:
-    """Tells the user, once a place and reason, that the original code ran."""
-    warnings.warn(f"esm_fast did not speed this up, the original code ran: {reason}", NotPackedWarning, stacklevel=4)
+__all__ = ["Layout", "NotPackable", "NotPackedWarning", "PackedEncoder", "Part", "examine", "find", "warn_not_packed"]
 
 
 class Part(NamedTuple):
-    """A module of the host: its path, the only class it may have, and the module of ours that takes its parameters
-    (None if it has none of its own)."""
+    """A module of the host: its path, the class that belongs there, and the module of ours that takes its parameters
+    (None if it has none of its own: then it must be of that class)."""
 
     path: str
     kind: type[nn.Module]
@@ -51,8 +40,9 @@ class Layout:
 
     package: the host's, by which the families name the parts of their own. family_of(host) tells the family, or raises
     NotPackable. describe(host, top, layers) gets the modules by path ({path: module}, and one such dictionary a layer)
-    and returns the sizes that all families have, as `Family.describe` takes them, or raises NotPackable.
-    require_ready(layers) raises it for what may change from call to call.
+    and returns the sizes that all families have, as `Family.describe` takes them, or raises NotPackable. Of a layer as
+    it is now, dropouts(layer) are the probabilities for its hidden rows and for its attention; recomputes(layers) tells
+    whether the backward pass is to compute layers again (gradient checkpointing).
     """
 
     package: str
@@ -61,7 +51,8 @@ class Layout:
     per_layer: tuple[Part, ...]
     family_of: Callable[[nn.Module], Family]
     describe: Callable[[nn.Module, dict, list[dict]], dict]
-    require_ready: Callable[[list[dict]], None] = lambda layers: None
+    dropouts: Callable[[dict], tuple[float, float]] = lambda layer: (0.0, 0.0)
+    recomputes: Callable[[list[dict]], bool] = lambda layers: False
 
     def own(self, family: Family) -> tuple[Part, ...]:
         """The parts that the family has besides `top`."""
@@ -83,19 +74,17 @@ def _named(kind: str) -> type[nn.Module]:
 
 
 def find(root: nn.Module, parts: tuple[Part, ...], where: str = "") -> dict[str, nn.Module]:
-    """{path: module} of the parts; NotPackable for one that is missing or changed."""
+    """{path: module} of the parts; NotPackable for one that is missing or changed beyond what `attached` knows."""
     found = {"": root}
-    for path, kind, _, optional in parts:
+    for path, kind, ours, optional in parts:
         module = root if not path else _child(found, path)
         if module is None and optional:
             continue
-        if type(module) is not kind:
-            place = (where + path).rstrip(".")
-            raise NotPackable(f"{place} is {_class(module)}, not {kind.__module__}.{kind.__qualname__}")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            _check_hooks(module, where + path)
-        if "forward" in module.__dict__:
-            raise NotPackable(f"the forward of {where}{path} was replaced")
+        place = (where + path).rstrip(".")
+        if module is None or ours is None:
+            require_own(module, kind, place)
+        else:
+            is_plain(module, kind, place)
         found[path] = module
     return found
 
@@ -107,17 +96,6 @@ def _child(found: dict[str, nn.Module], path: str) -> nn.Module | None:
         parent_module = _child(found, parent)
         return parent_module and parent_module._modules.get(name)
     return found[parent]._modules.get(name)
-
-
-def _check_hooks(module: nn.Module, path: str) -> None:
-    # transformers' own hooks record hidden states and attentions, which we return ourselves.
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-        if not all(str(getattr(hook, "__module__", "")).startswith("transformers.utils.") for hook in hooks.values()):
-            raise NotPackable(f"{path} has a hook, which would not run")
-
-
-def _class(module: nn.Module | None) -> str:
-    return "missing" if module is None else f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def examine(host: nn.Module, layout: Layout) -> tuple[Config, dict, list[dict]]:
@@ -152,15 +130,25 @@ class PackedEncoder:
         """Our model over the parameters as they are now; NotPackable as `examine`, or if the host is not ready."""
         layout = self.esm_fast_layout
         config, top, layers = examine(self, layout)
-        layout.require_ready(layers)
         shadow = _SHADOWS.get(self)
         if shadow is None or shadow.model.config != config:
             shadow = _SHADOWS[self] = _Shadow(config, layout)
         shadow.take(top, shadow.top)
-        for found, targets in zip(layers, shadow.layers, strict=True):
+        for layer, found, targets in zip(shadow.model.layers, layers, shadow.layers, strict=True):
             shadow.take(found, targets)
+            layer.hidden_dropout, layer.attention_dropout = layout.dropouts(found)
+        shadow.model.recompute = layout.recomputes(layers)
         shadow.model.backend = self.esm_fast_backend
         return shadow.model
+
+
+class _Target(NamedTuple):
+    """Where a module of ours stands in the shadow: a module of the host that is to be called takes its place."""
+
+    holder: dict[str, nn.Module]
+    name: str
+    ours: nn.Module
+    kind: type[nn.Module]
 
 
 class _Shadow:
@@ -169,27 +157,36 @@ class _Shadow:
     def __init__(self, config: Config, layout: Layout):
         with torch.device("meta"):
             self.model = api_class(config)(config)
+        self.model.pads_by_itself = False  # the host's own code does
         self.top = self._targets(self.model, layout.top + layout.own(of_config(config)))
         per_layer = layout.per_layer + layout.own_of_layers(of_config(config))
         self.layers = [self._targets(layer, per_layer) for layer in self.model.layers]
 
     @staticmethod
-    def _targets(root: nn.Module, parts: tuple[Part, ...]) -> dict[str, nn.Module]:
-        modules = dict(root.named_modules())
-        return {part.path: modules[part.ours] for part in parts if part.ours in modules}
+    def _targets(root: nn.Module, parts: tuple[Part, ...]) -> dict[str, _Target]:
+        modules, found = dict(root.named_modules()), {}
+        for part in parts:
+            if part.ours in modules:
+                holder, _, name = part.ours.rpartition(".")
+                found[part.path] = _Target(modules[holder]._modules, name, modules[part.ours], part.kind)
+        return found
 
     @staticmethod
-    def take(found: dict[str, nn.Module], targets: dict[str, nn.Module]) -> None:
-        for path, target in targets.items():
-            source = found[path]._parameters
-            for name in target._parameters:
-                if source.get(name) is None:
-                    raise NotPackable(f"{path} has no parameter {name!r}")
-                target._parameters[name] = source[name]
-            for name in target._buffers:
-                target._buffers[name] = found[path]._buffers[name]
-            if isinstance(target, nn.LayerNorm):
-                target.eps = found[path].eps
+    def take(found: dict[str, nn.Module], targets: dict[str, _Target]) -> None:
+        for path, (holder, name, ours, kind) in targets.items():
+            source = found[path]
+            if not is_plain(source, kind, path):
+                holder[name] = source
+                continue
+            holder[name] = ours
+            for parameter in ours._parameters:
+                if source._parameters.get(parameter) is None:
+                    raise NotPackable(f"{path} has no parameter {parameter!r}")
+                ours._parameters[parameter] = source._parameters[parameter]
+            for buffer in ours._buffers:
+                ours._buffers[buffer] = source._buffers[buffer]
+            if isinstance(ours, nn.LayerNorm):
+                ours.eps = source.eps
 
 
 # Beside the hosts, not in them: state_dict, deepcopy, pickle and save_pretrained see nothing of it.

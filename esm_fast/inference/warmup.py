@@ -66,7 +66,7 @@ def _logits(model: Encoder, batch: PackedBatch) -> torch.Tensor:
 
 def _loss(model: Encoder, batch: PackedBatch) -> torch.Tensor:
     rows = torch.arange(2, device=model.device)
-    return model.lm_head(_representations(model, batch), rows, rows, backend=model.backend)[1]
+    return model.logits_of(_representations(model, batch), rows, rows)[1]
 
 
 def _contacts(model: Encoder, batch: PackedBatch) -> torch.Tensor:

@@ -3,16 +3,22 @@
 There is no padding; `compat` gives the models the APIs that fair-esm and Hugging Face users know.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..alphabet import EOS, PAD, TOKENS
+from ..alphabet import EOS, MASK, PAD, TOKENS
+from ..ops.common import accumulate_dtype
+from ..ops.embedding import token_dropout_scale
 from ..sequences.batching import PackedBatch
+from . import unfused
+from .attached import NotPackable, is_plain, require_no_global_hooks, require_own, warn_not_packed
 from .family import Config
-from .layers import ContactHead, LayerNorm, LMHead, TransformerLayer
+from .layers import ContactHead, Halves, LayerNorm, LMHead, TransformerLayer
 
 
 @dataclass
@@ -34,6 +40,13 @@ class Outputs:
     contacts: list[torch.Tensor] | None = None
 
 
+class Parts(NamedTuple):
+    """What of a model can be computed fused: its embedding, and of each layer both halves."""
+
+    embedding: bool
+    halves: list[Halves]
+
+
 class Encoder(nn.Module):
     """A model on packed batches; parameter names are fair-esm's. A family's own class says what positions are.
 
@@ -42,10 +55,12 @@ class Encoder(nn.Module):
     """
 
     recompute = False
+    padded_call = False  # whether calling the model takes padded tokens, as fair-esm's does
+    pads_by_itself = True  # whether a model that cannot run packed computes padded, as `unfused` does, or raises
 
     def __init__(self, config: Config, *, backend: str | None = None):
         super().__init__()
-        self.config = config
+        self._config = config
         self.backend = backend
         width, eps = config.embed_dim, config.layer_norm_eps
         self.embed_tokens = nn.Embedding(len(TOKENS), width, padding_idx=PAD)
@@ -56,6 +71,12 @@ class Encoder(nn.Module):
         self.make_positions()
         self.emb_layer_norm_after = LayerNorm(width, eps)
         self.lm_head = LMHead(width, self.embed_tokens.weight, eps)
+
+    @property
+    def config(self) -> Config:
+        """The sizes, with as many layers as there are: they can be taken out."""
+        depth = len(self._modules["layers"])
+        return self._config if depth == self._config.layers else replace(self._config, layers=depth)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,31 +112,76 @@ class Encoder(nn.Module):
             keep: (n,) bool, the tokens that are residues for `contacts`; by default all but each sequence's first and
                 every <eos>.
             embedded: (n, embed_dim), the residual stream to begin with in place of the embedding of `batch.tokens`.
+
+        Raises:
+            ValueError: for a batch or arguments that do not fit; contacts of a model without a regression.
+                NotPackable: unless it pads by itself, for what `attached` tells.
         """
+        asked = dict(layers=layers, pools=pools, rows=rows, logits=logits, attentions=attentions, contacts=contacts)
+        own_way = dict(scale=scale, embedded=embedded)
+        if self.padded_call and (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__):
+            return unfused.forward_packed(self, batch, **asked, **own_way)  # only a call of the model meets them
+        try:
+            parts = self.examine(contacts=contacts)
+        except NotPackable as reason:
+            if not self.pads_by_itself:
+                raise
+            warn_not_packed(reason)
+            return unfused.forward_packed(self, batch, **asked, **own_way)
+        return self.run(parts, batch, **asked, **own_way, keep=keep)
+
+    def examine(self, *, contacts: bool) -> "Parts":
+        """What of the model can be computed fused; raises NotPackable where nothing can. See `attached`."""
+        require_no_global_hooks()
+        own = self._modules
+        layers = own["layers"]
+        require_own(layers, nn.ModuleList, "layers")
+        halves = []
+        for number, layer in enumerate(layers._modules.values()):
+            if type(layer) is not TransformerLayer:
+                require_own(layer, TransformerLayer, f"layers.{number}")
+            halves.append(layer.halves(f"layers.{number}"))
         if contacts:
-            self.contact_head.require_fitted()
+            require_own(own["contact_head"], ContactHead, "contact_head")
+            if not is_plain(own["contact_head"].regression, nn.Linear, "contact_head.regression"):
+                raise NotPackable("contact_head.regression has something attached")
+            self.contact_head.require_fitted(len(layers) * self._config.attention_heads)
+        is_plain(own["emb_layer_norm_after"], LayerNorm, "emb_layer_norm_after")  # which is called in any case
+        self._head_is_plain()
+        return Parts(self.embedding_is_plain(), halves)
+
+    def _head_is_plain(self) -> bool:
+        head = self._modules.get("lm_head")
+        if head is None:
+            return True
+        return head.is_plain("lm_head") if type(head) is LMHead else is_plain(head, LMHead, "lm_head")
+
+    def run(self, parts: "Parts", batch: PackedBatch, *, layers=(), pools=(), rows=None, logits=False,
+            attentions=False, contacts=False, scale=None, keep=None, embedded=None) -> Outputs:  # fmt: skip
+        """`forward_packed` of a model that was examined."""
         last, all_rows = self.config.layers, logits or attentions or contacts
         depth = last if all_rows or rows is not None else max([*layers, *(pool.layer for pool in pools)], default=0)
         some_rows = rows is not None and not all_rows and last not in (*layers, *(pool.layer for pool in pools))
         whole = depth - some_rows  # layers that run on all rows
         out = Outputs(attentions=[] if attentions else None)
         seen = _Seen(self, batch, layers, pools, out)
-        x = self.embed(batch, scale) if embedded is None else embedded
+        x = self._embedded(parts, batch, scale) if embedded is None else embedded
         seen.add(0, x)
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
         rotary = self.rotary(batch) if depth else None
         all_at_once = None
-        if whole and not (attentions or contacts):
+        if whole and not (attentions or contacts) and all(map(all, parts.halves[:whole])):
             all_at_once = ops.transformer_stack.kernel_call(self.backend, **self._stack(x, batch, rotary, whole, seen))
         if all_at_once is not None:
             x, *found = all_at_once()
             seen.add_inner(found)
         else:
             for number, layer in enumerate(self.layers[:whole], start=1):
-                x, *qk = layer(
+                x, *qk = layer.packed(
                     x,
                     batch,
                     rotary,
+                    parts.halves[number - 1],
                     return_qk=attentions or contacts,
                     recompute=self.recompute and torch.is_grad_enabled(),
                     backend=self.backend,
@@ -125,16 +191,58 @@ class Encoder(nn.Module):
                 if number < last:
                     seen.add(number, x)
         if some_rows:
-            (x,) = self.layers[-1](x, batch, rotary, rows=rows, backend=self.backend)
+            (x,) = self.layers[-1].packed(x, batch, rotary, parts.halves[-1], rows=rows, backend=self.backend)
         if depth == last:
             x = self.emb_layer_norm_after(x)
             seen.add(last, x)
         if rows is not None:
             out.rows = x if some_rows else x.index_select(0, rows)
         if logits:
-            out.logits, _ = self.lm_head(x, backend=self.backend)
+            out.logits, _ = self.logits_of(x)
         out.attentions, out.contacts = maps.finish()
         return out
+
+    def logits_of(self, x: torch.Tensor, rows=None, targets=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(logits, loss) of `ops.masked_lm_head` for packed representations, whatever is attached to the head."""
+        head = self.lm_head
+        if self.head_is_plain():
+            weights = head.weights()
+            return ops.masked_lm_head(x, **weights, rows=rows, targets=targets, backend=self.backend)
+        logits = head(x if rows is None else x[rows])
+        wide = logits.to(accumulate_dtype(logits.dtype))
+        return logits, None if targets is None else F.cross_entropy(wide, targets, reduction="sum")
+
+    def head_is_plain(self) -> bool:
+        """Whether the language-model head's parameters say all; if not, `logits_of` calls it."""
+        try:
+            return self._head_is_plain()
+        except NotPackable:
+            return False
+
+    def _embedded(self, parts: "Parts", batch: PackedBatch, scale) -> torch.Tensor:
+        if parts.embedding:
+            return self.embed(batch, scale)
+        factor = None
+        if self.config.token_dropout:
+            scale = token_dropout_scale(batch.tokens, batch.cu_seqlens) if scale is None else scale
+            lengths = batch.lengths.long()
+            factor = torch.repeat_interleave(scale, lengths, output_size=len(batch.tokens))
+        return self.embed_by_modules(batch.tokens, batch.positions, factor)
+
+    def embedding_is_plain(self) -> bool:
+        """Whether `embed` says all, or the modules before the layers are to be called; raises NotPackable."""
+        return is_plain(self._modules["embed_tokens"], nn.Embedding, "embed_tokens")
+
+    def embed_by_modules(self, tokens: torch.Tensor, positions: torch.Tensor, factor) -> torch.Tensor:
+        """As `embed`, its modules called: on packed or padded tokens, all of one shape.
+
+        factor: what each token's embedding is multiplied by, in the same shape; None where <mask> is a token as others.
+        """
+        x = self.embed_tokens(tokens)
+        x = x.to(accumulate_dtype(x.dtype))
+        if factor is not None:
+            x = (x * factor[..., None]).masked_fill((tokens == MASK)[..., None], 0.0)
+        return x
 
     def _stack(self, x: torch.Tensor, batch: PackedBatch, rotary, depth: int, seen: "_Seen") -> dict:
         """The arguments of `ops.transformer_stack` for the first `depth` layers."""

@@ -11,6 +11,7 @@ from .. import ops
 from ..alphabet import MASK, PAD, TOKENS
 from ..sequences.batching import PackedBatch
 from . import family
+from .attached import is_plain
 from .encoder import Encoder
 from .family import LayoutError, Part
 from .layers import LayerNorm
@@ -52,6 +53,18 @@ class ESM1(Encoder):
     @property
     def position_rows(self) -> int:
         return len(self.embed_positions.weight)
+
+    def embedding_is_plain(self) -> bool:
+        own, plain = self._modules, [super().embedding_is_plain()]
+        plain.append(is_plain(own["embed_positions"], nn.Embedding, "embed_positions"))
+        if (norm := own.get("emb_layer_norm_before")) is not None:
+            plain.append(is_plain(norm, LayerNorm, "emb_layer_norm_before"))
+        return all(plain)
+
+    def embed_by_modules(self, tokens: torch.Tensor, positions: torch.Tensor, factor) -> torch.Tensor:
+        x = super().embed_by_modules(tokens, positions, factor)
+        x = x + self.embed_positions(positions).to(x.dtype)
+        return x if self.emb_layer_norm_before is None else self.emb_layer_norm_before(x)
 
     def embed(self, batch: PackedBatch, scale) -> torch.Tensor:
         norm = self.emb_layer_norm_before

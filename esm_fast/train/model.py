@@ -22,7 +22,7 @@ class MaskedLM(nn.Module):
     def forward(self, masked: MaskedBatch) -> torch.Tensor:
         depth = self.esm.config.layers
         x = self.esm.forward_packed(masked.batch, layers=(depth,)).representations[depth]
-        _, loss = self.esm.lm_head(x, *_filled_up(masked.rows, masked.targets), backend=self.esm.backend)
+        _, loss = self.esm.logits_of(x, *_filled_up(masked.rows, masked.targets))
         return loss
 
 

@@ -42,7 +42,7 @@ def log_probs_of(
 
 
 @torch.inference_mode()
-def _forward(model: ESM1, head: dict, parts: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
+def _forward(model: ESM1, head: dict | None, parts: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
     """(all rows wanted, 33), the sequences' one after the other."""
     lengths = np.array([len(part) for part in parts])
     starts = np.cumsum(lengths) - lengths
@@ -50,7 +50,11 @@ def _forward(model: ESM1, head: dict, parts: list[np.ndarray], wanted: list[np.n
     depth = model.config.layers
     x = model.forward_packed(batch, layers=(depth,)).representations[depth]
     rows = np.concatenate([start + rows for start, rows in zip(starts, wanted, strict=True)])
-    logits, _ = ops.masked_lm_head(x, **head, rows=torch.from_numpy(rows).to(x.device), backend=model.backend)
+    rows = torch.from_numpy(rows).to(x.device)
+    if head is None:
+        logits, _ = model.logits_of(x, rows)
+    else:
+        logits, _ = ops.masked_lm_head(x, **head, rows=rows, backend=model.backend)
     return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
 
 
@@ -62,20 +66,14 @@ def _packed(parts: list[np.ndarray], lengths: np.ndarray) -> PackedBatch:
     return PackedBatch(tokens, torch.from_numpy(positions), offsets, int(lengths.max()), torch.arange(len(parts)))
 
 
-def _head_of(model: ESM1) -> dict:
-    """The arguments of `ops.masked_lm_head`, in float32 at least.
+def _head_of(model: ESM1) -> dict | None:
+    """The arguments of `ops.masked_lm_head`, in float32 at least; None for a head with something attached.
 
     In half precision the logits themselves would be rounded to 8 bits, when the few rows that are wanted cost nothing.
     """
     if model.lm_head is None:
         raise ValueError("the model has no language-model head, so it gives no probabilities to compare variants by")
-    head, dtype = model.lm_head, torch.promote_types(model.dtype, torch.float32)
-    tensors = {
-        "dense_weight": head.dense.weight,
-        "dense_bias": head.dense.bias,
-        "ln_weight": head.layer_norm.weight,
-        "ln_bias": head.layer_norm.bias,
-        "token_table": head.weight,
-        "bias": head.bias,
-    }
-    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()} | {"eps": head.layer_norm.eps}
+    if not model.head_is_plain():
+        return None
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return {name: v.detach().to(dtype) if name != "eps" else v for name, v in model.lm_head.weights().items()}

@@ -56,17 +56,15 @@ def packed(model, *args, **kwargs):
 
 
 def ran(model, call):
-    """How often esm_fast's own layers were entered during a call."""
+    """How often esm_fast's own layers were computed during a call: with gradients they are, one by one."""
     from esm_fast.models.layers import TransformerLayer
 
-    entered = []
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: entered.append(module) if isinstance(module, TransformerLayer) else None
-    )
-    try:
+    entered, packed = [], TransformerLayer.packed
+    with pytest.MonkeyPatch.context() as patch, torch.enable_grad():
+        patch.setattr(
+            TransformerLayer, "packed", lambda layer, *a, **k: entered.append(layer) or packed(layer, *a, **k)
+        )
         call()
-    finally:
-        hook.remove()
     return len(entered)
 
 

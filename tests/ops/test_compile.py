@@ -195,7 +195,7 @@ def test_the_forward_and_the_backward_never_wait(meta):
     (out.logits.sum() + out.representations[1].sum()).backward()
     assert made.layers[0].fc1.weight.grad.shape == made.layers[0].fc1.weight.shape
     rows, targets = torch.zeros(3, dtype=torch.long, device=meta), torch.zeros(3, dtype=torch.long, device=meta)
-    _, loss = made.lm_head(out.representations[2], rows, targets)
+    _, loss = made.logits_of(out.representations[2], rows, targets)
     assert loss.shape == ()
 
 

@@ -51,10 +51,11 @@ def masks_of(segment: Segment) -> np.ndarray:
 
 def of_rows(model, rows: torch.Tensor) -> torch.Tensor:
     """(m, 33) logits in float32 (float64 for such a model) of m rows of the last representation."""
-    head, dtype = model.lm_head, torch.promote_types(model.dtype, torch.float32)
-    weights = (head.dense.weight, head.dense.bias, head.layer_norm.weight, head.layer_norm.bias, head.weight, head.bias)
-    weights = (weight.to(dtype) for weight in weights)
-    return ops.masked_lm_head(rows, *weights, eps=head.layer_norm.eps, backend=model.backend)[0]
+    if not model.head_is_plain():
+        return model.logits_of(rows)[0]
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    weights = {name: v.to(dtype) if name != "eps" else v for name, v in model.lm_head.weights().items()}
+    return ops.masked_lm_head(rows, **weights, backend=model.backend)[0]
 
 
 OUTPUTS = {Logits.name: lambda layer=None: Logits()}
