@@ -26,7 +26,7 @@ def graph() -> dict[str, set[str]]:
 
 def _imported(name: str, path: Path, known):
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _executed(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
@@ -37,6 +37,15 @@ def _imported(name: str, path: Path, known):
                     yield target
                 elif base in known:
                     yield base
+
+
+def _executed(node: ast.AST):
+    """All nodes but those that only type checkers see."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _executed(child)
 
 
 def _absolute(package: str, node: ast.ImportFrom) -> str:
@@ -75,3 +84,34 @@ def circles() -> list[list[str]]:
 def room(name: str) -> str:
     """esm_fast.train.loop -> train; esm_fast.alphabet -> alphabet."""
     return name.split(".")[1] if "." in name else ""
+
+
+# Each may import itself and what stands before it.
+ORDER = [
+    *("alphabet", "console", "memory", "files", "sequences"),  # bytes, residues, batches
+    *("ops", "packed", "quantized", "packed_file", "kernels"),  # what is computed, and by whom
+    *("models", "weights", "download", "hub"),  # families, their files, and where those are
+    *("inference", "compat", "variants", "train"),
+    *("dataset", "plots", "pretrained", "cli"),
+]
+# The registry looks the backends up: the one place where what is below finds what is above, by name.
+DISCOVERY = {("esm_fast.ops.registry", "esm_fast.kernels")}
+
+
+def test_no_module_imports_in_a_circle():
+    assert circles() == []
+
+
+def test_imports_point_one_way():
+    place = {name: number for number, name in enumerate(ORDER)}
+    edges = [(name, target) for name, targets in graph().items() for target in targets]
+    rooms = {room(name) for edge in edges for name in edge} - {""}
+    assert rooms <= set(place), "give the new room a place in ORDER"
+    up = {edge for edge in edges if all(map(room, edge)) and place[room(edge[0])] < place[room(edge[1])]}
+    assert up == DISCOVERY
+
+
+def test_nothing_of_the_command_line_is_needed_below_it():
+    assert {name for name, targets in graph().items() if any(room(t) == "cli" for t in targets)} <= {
+        name for name in graph() if room(name) == "cli"
+    }
