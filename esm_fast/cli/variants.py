@@ -3,24 +3,20 @@
 import argparse
 import time
 from collections import Counter
-from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
-from ..variants.parse import STANDARD, shown
+from ..variants.parse import shown
 from .common import (
     InputError,
     add_batch_tokens,
     add_model,
     add_policies,
-    dtype_of,
-    human_bytes,
-    is_random,
-    load_model,
     output_path,
     positive,
     progress,
 )
+from .variants_models import Models, job_factory, protein_lines, summary
 
 NAME = "variants"
 ORDER = 23
@@ -46,7 +42,6 @@ EXAMPLES = """\
   esm-fast variants atlas/ --lookup 'P04637 R175H' 'P38398 p.Cys61Gly'
 """
 _DRAWN = (".png", ".html")
-_LISTED = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,48 +142,6 @@ def run(args: argparse.Namespace) -> int:
     return _scan(args, out, proteins, report, Models(args))
 
 
-class Models:
-    """The models of the command line, one after another; names for their columns."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.names = args, []
-        for path in args.model:
-            stem = Path(path).name if Path(path).exists() else path
-            name = stem.removesuffix(".safetensors").removesuffix(".pt")
-            self.names.append(name if name not in self.names else f"{name}_{self.names.count(name) + 1}")
-        self.combined = None if len(self.names) < 2 or args.combine == "none" else args.combine
-
-    def __iter__(self):
-        """(model, budget), one in memory at a time."""
-        from ..inference.embed import token_budget
-
-        args = self.args
-        for path in args.model:
-            dtype = dtype_of(argparse.Namespace(**{**vars(args), "model": path}))
-            model = load_model(path, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
-            yield model, token_budget(model, args.batch_tokens)
-            del model
-
-    @property
-    def said(self) -> str:
-        warning = "  (RANDOM WEIGHTS: THESE NUMBERS MEAN NOTHING)" if any(map(is_random, self.args.model)) else ""
-        return ", ".join(self.args.model) + warning
-
-    def combine(self, columns: list):
-        """The columns, and their combination where it is asked for."""
-        import numpy as np
-
-        how = {"mean": np.mean, "min": np.min}.get(self.combined)
-        return [*columns, how(columns, axis=0)] if how else columns
-
-
-def job_factory(args: argparse.Namespace):
-    """The job of a protein's text; jobs are kept, since several models share them."""
-    from ..variants.scores import Job
-
-    return cache(partial(Job, strategy=args.strategy, window=args.window, compat=args.compat))
-
-
 def _proteins(args: argparse.Namespace):
     """{id: residues}, and the report of reading them."""
     from ..alphabet import TOKENS
@@ -224,21 +177,6 @@ def _name(duplicates: str, wanted: str, taken: dict) -> str | None:
     return next(name for n in count(2) if (name := f"{wanted}_{n}") not in taken)
 
 
-def protein_lines(proteins: dict[str, str], report) -> list[str]:
-    residues = sum(map(len, proteins.values()))
-    rare = residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
-    left_out = report.records - len(proteins)
-    lines = [f"proteins  {len(proteins):,} of {report.records:,} records, {residues:,} residues"]
-    if left_out:
-        empty, unknown = report.empty, report.skipped_unknown
-        lines.append(
-            f"skipped   {unknown:,} unknown residue, {empty:,} empty, {left_out - empty - unknown:,} duplicate"
-        )
-    if rare:
-        lines.append(f"rare      {rare:,} residues U, O, B, Z or X, scored against their own token")
-    return lines
-
-
 # ---- all substitutions
 
 
@@ -271,18 +209,3 @@ def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: M
         rows = write_scans(args, out, found, models, len(proteins))
     summary(args, models, protein_lines(proteins, report), Counter(rows=rows), out, time.perf_counter() - start)
     return 0
-
-
-def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float) -> None:
-    window = "" if args.window == "auto" else f", windows {args.window}"
-    notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
-    print("\n".join(lines))
-    print(f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s")
-    print(f"strategy  {args.strategy}{window}{', with the published errors' if args.compat else ''}")
-    print(f"model     {models.said}")
-    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
-
-
-def listed(problems) -> list[str]:
-    lines = [f"  row {problem.row + 1}: {problem.error}" for problem in problems[:_LISTED]]
-    return lines + ([f"  and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else [])

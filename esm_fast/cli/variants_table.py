@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files.atomic import atomic
 from .common import InputError, progress
 from .dataset import SOME_FAILED
-from .variants import job_factory, listed, protein_lines, summary
+from .variants_models import job_factory, listed, protein_lines, summary
 
 _WHY = "not_scored_because"
 

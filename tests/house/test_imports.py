@@ -89,10 +89,10 @@ def room(name: str) -> str:
 # Each may import itself and what stands before it.
 ORDER = [
     *("alphabet", "console", "memory", "files", "sequences"),  # bytes, residues, batches
-    *("ops", "packed", "quantized", "packed_file", "kernels"),  # what is computed, and by whom
+    *("ops", "formats", "packed", "quantized", "packed_file", "kernels"),  # what is computed, and by whom
     *("models", "weights", "download", "hub"),  # families, their files, and where those are
-    *("inference", "compat", "variants", "train"),
-    *("dataset", "plots", "pretrained", "cli"),
+    *("inference", "compat", "train"),
+    *("dataset", "variants", "plots", "pretrained", "cli"),
 ]
 # The registry looks the backends up: the one place where what is below finds what is above, by name.
 DISCOVERY = {("esm_fast.ops.registry", "esm_fast.kernels")}

@@ -1,0 +1,83 @@
+"""What the forms of `esm-fast variants` share: the models, one after another, and what is said at the end."""
+
+import argparse
+from collections import Counter
+from functools import cache, partial
+from pathlib import Path
+
+from ..variants.parse import STANDARD
+from .common import dtype_of, human_bytes, is_random, load_model
+
+_LISTED = 5
+
+
+class Models:
+    """The models of the command line, one after another; names for their columns."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.names = args, []
+        for path in args.model:
+            stem = Path(path).name if Path(path).exists() else path
+            name = stem.removesuffix(".safetensors").removesuffix(".pt")
+            self.names.append(name if name not in self.names else f"{name}_{self.names.count(name) + 1}")
+        self.combined = None if len(self.names) < 2 or args.combine == "none" else args.combine
+
+    def __iter__(self):
+        """(model, budget), one in memory at a time."""
+        from ..inference.embed import token_budget
+
+        args = self.args
+        for path in args.model:
+            dtype = dtype_of(argparse.Namespace(**{**vars(args), "model": path}))
+            model = load_model(path, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
+            yield model, token_budget(model, args.batch_tokens)
+            del model
+
+    @property
+    def said(self) -> str:
+        warning = "  (RANDOM WEIGHTS: THESE NUMBERS MEAN NOTHING)" if any(map(is_random, self.args.model)) else ""
+        return ", ".join(self.args.model) + warning
+
+    def combine(self, columns: list):
+        """The columns, and their combination where it is asked for."""
+        import numpy as np
+
+        how = {"mean": np.mean, "min": np.min}.get(self.combined)
+        return [*columns, how(columns, axis=0)] if how else columns
+
+
+def job_factory(args: argparse.Namespace):
+    """The job of a protein's text; jobs are kept, since several models share them."""
+    from ..variants.scores import Job
+
+    return cache(partial(Job, strategy=args.strategy, window=args.window, compat=args.compat))
+
+
+def protein_lines(proteins: dict[str, str], report) -> list[str]:
+    residues = sum(map(len, proteins.values()))
+    rare = residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
+    left_out = report.records - len(proteins)
+    lines = [f"proteins  {len(proteins):,} of {report.records:,} records, {residues:,} residues"]
+    if left_out:
+        empty, unknown = report.empty, report.skipped_unknown
+        lines.append(
+            f"skipped   {unknown:,} unknown residue, {empty:,} empty, {left_out - empty - unknown:,} duplicate"
+        )
+    if rare:
+        lines.append(f"rare      {rare:,} residues U, O, B, Z or X, scored against their own token")
+    return lines
+
+
+def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float) -> None:
+    window = "" if args.window == "auto" else f", windows {args.window}"
+    notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
+    print("\n".join(lines))
+    print(f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s")
+    print(f"strategy  {args.strategy}{window}{', with the published errors' if args.compat else ''}")
+    print(f"model     {models.said}")
+    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+
+
+def listed(problems) -> list[str]:
+    lines = [f"  row {problem.row + 1}: {problem.error}" for problem in problems[:_LISTED]]
+    return lines + ([f"  and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else [])
