@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from .. import ops
 from ..alphabet import PAD
-from ..models.esm1 import ESM1
+from ..inference.outputs.logits import of_rows
+from ..models.encoder import Encoder
 from ..sequences.batching import PackedBatch, plan
 
 
 def log_probs_of(
-    model: ESM1,
+    model: Encoder,
     contexts: Sequence[bytes],
     rows: Sequence[np.ndarray],
     batch_tokens: int,
@@ -24,37 +24,33 @@ def log_probs_of(
 
     Args:
         contexts: token ids, a byte each, as the model gets them: with <cls> and <eos> where there are any.
-        rows: per context the indices of the tokens whose predictions are wanted.
+        rows: per context the indices, ascending, of the tokens whose predictions are wanted: the last layer's
+            feed-forward block and the head run on these alone.
         on_batch: is given the tokens done after each batch.
 
     Yields:
         (number of the context, (rows, 33)), in an order of its own.
     """
-    head = _head_of(model)
+    if model.lm_head is None:
+        raise ValueError("the model has no language-model head, so it gives no probabilities to compare variants by")
     lengths = np.array([len(context) for context in contexts], dtype=np.int64)
     for chosen in plan(lengths, batch_tokens):
         parts = [np.frombuffer(contexts[i], np.uint8) for i in chosen]
         wanted = [rows[i] for i in chosen]
-        found = _forward(model, head, parts, wanted)
+        found = _forward(model, parts, wanted)
         ends = np.cumsum([len(part) for part in wanted])[:-1]
         yield from zip(chosen.tolist(), np.split(found, ends), strict=True)
         on_batch(int(lengths[chosen].sum()))
 
 
 @torch.inference_mode()
-def _forward(model: ESM1, head: dict | None, parts: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
+def _forward(model: Encoder, parts: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
     """(all rows wanted, 33), the sequences' one after the other."""
     lengths = np.array([len(part) for part in parts])
     starts = np.cumsum(lengths) - lengths
     batch = _packed(parts, lengths).to(model.device)
-    depth = model.config.layers
-    x = model.forward_packed(batch, layers=(depth,)).representations[depth]
     rows = np.concatenate([start + rows for start, rows in zip(starts, wanted, strict=True)])
-    rows = torch.from_numpy(rows).to(x.device)
-    if head is None:
-        logits, _ = model.logits_of(x, rows)
-    else:
-        logits, _ = ops.masked_lm_head(x, **head, rows=rows, backend=model.backend)
+    logits = of_rows(model, model.forward_packed(batch, rows=torch.from_numpy(rows).to(model.device)).rows)
     return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
 
 
@@ -64,16 +60,3 @@ def _packed(parts: list[np.ndarray], lengths: np.ndarray) -> PackedBatch:
     tokens = torch.from_numpy(np.concatenate(parts).astype(np.int32))
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     return PackedBatch(tokens, torch.from_numpy(positions), offsets, int(lengths.max()), torch.arange(len(parts)))
-
-
-def _head_of(model: ESM1) -> dict | None:
-    """The arguments of `ops.masked_lm_head`, in float32 at least; None for a head with something attached.
-
-    In half precision the logits themselves would be rounded to 8 bits, when the few rows that are wanted cost nothing.
-    """
-    if model.lm_head is None:
-        raise ValueError("the model has no language-model head, so it gives no probabilities to compare variants by")
-    if not model.head_is_plain():
-        return None
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    return {name: v.detach().to(dtype) if name != "eps" else v for name, v in model.lm_head.weights().items()}
