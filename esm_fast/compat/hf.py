@@ -18,8 +18,9 @@ from transformers.utils import can_return_tuple
 
 from .. import hub, ops, weights
 from ..alphabet import MASK, PAD, TOKENS
-from ..models.encoder import Encoder, Outputs
+from ..models.encoder import Encoder
 from ..models.family import of_config
+from ..models.results import Outputs
 from .fair_esm import contact_tokens, pad_attentions, pad_contacts, pad_rows
 from .hf_host import HEAD, LAYOUT, PackedInput, pack_input
 from .hf_tokenizer import EsmTokenizer

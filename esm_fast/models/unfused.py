@@ -11,9 +11,10 @@ from ..alphabet import MASK, PAD
 from ..ops.common import accumulate_dtype
 from ..ops.embedding import KEPT_IN_TRAINING
 from ..sequences.batching import PackedBatch
+from .results import Outputs
 
 if TYPE_CHECKING:
-    from .encoder import Encoder, Outputs
+    from .encoder import Encoder
 
 
 def forward(
@@ -70,10 +71,8 @@ def _embed(model: "Encoder", tokens, padding, scale):
 
 def forward_packed(
     model: "Encoder", batch: PackedBatch, *, layers, pools, rows, logits, attentions, contacts, scale, embedded
-) -> "Outputs":
+) -> Outputs:
     """`Encoder.forward_packed`, through the padded call; of the model itself, where something is attached to that."""
-    from .encoder import Outputs
-
     lengths = batch.lengths.tolist()
     shape = (len(lengths), max(lengths, default=0))
     at = [torch.arange(n) + i * shape[1] for i, n in enumerate(lengths)]

@@ -91,7 +91,7 @@ ORDER = [
     *("alphabet", "console", "memory", "files", "sequences"),  # bytes, residues, batches
     *("ops", "formats", "packed", "quantized", "packed_file", "kernels"),  # what is computed, and by whom
     *("models", "weights", "download", "hub"),  # families, their files, and where those are
-    *("inference", "compat", "train"),
+    *("compat", "inference", "train"),  # `load` gives models with fair-esm's API
     *("dataset", "variants", "plots", "pretrained", "cli"),
 ]
 # The registry looks the backends up: the one place where what is below finds what is above, by name.
