@@ -12,15 +12,14 @@ import esm_fast
 from esm_fast.models.family import aliases, canonical_name, config_class, families, of_config, of_name, published
 
 PACKAGE = Path(esm_fast.__file__).parent
-# Modules below which no family is known. Texts that users read (docstrings, help, examples) may name models.
-ROOMS = ["hub.py", "pretrained.py", "packed.py", "quantized.py", "packed_file.py", "weights", "inference", "compat"]
-ROOMS += ["train", "dataset", "sequences", "cli", "models/family.py", "models/layers.py", "models/encoder.py"]
+# The names that users import, fair-esm's ProteinBertModel among them. Nothing else may know a family but its own file;
+# texts that users read (docstrings, help, examples) may name models.
+EXPORTS = PACKAGE / "__init__.py"
 
 
 def files():
-    for room in ROOMS:
-        path = PACKAGE / room
-        yield from path.rglob("*.py") if path.is_dir() else [path]
+    own = {PACKAGE / "models" / f"{name}.py" for name in families()}
+    return [path for path in PACKAGE.rglob("*.py") if path not in own and path != EXPORTS]
 
 
 def names_in_code(path: Path):
