@@ -118,6 +118,17 @@ def test_logits_are_the_models_at_residues_and_at_masks(model):
     np.testing.assert_array_equal(at_masks, got_masked[[2, 5, 6]])
 
 
+def test_what_is_attached_to_the_head_is_not_passed_over(model):
+    """Logits are made by the head as it is, not by its parameters alone."""
+    ((before,),) = stream(model, ["ACDEF"], [make("logits")])
+    handle = model.lm_head.register_forward_hook(lambda head, given, logits: logits + 1)
+    try:
+        ((after,),) = stream(model, ["ACDEF"], [make("logits")])
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(after, before + 1, rtol=0, atol=3e-5)
+
+
 def test_rows_wanted_of_the_last_layer_change_no_bit(model):
     """Whether the last layer runs on them alone, or on all because something else needs it."""
     sequences = ["AC<mask>DE", protein(20), protein(33, seed=3).replace("A", "C")]

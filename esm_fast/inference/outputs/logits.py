@@ -11,6 +11,7 @@ import torch
 
 from ... import ops
 from ...alphabet import MASK
+from ...ops.common import accumulate_dtype
 from ..windows import Segment
 from . import Batch, Given, Needs, Output
 from .residues import joined
@@ -50,11 +51,14 @@ def masks_of(segment: Segment) -> np.ndarray:
 
 
 def of_rows(model, rows: torch.Tensor) -> torch.Tensor:
-    """(m, 33) logits in float32 (float64 for such a model) of m rows of the last representation."""
+    """(m, 33) logits in float32 (float64 for such a model) of m rows of the last representation.
+
+    A head with something attached, such as an adapter or a hook, is called as it is; its logits have its own type.
+    """
     if not model.head_is_plain():
-        return model.logits_of(rows)[0]
+        return model.logits_of(rows)[0].to(accumulate_dtype(model.dtype))
     dtype = torch.promote_types(model.dtype, torch.float32)
-    weights = {name: v.to(dtype) if name != "eps" else v for name, v in model.lm_head.weights().items()}
+    weights = {name: v.detach().to(dtype) if name != "eps" else v for name, v in model.lm_head.weights().items()}
     return ops.masked_lm_head(rows, **weights, backend=model.backend)[0]
 
 
