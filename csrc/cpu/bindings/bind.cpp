@@ -33,7 +33,7 @@ Type type_named(const std::string& dtype) {
     known += (known.empty() ? "" : ", ") + std::string(#name);
     ESM_FORMATS(X)
 #undef X
-    throw py::value_error("there are no weights of '" + dtype + "'; choose one of " + known);
+    throw py::value_error("weights are one of " + known + ", not " + dtype);
 }
 
 }  // namespace cpu
