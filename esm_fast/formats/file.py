@@ -54,7 +54,7 @@ def view(stored: dict[str, torch.Tensor], config, kind: str) -> dict[str, torch.
         ValueError: naming the tensor that cannot be what it should, or the format that nobody knows.
     """
     if kind not in formats():
-        raise ValueError(f"it holds weights of {kind!r}, and this version of esm_fast knows {', '.join(formats())}")
+        raise ValueError(f"its weights are one of {', '.join(formats())} for this version of esm_fast, not {kind}")
     width, hidden = config.embed_dim, config.ffn_embed_dim
     shapes = dict.fromkeys(MATRICES, (width, width)) | {"fc1": (hidden, width), "fc2": (width, hidden)}
     weight_class = formats()[kind].weight

@@ -264,11 +264,11 @@ class ContactHead(nn.Module):
         super().__init__()
         self.regression = nn.Linear(maps, 1)
 
-    def require_fitted(self, maps: int) -> None:
+    def require_fitted(self, maps: int | None = None) -> None:
         """Raises ValueError when no regression was loaded (all zero), as from bare files of fair-esm, or for other
-        maps than the model has."""
+        maps than the model has, where that number is given."""
         weight = self.regression.weight
-        if weight.shape[-1] != maps:
+        if maps is not None and weight.shape[-1] != maps:
             raise ValueError(
                 f"the contact regression was fitted to {weight.shape[-1]} attention maps, this model has {maps}: "
                 "layers were taken out or put in, so contacts cannot be predicted"

@@ -83,7 +83,7 @@ def test_any_shape_of_ffn(isa, rows, width, hidden, dtype, seed):  # noqa: F811
     st.sampled_from(HALF_AND_FULL),
     st.integers(0, 2**31),
 )
-def test_any_shape(isa, lengths, heads, half_dim, dtype, seed):  # noqa: F811
+def test_any_shape_of_attention(isa, lengths, heads, half_dim, dtype, seed):  # noqa: F811
     case = _case("random", lengths, heads, 2 * half_dim)
     for check in verify.gradients(ATTENTION, kernel("attention_varlen"), case, dtype, "cpu", seed):
         assert check.ok, check

@@ -317,7 +317,7 @@ def test_a_file_of_8_bits(tmp_path):
 
 
 def test_where_8_bits_do_not_run_is_said():
-    with pytest.raises(ValueError, match="always packed"):
+    with pytest.raises(ValueError, match="always prepacked"):
         esm_fast.load("random:esm1b_t6_demo", dtype="int8", packed=False)
     with pytest.raises(ValueError, match="CPUs only, not on cuda"):
         esm_fast.load("random:esm1b_t6_demo", dtype="int8", device="cuda")

@@ -1,6 +1,8 @@
 """What `_C` refuses: each tensor of each kernel's call, replaced by one that the kernel would read or write beyond its
 end, is a ValueError. The calls are those that the ops make, recorded."""
 
+import functools
+
 import pytest
 import torch
 from cpu_levels import kernel
@@ -39,7 +41,8 @@ def recorded_calls(op_name, monkeypatch, gradients):
         file = importlib.import_module(f"esm_fast.kernels.cpu.{module}")
         monkeypatch.setattr(file, "_C", Recorder(calls))
     op = OPS[op_name]
-    case = next(c for c in op.cases() if c.name in ("tiny", "rows_33", "masked_rows", "small") or c is op.cases()[-1])
+    cases = op.cases()
+    case = next((c for c in cases if c.name in ("tiny", "rows_33", "masked_rows", "small")), cases[-1])
     if gradients:
         verify.gradients(op, kernel(op_name), case, torch.float32, "cpu")
     else:
@@ -48,14 +51,19 @@ def recorded_calls(op_name, monkeypatch, gradients):
     return calls
 
 
-def hostile(tensor):
+# Rows of these are looked up by numbers that the kernel checks, so that one fewer may do.
+LOOKED_UP = {("embedding", "token_table"), ("embedding", "position_table"), ("masked_lm_head", "x")}
+
+
+def hostile(tensor, looked_up=False):
     """Tensors in its place that must not pass."""
     yield tensor.double() if tensor.dtype != torch.float64 else tensor.float()
     yield tensor.to("meta")
     yield tensor[None]
     yield torch.empty(0, dtype=tensor.dtype, device="cpu") if tensor.numel() else tensor.new_ones(3)
     if tensor.ndim and tensor.shape[0] > 1:
-        yield tensor[:-1]
+        if not looked_up:
+            yield tensor[:-1]
         yield torch.cat([tensor, tensor[:1]])[torch.arange(len(tensor))].repeat_interleave(2, 0)[::2]  # strides
     yield tensor.to_sparse() if tensor.ndim and tensor.dtype == torch.float32 else tensor.to("meta")
 
@@ -77,7 +85,8 @@ def test_no_tensor_passes_that_a_kernel_would_leave(op_name, gradients, monkeypa
     for name, arguments in recorded_calls(op_name, monkeypatch, gradients):
         getattr(_C, name)(**arguments)  # passes as it was
         for argument, value in arguments.items():
-            for wrong in replaced(value, hostile):
+            made = functools.partial(hostile, looked_up=(name, argument) in LOOKED_UP)
+            for wrong in replaced(value, made):
                 with pytest.raises((ValueError, TypeError, IndexError)):
                     getattr(_C, name)(**arguments | {argument: wrong})
                 tried += 1

@@ -259,4 +259,4 @@ def test_ids_that_are_there_twice(command):
     assert "the id P1 is there twice" in command("--duplicates", "error", fasta=["twice.fasta"]).err
     with open("gaps.fasta", "w") as file:
         file.write(">P1\nMK-T\n")
-    assert "P1: column 3: '-' is not a residue" in command(fasta=["gaps.fasta"]).err
+    assert "'P1'), column 3: '-' is a gap" in command(fasta=["gaps.fasta"]).err

@@ -257,5 +257,5 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_pretrained_has_fair_esms_functions():
     assert esm_fast.pretrained.esm1v_t33_650M_UR90S.__name__ == "esm1v_t33_650M_UR90S"
     assert {NAME, "esm1v_t33_650M_UR90S_5"} <= set(dir(esm_fast.pretrained))
-    with pytest.raises(AttributeError, match="has no 'esm2_t33_650M_UR50D'"):
-        esm_fast.pretrained.esm2_t33_650M_UR50D()
+    with pytest.raises(AttributeError, match="has no 'esm2_t33_650M_UR51D'"):
+        esm_fast.pretrained.esm2_t33_650M_UR51D()

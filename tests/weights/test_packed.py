@@ -201,6 +201,6 @@ def test_a_model_that_would_not_run_packed_is_left_alone():
         (dict(device="meta"), "needs tensors on the CPU"),
     ]:
         model, _ = esm_fast.load("random:esm1b_t6_demo", **changes)
-        with pytest.raises(ValueError, match=f"cannot be packed: .*{reason}"):
+        with pytest.raises(ValueError, match=f"cannot be prepacked: .*{reason}"):
             prepack_model(model)
         assert not any(isinstance(p, PrepackedWeight) for p in model.parameters())

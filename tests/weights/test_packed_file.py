@@ -258,7 +258,7 @@ def change_config(**changes):
         (lambda header: header["__metadata__"].pop("sha256_start"), "does not match its checksum"),
         (
             lambda header: header.update({"strange" + SUFFIX: header.pop("layers.0.fc1.weight" + SUFFIX)}),
-            "cannot be a packed matrix",
+            "cannot be a prepacked matrix",
         ),
         (
             lambda header: header.update({"layers.9.fc1.weight" + SUFFIX: header.pop("layers.0.fc1.weight" + SUFFIX)}),

@@ -227,7 +227,11 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "noise.pt").write_bytes(os.urandom(4096))
     torch.save({"hello": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
-    for name, message in [("noise.pt", "cannot be read"), ("other.pt", "no ESM-1b checkpoint"), ("empty", "no config")]:
+    for name, message in [
+        ("noise.pt", "cannot be read"),
+        ("other.pt", "no checkpoint of ESM-1b"),
+        ("empty", "no config"),
+    ]:
         with pytest.raises(CheckpointError, match=message):
             esm_fast.load(tmp_path / name)
 

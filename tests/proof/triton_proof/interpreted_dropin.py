@@ -74,7 +74,6 @@ RUN = {
         "one_kept_token_and_none": None,
         "a_changed_module_is_never_passed_over": ("change", [test_hf.add_hook]),
         "hooks_on_the_whole_encoder_run": None,
-        "dropout_in_training_is_applied": None,
         "changed_weights_are_seen": ("change", [test_hf.new_parameter]),
     },
     test_engine: {
@@ -104,16 +103,17 @@ LEFT_OUT = {
         "wrong_arguments_are_refused_at_once", "a_sequence_in_place_of_a_path_is_explained",
     },
     "transformers' code runs in them": {
-        "gradient_checkpointing_trains", "labels_under_the_mask_count_as_in_transformers", "other_masks",
-        "esm2_runs_on_transformers_code", "packed_false_is_transformers",
+        "labels_under_the_mask_count_as_in_transformers", "other_masks",
+        "other_positions_run_on_transformers_code", "packed_false_is_transformers",
     },
     "they are about files, fields and memory, with the kernels of the others": {
         "folders", "saved_models_are_transformers_models", "single_files", "options_reach_configuration_and_model",
         "model_card_snippets", "published_names_come_from_the_caches", "shapes_and_fields", "tuples",
-        "nothing_is_added_to_the_model",
+        "nothing_is_added_to_the_model", "a_parametrized_matrix_runs_packed",
     },
     "proteins of 1,022 residues, or thousands of batches, take the interpreter minutes": {
         "longest_and_shortest", "the_longest_sequence", "it_streams",
+        "dropout_in_training_is_applied_to_packed_rows", "gradient_checkpointing_trains_packed",
     },
     "the kernels have no fp64": {"fp64_shows_no_difference_but_rounding"},
     "it needs the published weights": {"golden_scores_of_the_model_card"},

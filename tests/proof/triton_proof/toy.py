@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_fast.ops.common import AWKWARD_LENGTHS, Maker, require, spans
+from esm_fast.ops.common import AWKWARD_LENGTHS, Maker, spans
+from esm_fast.ops.contract import Contract, floats, offsets
 from esm_fast.ops.registry import Case, Cost, Kernel, Op
 
 TILE = 16
@@ -64,10 +65,6 @@ def launch(x, cu_seqlens, fault="none"):
     return out
 
 
-def check(x, cu_seqlens):
-    require(x.ndim == 2, "times_sum", "x must be (n, width)", x=x)
-
-
 def _case(name, lengths) -> Case:
     def build(dtype, device, seed):
         make = Maker(dtype, device, seed)
@@ -84,7 +81,8 @@ def cost(x, cu_seqlens) -> Cost:
     return Cost(2 * x.numel(), 2 * x.numel() * x.element_size())
 
 
-OP = Op("times_sum", reference, check, cases, cases, cost, "x", inspect.signature(reference))
+CONTRACT = Contract(x=floats("n", "width"), cu_seqlens=offsets("n"))
+OP = Op("times_sum", reference, CONTRACT, cases, cases, cost, "x", inspect.signature(reference))
 
 
 def kernel(fault: str = "none") -> Kernel:
