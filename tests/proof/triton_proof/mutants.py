@@ -64,6 +64,9 @@ MUTANTS = [
         ("sums of <cls>", "total * kept", "total", "tiny", "fwd", NUMBERS),
     ),
     *_mutants(
+        "contact_tiles", "contact_map", ("another base", "(scale * _LOG2E)", "scale", "empty_between", "fwd", NUMBERS)
+    ),
+    *_mutants(
         "contact_map_backward", "contact_map",
         ("no delta", "dq = tl.dot((p * (dp - delta[:, None])", "dq = tl.dot((p * (dp)", "empty_between", "bwd",
          NUMBERS),
