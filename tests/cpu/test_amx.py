@@ -214,7 +214,7 @@ def test_tile_instructions_are_where_they_belong(tmp_path):
         "gemm<.*Gelu",
         "gemm<.*AddTo",
         "gemm<.*Project",
-        "attend<.*bf16",
+        r"attend[<(].*bf16",
         "Contacts<.*bf16.*add",
         "peak_of",
     ):
