@@ -64,7 +64,7 @@ def _embed(model: "Encoder", tokens, padding, scale):
     if model.config.token_dropout:
         if scale is None:
             masked = (tokens == MASK).sum(1).float() / (~padding).sum(1)
-            scale = KEPT_IN_TRAINING / (1 - masked)
+            scale = KEPT_IN_TRAINING / (1 - masked).to(accumulate_dtype(model.dtype))  # as `token_dropout_scale`
         factor = scale[:, None].expand(tokens.shape)
     return model.embed_by_modules(tokens, positions, factor)
 

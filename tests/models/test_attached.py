@@ -196,6 +196,16 @@ def test_unfused_is_fused(pair):
                     torch.testing.assert_close(torch.tensor(b[label][layer]), torch.tensor(x), rtol=0, atol=1e-4)
 
 
+def test_unfused_is_as_exact_as_the_weights(pair):
+    """In float64 nothing on the way is rounded to float32; token dropout's factor was, once."""
+    plain = copy.deepcopy(pair[1]).double()
+    hooked = copy.deepcopy(plain)
+    hooked.layers[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotPackedWarning)
+        torch.testing.assert_close(hooked(TOKENS)["logits"], plain(TOKENS)["logits"], rtol=0, atol=1e-12)
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/esm.h"
+#include "../../../csrc/esm.h"
 
 namespace {
 

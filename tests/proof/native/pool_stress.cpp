@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/threads.h"
+#include "../../../csrc/threads.h"
 
 namespace {
 
