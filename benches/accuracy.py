@@ -17,7 +17,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,15 +146,15 @@ def trained_like(args: argparse.Namespace) -> tuple[Size, State, str]:
 
 def trained(name: str) -> tuple[Size, State, str]:
     model, _ = esm_fast.load(name, packed=False)
-    size = Size(**{field.name: getattr(model.config, field.name) for field in fields(Size)})
-    return size, model.state_dict(), f"trained weights ({name})"
+    return Size.of(model.config), model.state_dict(), f"trained weights ({name})"
 
 
 def exact(size: Size, state: State, proteins: Proteins) -> list[np.ndarray]:
     """The reference in fp64. A layer is in fp64 while it runs and gone afterwards: all of them would take 5 GB."""
     model = our_model(size, state, "float32", "reference")
-    for part in (model.embed_tokens, model.embed_positions, model.emb_layer_norm_before, model.emb_layer_norm_after):
-        part.double()
+    for name in ("embed_tokens", "embed_positions", "emb_layer_norm_before", "emb_layer_norm_after"):
+        if (part := getattr(model, name, None)) is not None:
+            part.double()
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda layer, inputs: layer.double() and None)
         layer.register_forward_hook(lambda layer, inputs, output: layer.to("meta") and None)

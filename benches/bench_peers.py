@@ -1,6 +1,7 @@
-"""Side by side: full-size ESM-1b on proteins of natural lengths, every peer on the same weights, in one run.
+"""Side by side: a full-size model on proteins of natural lengths, every peer on the same weights, in one run.
 
     python benches/bench_peers.py            # everything; about an hour on two cores
+    python benches/bench_peers.py --model esm2_t6_8M_UR50D --esm-cpp ENVIRONMENT/bin/python
     python benches/bench_peers.py --tiny     # seconds: shows that all of it runs, its numbers mean nothing
     python benches/bench_peers.py --peers hf-bf16 esm_fast-bf16 --residues 20000 --rounds 5
     python benches/bench_peers.py --isa avx2 --peers hf-fp32 esm_fast-fp32    # all held to AVX2
@@ -29,6 +30,8 @@ from proteins import choose, padding, read, single
 from random_weights import random_state
 from rounds import compare
 
+from esm_fast.models.family import canonical_name, published
+
 SAMPLE = Path(__file__).parents[1] / "examples" / "uniprot_sample.fasta.gz"
 CALIBRATION = 8  # proteins of the file, of mixed lengths, for the peers that calibrate
 
@@ -39,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         levels.hold(args.isa)
     if args.threads:
         torch.set_num_threads(args.threads)
-    size = TINY if args.tiny else Size()
+    size = Size.of(published()[canonical_name(args.model)])
+    size = replace(TINY, family=size.family) if args.tiny else size
     size = replace(size, layers=args.layers or size.layers)
     whole = read(args.fasta)
     header, calibration = machine(), choose(whole, 0, CALIBRATION, args.batch_tokens)
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\nMB")
             report.write_table(rows, memory_use.COLUMNS, header, args.out, "memory")
         else:
-            setup = Setup(size, random_state(size, args.seed), args.batch_tokens, calibration)
+            setup = Setup(size, random_state(size, args.seed), args.batch_tokens, calibration, args.esm_cpp)
             results, speeds = compare(setup, job, args.peers, args.rounds, warm=args.latency is not None)
             rows = [report.row(result, results, size, job, speeds) for result in results]
             report.write(rows, header, speeds, args.out, args.profile)
@@ -83,11 +87,15 @@ def parse(argv) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="timed runs of each peer (default 3)")
     add("--threads", type=int, help="default: torch's, one per core")
     add("--batch-tokens", type=int, default=4096, help="padded tokens a batch, packed for us (default 4096)")
-    add("--layers", type=int, help="fewer layers than ESM-1b's 33, for a quicker look")
+    add("--model", default="esm1b_t33_650M_UR50S", help="the published model whose sizes to take (default ESM-1b's)")
+    add("--layers", type=int, help="fewer layers than the model's, for a quicker look")
+    add("--esm-cpp", type=Path, metavar="PYTHON", help="of an environment of its own, in which esm-cpp is installed")
     add("--tiny", action="store_true", help="a toy model: only to see that everything runs")
     add("--seed", type=int, default=0, help="of the random weights")
     add("--out", type=Path, default=Path("out/peers"), help="folder of the results (default out/peers)")
     args = parser.parse_args(argv)
+    if canonical_name(args.model) not in published():
+        parser.error(f"--model is {args.model!r}; choose one of {', '.join(published())}")
     without_bf16 = args.isa in ("avx2", "avx512")  # where the libraries emulate it, many times slower than fp32
     args.peers = args.peers or [peer.name for peer in PEERS if peer.dtype == "fp32" or not without_bf16]
     return args
@@ -105,9 +113,9 @@ def describe(size: Size, whole: Proteins, proteins: Proteins, args) -> dict[str,
     batches, share = padding(proteins, args.batch_tokens)
     _, share_of_whole = padding(whole, args.batch_tokens)
     residues = f"{lengths.sum() - 2 * len(lengths)} residues ({lengths.min() - 2} to {lengths.max() - 2} a protein)"
-    weights = f"random weights (seed {args.seed})"
+    weights = f"{size.attention_heads} heads, random weights (seed {args.seed})"
     return {
-        "model": f"{size.layers} layers x {size.embed_dim}, {size.attention_heads} heads, {weights}",
+        "model": f"{args.model}'s sizes: {size.layers} layers x {size.embed_dim}, {weights}",
         "work": f"{len(proteins)} of the {len(whole)} proteins of {args.fasta.name}, {residues}; "
         f"{(gemm + attention) / 1e12:.3g} TFLOP, {attention / (gemm + attention):.1%} of them attention",
         "batches": f"sorted by length, up to {args.batch_tokens} tokens each; {batches} for the peers, of which "

@@ -6,7 +6,7 @@ Nothing is imported from a peer before its builder runs: one that is not install
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,13 +34,31 @@ Run = Callable[[Job], np.ndarray]
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes that decide the cost; the defaults are ESM-1b's."""
+    """The sizes that decide the cost, and the family (a name of `esm_fast.models`); the defaults are ESM-1b's."""
 
     layers: int = 33
     embed_dim: int = 1280
     ffn_embed_dim: int = 5120
     attention_heads: int = 20
-    max_positions: int = 1024
+    max_positions: int = 1024  # of a family that has a table of them
+    family: str = "esm1"
+
+    @classmethod
+    def of(cls, config) -> "Size":
+        """Of a model's configuration, or of another package's arguments that are called as ours."""
+        from esm_fast.models.family import of_config
+
+        found = {field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)}
+        return cls(**found | {"family": name_of(of_config(config))})
+
+    def config(self):
+        """The same sizes as our models take them."""
+        from esm_fast.models.family import families
+
+        config = families()[self.family].config
+        return config(
+            **{field.name: getattr(self, field.name) for field in fields(config) if hasattr(self, field.name)}
+        )
 
     def flops(self, lengths: np.ndarray) -> tuple[float, float]:
         """(GEMM, attention) floating-point operations for sequences of so many tokens, none of them padding."""
@@ -48,18 +66,25 @@ class Size:
         return float(gemm), float(4 * self.layers * self.embed_dim * (lengths.astype(float) ** 2).sum())
 
 
-TINY = Size(layers=2, embed_dim=32, ffn_embed_dim=64, attention_heads=2)
+TINY = Size(layers=2, embed_dim=32, ffn_embed_dim=128, attention_heads=2)
+
+
+def name_of(family) -> str:
+    from esm_fast.models.family import families
+
+    return next(name for name, found in families().items() if found is family)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every peer is given: fp32 weights under fair-esm's names, the most tokens of a padded batch, and proteins
-    outside the job for those that calibrate."""
+    """What every peer is given: fp32 weights under fair-esm's names, the most tokens of a padded batch, proteins
+    outside the job for those that calibrate, and the Python in whose environment esm-cpp is installed."""
 
     size: Size
     state: dict[str, torch.Tensor]
     batch_tokens: int
     calibration: Proteins
+    esm_cpp: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +93,13 @@ class Peer:
     dtype: str  # a key of DTYPES: the peak it is measured against, the tolerance it is held to
     needs: tuple[str, ...]  # modules that must be installed
     build: Callable[[Setup], Run]
-    why_not: Callable[[], str] = lambda: ""  # what else keeps it from running here
+    why_not: Callable[[Setup], str] = lambda setup: ""  # what else keeps it from running here
+    output: str = "embeddings"  # or "logits": (n, tokens), the mean over the residues of a protein, which is verified
 
-    def missing(self) -> str:
+    def missing(self, setup: Setup) -> str:
         """Why it cannot take part, or nothing."""
         absent = [module for module in self.needs if find_spec(module) is None]
-        return f"{', '.join(absent)}; pip install 'esm_fast[bench]'" if absent else self.why_not()
+        return f"{', '.join(absent)}; pip install 'esm_fast[bench]'" if absent else self.why_not(setup)
 
 
 def padded_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -94,10 +120,10 @@ def in_padded_batches(setup: Setup, embed: Callable[[Proteins], np.ndarray]) -> 
     @torch.inference_mode()
     def run(job):
         proteins = job.proteins
-        out = np.empty((len(proteins), setup.size.embed_dim), dtype=np.float32)
+        means = {}
         for batch in padded_batches([len(residues) + 2 for _, residues in proteins], setup.batch_tokens):
-            out[batch] = embed([proteins[i] for i in batch])
-        return out
+            means |= zip(batch, embed([proteins[i] for i in batch]), strict=True)
+        return np.stack([means[i] for i in range(len(proteins))])
 
     return run
 

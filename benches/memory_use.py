@@ -17,11 +17,12 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def memory(names: list[str], setup_of: tuple, job: Job) -> list[dict]:
     """A line a peer, in MB: resident memory after loading, and the most of it while the job runs twice.
 
-    setup_of: (size, seed, batch_tokens, calibration), from which each process makes its own weights.
+    setup_of: (size, seed, batch_tokens, calibration), from which each process makes its own weights. A peer that
+    computes in a process of its own is left out: this one's memory is not what it takes.
     """
-    lines = []
+    lines, (size, _, batch_tokens, calibration) = [], setup_of
     for peer in (peer for peer in PEERS if peer.name in names):
-        if missing := peer.missing():
+        if missing := peer.missing(Setup(size, {}, batch_tokens, calibration)):
             lines.append({"peer": peer.name, "problem": f"missing: {missing}"})
             continue
         with multiprocessing.get_context("spawn").Pool(1) as fresh:

@@ -1,4 +1,4 @@
-"""Random weights of ESM-1b's shape, under fair-esm's names: speed does not depend on their values, rounding does."""
+"""Random weights of a family's shape, under fair-esm's names: speed does not depend on their values, rounding does."""
 
 import torch
 from common import Size
@@ -30,11 +30,13 @@ def random_state(size: Size, seed: int = 0) -> dict[str, torch.Tensor]:
 
     width, hidden = size.embed_dim, size.ffn_embed_dim
     normal("embed_tokens.weight", len(TOKENS), width)
-    normal("embed_positions.weight", size.max_positions + 2, width)
-    for name in ("embed_tokens.weight", "embed_positions.weight"):
-        state[name][TOKENS.index("<pad>")] = 0
-    state["embed_tokens.weight"][TOKENS.index("<mask>")] = 0
-    norm("emb_layer_norm_before")
+    state["embed_tokens.weight"][TOKENS.index("<pad>")] = 0
+    learned = size.family == "esm1"
+    if learned:
+        normal("embed_positions.weight", size.max_positions + 2, width)
+        state["embed_positions.weight"][TOKENS.index("<pad>")] = 0
+        state["embed_tokens.weight"][TOKENS.index("<mask>")] = 0
+        norm("emb_layer_norm_before")
     for i in range(size.layers):
         for part in "qkv":  # the gain gives attention scores a standard deviation of 2
             linear(f"layers.{i}.self_attn.{part}_proj", width, width, gain=1.0 if part == "v" else 2**0.5)
@@ -43,6 +45,8 @@ def random_state(size: Size, seed: int = 0) -> dict[str, torch.Tensor]:
         linear(f"layers.{i}.fc1", hidden, width)
         linear(f"layers.{i}.fc2", width, hidden)
         norm(f"layers.{i}.final_layer_norm")
+        if not learned:
+            state[f"layers.{i}.self_attn.rot_emb.inv_freq"] = rotary_frequencies(width // size.attention_heads)
     norm("emb_layer_norm_after")
     linear("lm_head.dense", width, width)
     norm("lm_head.layer_norm")
@@ -50,6 +54,11 @@ def random_state(size: Size, seed: int = 0) -> dict[str, torch.Tensor]:
     normal("lm_head.bias", len(TOKENS), std=0.1)
     linear("contact_head.regression", 1, size.layers * size.attention_heads)
     return state
+
+
+def rotary_frequencies(head_dim: int) -> torch.Tensor:
+    """Rounded to fp16, as those of the published ESM-2 are."""
+    return (10000.0 ** -(torch.arange(0, head_dim, 2).double() / head_dim)).half().float()
 
 
 def trained_like_state(size: Size, seed: int = 0) -> dict[str, torch.Tensor]:

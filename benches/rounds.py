@@ -10,12 +10,15 @@ from breakdown import Breakdown, break_down
 from common import Job, Peer, Run, Setup
 from machine import gemm_peak, raw_peak
 from peers import OURS, PEERS
+from torch_peers import fair_esm_logits
 from tqdm import tqdm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 # Largest error of any element of any mean embedding, in units of the reference embeddings' root mean square. bf16 holds
 # 8 bits: its peers reach 0.03 through 33 layers; a wrong mask, order or position is off by 0.3 and more.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "int8": np.inf}
+# esm-cpp approximates GELU and the exponential: in fp32 it is off by 8e-4 through two layers.
+ITS_OWN = {"esm-cpp-fp32": 1e-2}
 # int8 is held to the smallest cosine of any protein's embedding with the reference's instead.
 LEAST_COSINE = {"int8": 0.99}
 REFERENCES = ("fair-esm-fp32", "hf-fp32")  # the first one installed is the truth
@@ -59,7 +62,7 @@ def compare(setup: Setup, job: Job, names: list[str], rounds: int, warm: bool = 
     results = [Result(peer) for peer in PEERS if peer.name in names]
     speeds = Speeds.of(results)
     with tqdm(total=len(results) * (1 + rounds), unit="run", smoothing=0) as bar:
-        runs, truth = verify(setup, job, results, bar)
+        runs, truths = verify(setup, job, results, bar)
         running = [result for result in results if not result.problem]
         bar.total = len(results) + len(running) * rounds
         for turn in range(rounds):
@@ -72,7 +75,7 @@ def compare(setup: Setup, job: Job, names: list[str], rounds: int, warm: bool = 
                     begin = time.perf_counter()
                     embeddings = runs[result.peer.name](job)
                     result.seconds.append(time.perf_counter() - begin)
-                    judge(result, embeddings, truth)
+                    judge(result, embeddings, truths[result.peer.output])
                 bar.update()
         for result in running:
             if result.peer.name.startswith(OURS) and not result.problem:
@@ -81,27 +84,32 @@ def compare(setup: Setup, job: Job, names: list[str], rounds: int, warm: bool = 
     return results, speeds
 
 
-def verify(setup: Setup, job: Job, results: list[Result], bar) -> tuple[dict[str, Run], np.ndarray]:
-    """Build each peer and hold its first output, which also warms it up over all shapes, against the reference's."""
-    reference = next((peer for peer in PEERS if peer.name in REFERENCES and not peer.missing()), None)
+def verify(setup: Setup, job: Job, results: list[Result], bar) -> tuple[dict[str, Run], dict[str, np.ndarray]]:
+    """Build each peer and hold its first output, which also warms it up over all shapes, against the reference's.
+
+    Returns the peers' runs and the truth of each kind of output that is needed.
+    """
+    reference = next((peer for peer in PEERS if peer.name in REFERENCES and not peer.missing(setup)), None)
     if reference is None:
         raise SystemExit("nothing to verify against: pip install 'esm_fast[bench]' for fair-esm and transformers")
     bar.set_description(f"verify: {reference.name}")
     runs = {reference.name: reference.build(setup)}
-    truth = runs[reference.name](job)
+    truths = {"embeddings": runs[reference.name](job)}
     for result in results:
         peer = result.peer
         bar.set_description(f"verify: {peer.name}")
-        if missing := peer.missing():
+        if missing := peer.missing(setup):
             result.problem = f"missing: {missing}"
         elif peer is reference:
-            judge(result, truth, truth)
+            judge(result, truths["embeddings"], truths["embeddings"])
         else:
             with problems_of(result):
+                if peer.output not in truths:
+                    truths["logits"] = fair_esm_logits(setup)(job)
                 runs[peer.name] = peer.build(setup)
-                judge(result, runs[peer.name](job), truth)
+                judge(result, runs[peer.name](job), truths[peer.output])
         bar.update()
-    return runs, truth
+    return runs, truths
 
 
 @contextmanager
@@ -119,8 +127,9 @@ def judge(result: Result, embeddings: np.ndarray, truth: np.ndarray) -> None:
         raise ValueError(f"embeddings of shape {embeddings.shape} instead of {truth.shape}")
     dtype = result.peer.dtype
     error = float(np.abs(embeddings - truth).max() / np.sqrt(np.mean(truth**2)))
-    if not error <= TOLERANCE[dtype]:
-        raise ValueError(f"error {error:.1e}, allowed {TOLERANCE[dtype]:.0e}")
+    allowed = ITS_OWN.get(result.peer.name, TOLERANCE[dtype])
+    if not error <= allowed:
+        raise ValueError(f"error {error:.1e}, allowed {allowed:.0e}")
     cosine = float(cosines(embeddings, truth).min())
     if not cosine >= LEAST_COSINE.get(dtype, -1):
         raise ValueError(f"cosine {cosine:.4f}, allowed {LEAST_COSINE[dtype]}")

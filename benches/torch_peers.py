@@ -12,28 +12,50 @@ from esm_fast.alphabet import TOKENS
 
 
 def fair_esm(setup: Setup) -> Run:
+    run, last = fair_esm_call(setup), setup.size.layers
+    return in_padded_batches(
+        setup, lambda proteins: mean_of_residues(run(proteins, repr_layers=[last])["representations"][last], proteins)
+    )
+
+
+def fair_esm_logits(setup: Setup) -> Run:
+    """What peers that give logits alone are verified against."""
+    run = fair_esm_call(setup)
+    return in_padded_batches(setup, lambda proteins: mean_of_residues(run(proteins)["logits"], proteins))
+
+
+def fair_esm_call(setup: Setup) -> Callable[..., dict[str, torch.Tensor]]:
+    """fair-esm's model on the shared weights: proteins, arguments of its forward -> what that returns."""
+    with torch.device("meta"):  # nothing is initialised: the weights are the shared tensors themselves
+        model, alphabet = FAIR_ESM[setup.size.family](setup.size)
+    model.load_state_dict(setup.state, assign=True)
+    model.eval()
+    convert = alphabet.get_batch_converter()
+    return lambda proteins, **arguments: model(convert(proteins)[2], **arguments)
+
+
+def fair_esm1(size: Size):
     from argparse import Namespace
 
     from esm.data import Alphabet
     from esm.model.esm1 import ProteinBertModel
 
     alphabet = Alphabet.from_architecture("roberta_large")
-    args = Namespace(arch="roberta_large", token_dropout=True, emb_layer_norm_before=True, **vars(setup.size))
-    with torch.device("meta"):  # nothing is initialised: the weights are the shared tensors themselves
-        model = ProteinBertModel(args, alphabet)
-    model.load_state_dict(setup.state, assign=True)
-    model.eval()
-    convert = alphabet.get_batch_converter()
+    args = Namespace(arch="roberta_large", token_dropout=True, emb_layer_norm_before=True, **vars(size))
+    return ProteinBertModel(args, alphabet), alphabet
 
-    def embed(proteins):
-        _, _, tokens = convert(proteins)
-        hidden = model(tokens, repr_layers=[setup.size.layers])["representations"][setup.size.layers]
-        return mean_of_residues(hidden, proteins)
 
-    return in_padded_batches(setup, embed)
+def fair_esm2(size: Size):
+    from esm.model.esm2 import ESM2
 
+    model = ESM2(size.layers, size.embed_dim, size.attention_heads)
+    return model, model.alphabet
+
+
+FAIR_ESM = {"esm1": fair_esm1, "esm2": fair_esm2}  # by family
 
 HF_NAMES = (
+    ("layers.0.self_attn.rot_emb.", "rotary_embeddings."),  # one for all layers
     ("embed_tokens.", "embeddings.word_embeddings."),
     ("embed_positions.", "embeddings.position_embeddings."),
     ("emb_layer_norm_before.", "embeddings.layer_norm."),
@@ -52,7 +74,7 @@ HF_NAMES = (
 def hf_name(name: str) -> str:
     """fair-esm's name of a tensor of the encoder -> Hugging Face's."""
     prefix, rest = "", name
-    if name.startswith("layers."):
+    if name.startswith("layers.") and "rot_emb" not in name:
         _, layer, rest = name.split(".", 2)
         prefix = f"encoder.layer.{layer}."
     ours, theirs = next(pair for pair in HF_NAMES if rest.startswith(pair[0]))
@@ -60,19 +82,20 @@ def hf_name(name: str) -> str:
 
 
 def hf_config(size: Size):
-    """EsmConfig of ESM-1b in this size, without dropout."""
+    """EsmConfig of a model of this size, without dropout; size: of ESM-1b if it names no family."""
     from transformers import EsmConfig
 
+    learned = getattr(size, "family", "esm1") == "esm1"
     return EsmConfig(
         vocab_size=len(TOKENS),
         hidden_size=size.embed_dim,
         num_hidden_layers=size.layers,
         num_attention_heads=size.attention_heads,
         intermediate_size=size.ffn_embed_dim,
-        max_position_embeddings=size.max_positions + 2,
-        position_embedding_type="absolute",
+        max_position_embeddings=size.max_positions + 2 if learned else 1026,
+        position_embedding_type="absolute" if learned else "rotary",
         layer_norm_eps=1e-5,
-        emb_layer_norm_before=True,
+        emb_layer_norm_before=learned,
         token_dropout=True,
         pad_token_id=TOKENS.index("<pad>"),
         mask_token_id=TOKENS.index("<mask>"),
@@ -99,11 +122,13 @@ def hf_parts(size: Size, weights: dict[str, torch.Tensor], dtype: torch.dtype):
     with torch.device("meta"):
         model = EsmModel(config, add_pooling_layer=False)
     encoder = {k: v for k, v in weights.items() if not k.startswith(("lm_head.", "contact_head."))}
-    state = {hf_name(k): v.to(dtype) for k, v in encoder.items()}
+    # Of the frequencies, transformers 5 holds one, in fp32 also in half precision.
+    state = {hf_name(k): v.to(dtype) for k, v in encoder.items() if not k.endswith("inv_freq")}
+    state |= {hf_name(k): v for k, v in encoder.items() if k == "layers.0.self_attn.rot_emb.inv_freq"}
     # transformers keeps the contact head inside the encoder, where mean embeddings have no use for it
     state |= {k: v for k, v in weights.items() if k.startswith("contact_head.")}
     model.load_state_dict(state, assign=True)
-    model.embeddings.position_ids = torch.arange(size.max_positions + 2)[None]  # the one buffer no checkpoint holds
+    model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]  # no checkpoint holds it
     return model.eval(), hf_tokenizer()
 
 
@@ -166,7 +191,7 @@ class PackedLayer:
 
 
 def torch_packed(setup: Setup) -> Run:
-    """bf16 as torch does it best: no padding, weights packed once, GELU and residual fused into the products."""
+    """ESM-1b in bf16 as torch does it best: no padding, weights packed once, GELU and residuals fused into products."""
     from esm_fast.ops.embedding import KEPT_IN_TRAINING
     from esm_fast.sequences.batching import pack, plan
     from esm_fast.sequences.fasta import records_from

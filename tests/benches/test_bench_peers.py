@@ -80,6 +80,48 @@ def test_run_verifies_times_and_writes(bench, fasta, tmp_path, capsys):
     assert (out / "peers.png").read_bytes()[:4] == b"\x89PNG"
 
 
+# A stand-in for esm-cpp, which reads what is written for it: names, shapes and calls are its own.
+FAKE_ESM_CPP = """
+from pathlib import Path
+import json, torch
+from esm_fast import weights
+from esm_fast.alphabet import TOKENS
+from esm_fast.compat.fair_esm import api_class
+__version__, current_isa = "0", lambda: "made up"
+class Tokenizer:
+    def encode(self, text): return [0, *map(TOKENS.index, text), 2]
+class Model:
+    @staticmethod
+    def load_from_safetensors(path):
+        sizes = dict(model_type="esm", vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=32)
+        sizes |= dict(layer_norm_eps=1e-5, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        sizes |= dict(token_dropout=True, position_embedding_type="rotary")
+        Path(path).with_name("config.json").write_text(json.dumps(sizes))
+        checkpoint = weights.read(path)
+        model = Model()
+        model.inner = weights.build(checkpoint, api_class(checkpoint.config))
+        return model
+    def forward_scheduled(self, batch):
+        with torch.inference_mode():
+            return [self.inner(torch.tensor(ids)[None])["logits"][0].numpy() for ids in batch]
+"""
+
+
+def test_esm2_runs_too_and_engines_in_another_environment(bench, fasta, tmp_path, monkeypatch):
+    """Verified as ESM-1b is; esm-cpp by a stand-in for it, in a process of its own."""
+    (tmp_path / "esm_cpp.py").write_text(FAKE_ESM_CPP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    peers = ["fair-esm-fp32", "hf-fp32", "esm-cpp-fp32", "hf-bf16", "torch-bf16-packed", "esm_fast-bf16"]
+    arguments = [*quick(fasta, tmp_path, *peers), "--model", "esm2_t6_8M_UR50D", "--esm-cpp", sys.executable]
+    assert bench.main(arguments) == 0
+    rows = {row["peer"]: row for row in json.loads((tmp_path / "peers.json").read_text())["rows"]}
+    assert rows["torch-bf16-packed"]["problem"].startswith("missing: written for learned positions")
+    assert all(len(rows[name]["seconds"]) == 2 for name in peers if name != "torch-bf16-packed")
+    assert rows["esm-cpp-fp32"]["error"] < 1e-5
+    with pytest.raises(SystemExit):
+        bench.main([*arguments, "--model", "esm3"])
+
+
 @pytest.mark.parametrize("wrong_from", [1, 2], ids=["verification", "first timed run"])
 def test_wrong_numbers_are_reported_and_not_in_the_table(bench, peers, fasta, tmp_path, wrong_from):
     def broken(peer):
@@ -104,7 +146,7 @@ def test_missing_and_broken_peers_are_named(bench, peers, fasta, tmp_path):
     changes = {
         "openvino-bf16": {"needs": ("no_such_module",)},
         "hf-bf16": {"build": refuse},
-        "esm_fast-int8": {"why_not": lambda: "no such unit"},
+        "esm_fast-int8": {"why_not": lambda setup: "no such unit"},
     }
     peers(lambda peer: replace(peer, **changes.get(peer.name, {})))
     assert bench.main(quick(fasta, tmp_path, "hf-fp32", "hf-bf16", "openvino-bf16", "esm_fast-int8")) == 1
