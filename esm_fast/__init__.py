@@ -12,6 +12,7 @@ _FROM = {
     "ProteinBertModel": ".compat.fair_esm",
     "accelerate": ".compat.accelerate",
     "unaccelerate": ".compat.accelerate",
+    "best_layer": ".sklearn",
     "build_dataset": ".dataset.build",
     "open": ".dataset.reader",
     "embed": ".inference.embed",
@@ -23,7 +24,7 @@ _FROM = {
     "ESMForMaskedLM": ".compat.hf",
     "ESMTokenizer": ".compat.hf",
 }
-_MODULES = ("pretrained", "variants")
+_MODULES = ("pretrained", "sklearn", "variants")
 
 
 def __getattr__(name: str):
