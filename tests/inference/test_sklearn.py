@@ -18,7 +18,7 @@ from esm_fast.sklearn import EsmEmbedder, best_layer, embedder, rows
 
 RNG = np.random.default_rng(0)
 SEQUENCES = ["".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), length)) for length in RNG.integers(5, 30, 30)]
-LABELS = np.array([text.count("A") - text.count("K") for text in SEQUENCES], float)
+LABELS = np.array([10 * (text.count("A") - text.count("K")) / len(text) for text in SEQUENCES])
 
 
 @pytest.fixture
@@ -112,13 +112,13 @@ def test_the_best_layer_is_found_and_saved(tmp_path):
     """Composition is best read from the embedding itself; the file without the layers above gives the same rows."""
     found = best_layer("esm1b_t6_demo", SEQUENCES, LABELS, layers=(0, 4, -1), cv=3)
     assert found.layers == [0, 4, 6] and found.layer == 0 == found.layers[found.scores.argmax()]
-    assert found.nested.shape == (3,) and found.nested.mean() <= found.scores.max() + 1e-9
+    assert found.nested.shape == (3,) and set(found.chosen) <= {0, 4, 6}
     found.save(tmp_path / "cut.safetensors")
     model, _ = esm_fast.load(tmp_path / "cut.safetensors")
     assert model.config.layers == 1
     ((_, rows),) = esm_fast.embed(model, SEQUENCES[:1], layers=(0,))
     np.testing.assert_array_equal(rows[0], embedded(SEQUENCES[:1], layers=(0,))[0][0])
-    np.testing.assert_array_equal(found.estimator.predict(rows[0][None]), found.estimator.predict(rows[0][None]))
+    assert abs(found.estimator.predict(rows[0][None])[0] - LABELS[0]) < 1  # fitted to these very rows
 
 
 def test_classes_are_compared_by_accuracy():
