@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
+from .console import progress
 
 STALL_SECONDS = 30  # in which STALL_BYTES must come, or the download ends
 STALL_BYTES = 32 << 10
@@ -193,7 +193,7 @@ def _continues(reply, have: int, begun: _Origin) -> bool:
 
 def _copy(reply, file, name: str, start: int, length: int) -> None:
     done, since, before = start, time.monotonic(), start
-    with tqdm(total=length, initial=start, unit="B", unit_scale=True, desc=name) as bar:
+    with progress(length, "B", start, desc=name) as bar:
         while done < length and (piece := reply.read1(min(_CHUNK, length - done))):
             file.write(piece)
             done += len(piece)

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import importlib
-import os
 import pkgutil
 import signal
 import sys
@@ -11,7 +10,9 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from .. import __version__
-from .common import InputError, as_flags
+from ..console import boundary
+from ..console.streams import screens
+from .common import as_flags
 
 _EXAMPLES = """examples:
   esm-fast embed proteins.fasta.gz -o proteins.h5 --model esm1b_t33_650M_UR50S
@@ -20,7 +21,8 @@ _EXAMPLES = """examples:
 
 Each command has examples of its own: esm-fast embed --help.
 Exit codes: 0 done, 1 an input or a model cannot be used, 2 wrong arguments, 3 some proteins have no
-embedding (a data set names them), 75 stopped on a signal (the same command goes on).
+embedding (a data set names them), 70 an error of esm_fast itself, to be reported, 75 stopped on a
+signal (the same command goes on).
 """
 
 _Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
@@ -29,26 +31,10 @@ _Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_po
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (default: sys.argv) and returns its exit code; argparse exits by itself with 2."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv[0] if argv else None).parse_args(argv)
-    try:
+    with screens():
+        args = parser(argv[0] if argv else None).parse_args(argv)
         with _termination_as_exit():
-            code = args.run(args)
-            sys.stdout.flush()
-        return code or 0
-    except (InputError, OSError, ValueError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
-        print(f"esm-fast {args.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if (what := _memory(error)) is None:
-            raise
-        print(f"esm-fast {args.command}: error: {what}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+            return boundary.run(f"esm-fast {args.command}", args.run, args, as_flags)
 
 
 def commands(name: str | None = None) -> list[ModuleType]:
@@ -85,25 +71,6 @@ def parser(name: str | None = None) -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return top
-
-
-def _memory(error: Exception) -> str | None:
-    """What to do where memory is full, of which libraries say so in many ways; None for another error."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would slow every start
-        return "the GPU's memory is full; ask for smaller batches: --batch-tokens N"
-    words = ("allocate memory", "not enough memory", "bad_alloc", "start new thread", "failed to map segment")
-    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
-        return (
-            "there is not enough memory; ask for smaller batches (--batch-tokens N), fewer layers or threads, or raise "
-            "the limit (ulimit -v, the memory of the job)"
-        )
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(as_flags(str(error)).split()) or type(error).__name__
 
 
 @contextmanager

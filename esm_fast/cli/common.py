@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..console import check_space, human_bytes, progress  # noqa: F401, the commands'
 from ..formats import quantised
+from .numbers import MOST_THREADS, positive
 
 DEMO = "esm1b_t6_demo"
 _LISTED = 10
@@ -81,13 +82,6 @@ def ingest_of(args: argparse.Namespace, max_residues: int, **more):
     return Ingest(policy, duplicates=args.duplicates, max_record=args.max_record, **more)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
-
-
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -126,16 +120,11 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=None):
     """The model, packed where the CPU kernels are going to run; warnings and BackendError become lines for the user."""
-    import torch
-
-    from .. import _C
     from ..inference.embed import embed
     from ..inference.load import load
     from ..ops import BackendError
 
-    if threads:
-        torch.set_num_threads(threads)
-        _C.set_threads(threads)
+    set_threads(threads)
     if is_random(name):
         warn_random(name)
     require_device(device)
@@ -153,12 +142,34 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
 
 
 def require_device(device: str) -> None:
+    """Raises InputError for a device that does not compute here."""
     import torch
 
+    if device in ("auto", "cpu"):
+        return
     try:
-        torch.empty(0, device="cpu" if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        torch.ones(2, device=device).sum().item()
+    except Exception as error:  # of many types, from a torch without CUDA to a device that is a module's name
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"device {device!r} cannot be used: {reason}; give auto, cpu, cuda, or the number of a GPU, cuda:1"
+        ) from None
+
+
+def set_threads(count: int | None) -> None:
+    """As many for torch and for our kernels. Raises InputError before a machine is asked for more than it can start."""
+    if count is None:
+        return
+    if count > MOST_THREADS:
+        raise InputError(
+            f"--threads is {count}; give at most {MOST_THREADS}, and no more than the {cores()} cores here"
+        )
+    import torch
+
+    from .. import _C
+
+    _C.set_threads(count)
+    torch.set_num_threads(count)
 
 
 def is_random(name: str) -> bool:

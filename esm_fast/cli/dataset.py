@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .common import InputError, positive
+from .common import InputError
+from .numbers import positive
 
 _FILES = (".h5", ".hdf5")
 SOME_FAILED = 3  # exit code

@@ -22,6 +22,7 @@ from .common import (
     result_lines,
 )
 from .dataset import add_dataset, is_dataset, refuse_dataset_flags
+from .numbers import layer_number
 
 NAME = "embed"
 ORDER = 10
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         nargs="+",
-        type=int,
+        type=layer_number,
         default=[-1],
         metavar="N",
         help="0 (the embedding) to the number of layers, or counted from the last, -1 (default: -1); several give a "

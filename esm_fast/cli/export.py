@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .common import InputError, check_space, human_bytes, output_path, progress
 from .dataset import SOME_FAILED, require_pyarrow
+from .numbers import layer_number
 
 NAME = "export"
 ORDER = 14
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="the folder of a data set")
     parser.add_argument("--to", required=True, choices=_FORMATS, help="the format")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the file to write; for pt a folder")
-    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="default: the last one stored")
+    parser.add_argument("--layer", type=layer_number, default=-1, metavar="N", help="default: the last one stored")
     parser.add_argument("--residues", action="store_true", help="every residue's embedding, in place of the pooled one")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 

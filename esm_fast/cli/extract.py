@@ -4,7 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from .common import InputError, check_space, load_model, positive, progress, result_lines
+from .common import InputError, check_space, load_model, progress, result_lines
+from .numbers import layer_number, positive
 
 NAME = "extract"
 ORDER = 20
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--toks_per_batch", type=positive, default=4096, help="tokens in a batch (default: 4096)")
     parser.add_argument(
         "--repr_layers",
-        type=int,
+        type=layer_number,
         nargs="+",
         default=[-1],
         help="0 (the embedding) to the number of layers, or counted from the last, -1 (default: -1)",

@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from .common import InputError, add_model, dtype_of, load_model, positive
+from .common import InputError, add_model, dtype_of, load_model
+from .numbers import positive
 
 NAME = "fill-mask"
 ORDER = 21

@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..console import progress
 from ..train import environment
-from .common import DEMO, InputError, is_random, positive, warn_random
+from .common import DEMO, InputError, is_random, require_device, set_threads, warn_random
+from .numbers import above_0, positive, whole
 
 NAME = "finetune"
 ORDER = 42
@@ -36,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda ... (default: %(default)s)")
     add("--epochs", type=positive, default=30, metavar="N", help="at most (default: %(default)s)")
     add("--patience", type=positive, default=3, metavar="N", help="epochs without progress (default: %(default)s)")
-    add("--learning-rate", type=float, metavar="X", help="default: 1e-2 frozen, 2e-5 full, 5e-4 lora")
+    add("--learning-rate", type=above_0, metavar="X", help="default: 1e-2 frozen, 2e-5 full, 5e-4 lora")
     add("--rank", type=positive, default=8, metavar="N", help="of the adapters (default: %(default)s)")
     add("--batch-tokens", type=positive, default=4096, metavar="N", help="in an update (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the order of batches, and of adapters")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the order of batches, and of adapters")
     add("--threads", type=positive, metavar="N", help="default: torch's")
     add("--force", action="store_true", help="replace a predictor that is there")
 
@@ -58,13 +60,13 @@ def run(args: argparse.Namespace) -> None:
     examples = read_examples(args.table)
     if (there := written(args.output)) and not args.force:
         raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
+    require_device(args.device)
     if is_random(args.model):
         warn_random(args.model)
     torch.manual_seed(args.seed)
     esm, _ = load(args.model, device=args.device, dtype="float32", packed=False)
-    with tqdm(total=settings.epochs, unit=" epochs", disable=not sys.stderr.isatty()) as bar:
+    with progress(settings.epochs, "epochs", unit_scale=False, disable=not sys.stderr.isatty()) as bar:
 
         def show(entry: dict) -> None:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in entry.items()))

@@ -8,6 +8,7 @@ from ..sequences.table import read_table
 from .common import InputError, human_bytes, output_path
 from .dataset import SOME_FAILED
 from .export import finished, layer_of
+from .numbers import layer_number
 
 NAME = "map"
 ORDER = 16
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="pca", choices=("pca", "umap"), help="default: %(default)s")
     parser.add_argument("--table", metavar="TSV", help="what to colour by, with the ids in the first column")
     parser.add_argument("--column", metavar="NAME", help="of the table (default: its second)")
-    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="default: the last one stored")
+    parser.add_argument("--layer", type=layer_number, default=-1, metavar="N", help="default: the last one stored")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 
 

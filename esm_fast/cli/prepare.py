@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from .common import InputError, add_max_record, human_bytes, progress
+from .numbers import share
 
 NAME = "prepare"
 ORDER = 40
@@ -27,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fasta", nargs="+", metavar="FASTA", help="FASTA files, or - for standard input")
     parser.add_argument("-o", "--output", required=True, metavar="STORE", help="the folder to make")
     parser.add_argument(
-        "--valid-share", type=float, default=0.01, metavar="X", help="share that is held out (default: %(default)s)"
+        "--valid-share",
+        type=share,
+        default=0.01,
+        metavar="X",
+        help="share that is held out (default: %(default)s)",
     )
     parser.add_argument(
         "--clusters", metavar="TSV", help="hold out whole clusters (default: single proteins, by a hash of each)"

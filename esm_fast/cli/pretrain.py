@@ -4,12 +4,13 @@ import argparse
 import math
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ..console import progress
 from ..train import environment
-from .common import InputError, positive
+from .common import InputError, set_threads
+from .numbers import positive
 
 NAME = "pretrain"
 ORDER = 41
@@ -41,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     environment.prepare()
-    import torch
-
     from ..train.loop import Trainer
     from ..train.processes import joined
     from ..train.recipe import read_recipe
@@ -54,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError(str(error)) from None
     recipe = replace(recipe, store=args.store or recipe.store, output=args.output or recipe.output)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     with joined() as processes:
         if args.fast_dev_run:
             recipe = _small(recipe, processes.world)
@@ -106,11 +104,8 @@ def _small(recipe, world: int):
 
 
 def _train(trainer) -> None:
-    from tqdm import tqdm
-
     first, recipe = trainer.processes.first, trainer.recipe
-    interval = 0.5 if sys.stderr.isatty() else 60
-    with tqdm(total=recipe.steps, unit=" steps", disable=not first, mininterval=interval) as bar:
+    with progress(recipe.steps, "steps", unit_scale=False, disable=not first) as bar:
 
         def show(step: int, entry: dict) -> None:
             if step - bar.n > 1 or not bar.n:  # resumed: those steps took no time

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from .common import InputError, as_flags, load_model, positive
+from .common import InputError, as_flags, load_model
 from .export import finished, layer_of
+from .numbers import layer_number, positive
 
 NAME = "search"
 ORDER = 15
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="the folder of a data set")
     parser.add_argument("query", metavar="QUERY", help="an id of it, a FASTA file, or the folder of a data set")
     parser.add_argument("-k", type=positive, default=10, metavar="K", help="sequences to find (default: %(default)s)")
-    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="default: the last one stored")
+    parser.add_argument("--layer", type=layer_number, default=-1, metavar="N", help="default: the last one stored")
     parser.add_argument("--model", metavar="NAME|PATH", help="where the data set's model is (default: where it was)")
 
 

@@ -4,9 +4,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from .common import InputError, cores, positive
+from .common import InputError, cores
 from .dataset import SOME_FAILED, is_dataset
 from .embed_dataset import options_of
+from .numbers import above_0, positive
 
 NAME = "submit"
 ORDER = 11
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="jobs, of one machine each")
     parser.add_argument("--cpus", type=positive, metavar="N", help="cores of a job")
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs of a job, of which it uses one")
-    parser.add_argument("--mem-gb", type=float, metavar="X", help="memory of a job")
-    parser.add_argument("--hours", type=float, default=24, metavar="X", help="time limit (default: %(default)s)")
+    parser.add_argument("--mem-gb", type=above_0, metavar="X", help="memory of a job")
+    parser.add_argument("--hours", type=above_0, default=24, metavar="X", help="time limit (default: %(default)s)")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
     parser.add_argument(
@@ -80,8 +81,6 @@ def _slurm(args: argparse.Namespace):
     options = dict(pair.partition("=")[::2] for pair in args.slurm)
     if "" in options or "" in options.values():
         raise InputError(f"--slurm {' '.join(args.slurm)}: give KEY=VALUE, such as --slurm qos=low")
-    if args.hours <= 0:
-        raise InputError(f"--hours is {args.hours}: give more than 0")
     try:
         from ..dataset import slurm
     except ModuleNotFoundError as error:

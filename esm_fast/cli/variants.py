@@ -13,9 +13,9 @@ from .common import (
     add_model,
     add_policies,
     output_path,
-    positive,
     progress,
 )
+from .numbers import LARGEST, positive, whole
 from .variants_models import Models, job_factory, protein_lines, summary
 
 NAME = "variants"
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _offset(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else whole(-LARGEST)(text)
 
 
 def run(args: argparse.Namespace) -> int:

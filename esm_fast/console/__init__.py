@@ -5,13 +5,17 @@ import sys
 from pathlib import Path
 
 
-def progress(total: int | None, unit: str = "residues", done: int = 0):
-    """A bar on standard error, from `done` on. In a log file, where each of its states is a line, it moves rarely."""
+def progress(total: int | None, unit: str = "residues", done: int = 0, **more):
+    """A bar on standard error, from `done` on. In a log file, where each of its states is a line, it moves rarely.
+
+    more: of tqdm's options.
+    """
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10
     options = {"unit": f" {unit}", "unit_scale": True, "mininterval": interval, "maxinterval": 2 * interval}
-    return tqdm(total=total, initial=done, disable=sys.stderr is None, **options)
+    options |= {"disable": sys.stderr is None, "file": getattr(sys.stderr, "bars", None)}
+    return tqdm(total=total, initial=done, **options | more)
 
 
 def human_bytes(count: float) -> str:
