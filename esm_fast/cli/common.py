@@ -89,9 +89,9 @@ def cores() -> int:
 
 def architecture(text: str) -> tuple[int, int]:
     """A GPU's compute capability: 8.0, 80 or sm_80 -> (8, 0)."""
-    found = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)a?", text)
+    found = re.fullmatch(r"(?:sm_?)?([0-9]{1,3}?)\.?([0-9])a?", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability, such as 8.0 or sm_80")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no compute capability, such as 8.0 or sm_80")
     return int(found[1]), int(found[2])
 
 
@@ -150,10 +150,23 @@ def require_device(device: str) -> None:
     try:
         torch.ones(2, device=device).sum().item()
     except Exception as error:  # of many types, from a torch without CUDA to a device that is a module's name
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise InputError(
             f"device {device!r} cannot be used: {reason}; give auto, cpu, cuda, or the number of a GPU, cuda:1"
         ) from None
+
+
+def require_contacts(model, name: str) -> None:
+    """Raises InputError for a model without a fitted contact regression."""
+    from ..models.family import of_name, published
+
+    try:
+        model.contact_head.require_fitted()
+    except ValueError as error:
+        with_one = [known for known in published() if known != DEMO and of_name(known).has_regression(known)]
+        if name == DEMO:
+            raise InputError(f"{name} was trained without a contact regression; give --model {with_one[0]}") from None
+        raise InputError(f"{name}: {error}. These come with one: {', '.join(with_one)}") from None
 
 
 def set_threads(count: int | None) -> None:

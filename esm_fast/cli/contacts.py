@@ -18,6 +18,7 @@ from .common import (
     load_model,
     output_path,
     progress,
+    require_contacts,
     result_lines,
 )
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     out = output_path(args.output, args.force) if single else _output_folder(args.output, args.force)
     dtype = dtype_of(args)
     model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
-    model.contact_head.require_fitted()
+    require_contacts(model, args.model)
 
     from ..inference.embed import token_budget
     from ..inference.outputs import make

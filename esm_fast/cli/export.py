@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     data = finished(args.dataset)
-    from ..dataset.export import FORMATS, Ask
+    from ..dataset.export import FORMATS, Ask, ids_of
     from ..dataset.report import size_of
     from ..dataset.units import has_numbers
 
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{out} exists; give --force to write into it, or another -o")
     else:
         out = output_path(args.output, args.force)
+        if args.to == "npy":
+            output_path(str(ids_of(out)), args.force)
     layer = layer_of(data, args.layer)
     check_space(out.parent, _size(data, args.residues))
     with progress(len(data), "proteins") as bar:

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from .common import InputError, check_space, load_model, progress, result_lines
+from .common import InputError, check_space, load_model, progress, require_contacts, result_lines
 from .numbers import layer_number, positive
 
 NAME = "extract"
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from ..sequences.tokenize import Policy
 
     if "contacts" in args.include:
-        model.contact_head.require_fitted()
+        require_contacts(model, args.model_location)
     wanted = _outputs(args.include, layer_numbers(model, args.repr_layers))
     longest = model.config.limit("error")
     fits = args.truncation_seq_length <= longest  # else a protein over the model's length is an error, as there

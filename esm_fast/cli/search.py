@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..console.streams import printable
 from .common import InputError, as_flags, load_model
 from .export import finished, layer_of
 from .numbers import layer_number, positive
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     for name, rows, cosines in zip(names, hits.rows.tolist(), hits.cosines.tolist(), strict=True):
         for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), 1):
             for found in ids_of.get(row, ()):
-                print(f"{name}\t{rank}\t{found}\t{cosine:.6f}")
+                print(f"{printable(name)}\t{rank}\t{printable(found)}\t{cosine:.6f}")
 
 
 def _queries(data, args: argparse.Namespace, layer: int):

@@ -72,7 +72,8 @@ def _tell(args: argparse.Namespace, built) -> int:
 def look_up(args: argparse.Namespace) -> int:
     """Prints protein, variant and score for each query."""
     if len(args.fasta) != 1 or not Path(args.fasta[0]).is_dir():
-        raise InputError("--lookup reads a data set: esm-fast variants FOLDER/ --lookup 'P04637 R175H'")
+        given = f", and {args.fasta[0]} is none" if len(args.fasta) == 1 else ""
+        raise InputError(f"--lookup reads a data set{given}: esm-fast variants FOLDER/ --lookup 'P04637 R175H'")
     if args.output is not None or args.variants:
         raise InputError("--lookup prints scores; leave -o and --variants out")
     require_pyarrow()

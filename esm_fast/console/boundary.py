@@ -144,6 +144,8 @@ def _system(error: BaseException, args: Namespace) -> str | None:
 
 def _on_purpose(error: BaseException, args: Namespace) -> str | None:
     """The message of an error that a line of ours raised. A library's ValueError is none: it is not for users."""
+    if str(error).startswith("ESM_FAST_"):  # an environment variable, which the extension reads
+        return str(error)
     if isinstance(error, (AssertionError, NotImplementedError, RecursionError)) or not _is_raised_by_us(error):
         return None
     kinds = (ValueError, LookupError, ArithmeticError, ImportError)
@@ -174,11 +176,16 @@ def _missing_package(error: BaseException, args: Namespace) -> str | None:
 
 
 def _unreadable(error: BaseException, args: Namespace) -> str | None:
-    kinds = [_UNREADABLE.get((kind.__module__, kind.__name__)) for kind in type(error).__mro__]
+    kinds = [_UNREADABLE.get((_module(kind), kind.__name__)) for kind in type(error).__mro__]
     if (form := next(filter(None, kinds), None)) is None:
         return None
     where = _inputs(args) or "a file"
     return f"{where} cannot be read, it is not {form} ({error}); look at it, and download or write it again"
+
+
+def _module(kind: type) -> str:
+    """Without its private parts, which move from version to version."""
+    return kind.__module__.partition("._")[0]
 
 
 def _inputs(args: Namespace) -> str:

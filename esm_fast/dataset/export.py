@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..console.streams import printable
 from ..files.atomic import atomic
 from ..files.fair_esm_pt import TorchFolder
 from ..files.hdf5 import HDF5Writer, unstorable
@@ -68,14 +69,19 @@ def _h5(data: Dataset, out: Path, ask: Ask) -> Iterator[Callable]:
         yield lambda key, header, array: h5.add(key, header, [array])
 
 
+def ids_of(out: Path) -> Path:
+    """Where the ids of a matrix go: a line each, control characters escaped."""
+    return out.with_suffix(".ids.txt")
+
+
 def npy(data: Dataset, out: Path, ask: Ask) -> None:
     """One matrix, which numpy.load(mmap_mode="r") opens without reading it, and beside it an id a line."""
     if ask.residues:
         raise ValueError("npy is one matrix, which proteins of different lengths do not fit in; choose another format")
     numbers = [number for number in range(len(data)) if has_numbers(data.status(number))]
     shape, dtype = (len(numbers), data.plan.settings.width), np.dtype(data.plan.settings.store)
-    with atomic(out.with_suffix(".ids.txt")) as ids, atomic(out) as temporary:
-        ids.write_text("".join(f"{data.ids[number]}\n" for number in numbers))
+    with atomic(ids_of(out)) as ids, atomic(out) as temporary:
+        ids.write_text("".join(f"{printable(data.ids[number])}\n" for number in numbers), encoding="utf-8")
         rows = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         for row, (_, array) in enumerate(_proteins(data, ask)):
             rows[row] = array

@@ -17,7 +17,7 @@ from ..alphabet import Alphabet
 from ..files.atomic import alone, remove_leftovers
 from ..files.checked_json import write_json
 from ..files.checksums import digest_of, sha256
-from ..sequences.fasta import MAX_RECORD
+from ..sequences.fasta import MAX_RECORD, require_standard_input
 from ..sequences.ingest import Batch, Counts, Ingest
 from ..sequences.seen import Seen, keys_of
 from ..sequences.tokenize import Policy, Tokens
@@ -102,6 +102,8 @@ class _Hashed:
 
     def read(self, size: int) -> bytes:
         if self._file is None:
+            if self._source == "-":
+                require_standard_input()
             source, closes = (0, False) if self._source == "-" else (self._source, True)
             self._file = open(source, "rb", closefd=closes)  # noqa: SIM115, closed at its end
         data = self._file.read(size)

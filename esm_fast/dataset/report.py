@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..console import human_bytes, progress
+from ..console.streams import printable
 from .build import MEANINGLESS, Built
 from .units import has_numbers
 from .worker import Progress
@@ -62,7 +63,7 @@ def plan_lines(plan) -> list[str]:
         f"proteins  {expected:,} of {info['requested']:,} records, {info['sequences']:,} distinct sequences",
         f"skipped   {', '.join(f'{count:,} {what}' for what, count in info['skipped'].items())}",
         f"changed   {', '.join(f'{count:,} {what}' for what, count in info['changed'].items())}",
-        f"model     {info['model']}" + (f"  ({MEANINGLESS.upper()})" if "warning" in info else ""),
+        f"model     {printable(info['model'])}" + (f"  ({MEANINGLESS.upper()})" if "warning" in info else ""),
         f"layers    {' '.join(map(str, settings.layers))} ({settings.pool}{', residues' * settings.residues}, "
         f"stored as {settings.store})",
     ]

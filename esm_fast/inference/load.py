@@ -94,7 +94,7 @@ def random_model(name: str, *, backend=None) -> Encoder:
     """'random:NAME[:seed]' -> the full architecture with seeded random weights. Its numbers mean nothing."""
     _, architecture, *rest = name.split(":")
     architecture = hub.canonical_name(architecture)
-    if architecture not in published() or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
+    if architecture not in published() or len(rest) > 1 or not all(_is_seed(seed) for seed in rest):
         raise ValueError(f"{name!r}: expected random:NAME[:seed] with NAME one of {', '.join(published())}")
     generator = torch.Generator().manual_seed(int(rest[0]) if rest else 0)
     with without_values():
@@ -111,6 +111,10 @@ def random_model(name: str, *, backend=None) -> Encoder:
                 parameter.fill_(1.0 if "layer_norm" in key and key.endswith("weight") else 0.0)
         model.clear_padding()
     return model
+
+
+def _is_seed(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20 and int(text) < 2**63
 
 
 def _dtype(dtype) -> torch.dtype | None:

@@ -66,7 +66,7 @@ def read_fasta(
     file cut just between two members is whole to any reader), where text stands before the first '>', where a record is
     too large, and where there is no record; OSError where the source cannot be read.
     """
-    with _open(source) as (name, stream):
+    with _open(source) as (name, stream), _named(name):
         first, last = 0, "no record is complete"
         try:
             for headers, lines, residues, offsets in _parse(stream, name, chunk_bytes, max_record):
@@ -99,12 +99,30 @@ def parse_definition(data: bytes) -> list[tuple[str, str]]:
 def _open(source) -> Iterator[tuple[str, BinaryIO]]:
     """The name and the open binary file of a source; only a file opened here is closed."""
     if isinstance(source, str) and source == "-":
+        require_standard_input()
         yield "<stdin>", getattr(sys.stdin, "buffer", sys.stdin)
     elif hasattr(source, "read"):
         yield str(getattr(source, "name", "<stream>")), source
     else:
         with open(source, "rb", buffering=0) as stream:
             yield os.fsdecode(source), stream
+
+
+def require_standard_input() -> None:
+    """Raises FastaError where it was closed, as services start their processes."""
+    if sys.stdin is None:
+        raise FastaError("standard input is closed; give a file")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What the system says of a stream while it is read tells which it was, and is not taken for the output's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = name
+        raise
 
 
 def _parse(stream: BinaryIO, name: str, chunk_bytes: int, max_record: int) -> Iterator[tuple]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .fasta import MAX_RECORD, FastaError, Records, read_fasta
+from .fasta import MAX_RECORD, FastaError, Records, read_fasta, require_standard_input
 from .names import Ids, accession
 from .tokenize import Policy, Report, Tokens, tokenize
 
@@ -196,8 +196,7 @@ class _Spool:
         self.file = tempfile.TemporaryFile()
         try:
             if self.path == "-":
-                if sys.stdin is None:
-                    raise FastaError("standard input is closed; give a file")
+                require_standard_input()
                 shutil.copyfileobj(sys.stdin.buffer, self.file)
             else:
                 with open(self.path, "rb") as pipe:

@@ -99,6 +99,8 @@ def read_clusters(path: str | Path) -> dict[str, str]:
                     clusters[columns[1]] = columns[0]
         except (ValueError, DamagedStreamError) as error:
             raise ValueError(f"{path}: {error}") from None
+    if not clusters:
+        raise ValueError(f"{path} holds no cluster; give a table with two columns, cluster and member")
     return clusters
 
 

@@ -119,9 +119,10 @@ def read_recipe(path: str | Path) -> Recipe:
     except ImportError:
         raise ImportError("recipes are YAML files, for which PyYAML is needed: pip install 'esm_fast[train]'") from None
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RecipeError(f"{path} is not YAML: {reason}") from None
     try:
         return recipe_from(values)
     except (ValueError, TypeError) as error:

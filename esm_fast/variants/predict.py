@@ -8,6 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..console import boundary
+from ..console.streams import screens
+
 _STRATEGIES = ("wt-marginals", "pseudo-ppl", "masked-marginals")
 
 
@@ -29,13 +32,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        _run(args)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"predict: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    with screens():
+        return boundary.run("predict", _run, parser().parse_args(argv))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def _serve() -> None:
         print(answer, flush=True)
 
 
-def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull) -> int:
+def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull, streams=None) -> int:
     from esm_fast.cli import main
 
     os.environ.update(environ or {})
@@ -62,6 +62,9 @@ def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    os.close(out)
+    for name, how_it_is in (streams or {}).items():
+        _break(name, how_it_is)
     if patch:
         setattr(os, patch, _killing(getattr(os, patch), at, how))
     try:
@@ -74,7 +77,25 @@ def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os
         traceback.print_exc()
         return 70
     finally:
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+
+
+def _break(name: str, how: str) -> None:
+    """stdin, stdout or stderr as Python finds it at its start: "closed", "full", "unheard", or in that encoding."""
+    number = ("stdin", "stdout", "stderr").index(name)
+    if how == "closed":
+        setattr(sys, name, None)
+        os.close(number)
+    elif how == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC), number)
+    elif how == "unheard":
+        read, write = os.pipe()
+        os.dup2(write, number)
+        os.close(read)
+        os.close(write)
+    else:
+        setattr(sys, name, open(os.dup(number), "w", encoding=how))  # noqa: SIM115
 
 
 def _killing(real, at, how):
