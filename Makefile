@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: embed test lint bench proof gpu-report clean
+.PHONY: embed test lint bench proof attack gpu-report clean
 
 embed: .venv/core
 	mkdir -p out
@@ -30,6 +30,10 @@ proof: .venv/test
 	$(BIN)/python tests/proof/triton_proof/matrix.py
 	$(BIN)/python tests/proof/cuda_proof/audit.py
 	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m cuda_proof.loops
+
+# Kills, flipped bits, hostile files, calls and servers by chance, as often as docs/reliability.md says; a quarter of an hour.
+attack: .venv/test
+	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m attack
 
 # For whoever has a GPU: tests and times everything on it, and writes gpu-report.md and gpu-report.json.
 # `make gpu-report REPORT=--dry-run` shows without a GPU that it works.
