@@ -1,4 +1,4 @@
-"""esm_fast: ESM-1b without padding, as a drop-in for fair-esm and Hugging Face."""
+"""esm_fast: ESM-1b, ESM-1v and ESM-2 without padding, as a drop-in for fair-esm and Hugging Face."""
 
 import importlib
 

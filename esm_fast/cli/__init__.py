@@ -54,7 +54,7 @@ def parser(name: str | None = None) -> argparse.ArgumentParser:
     """Of all commands, or of one, which starts faster."""
     top = argparse.ArgumentParser(
         prog="esm-fast",
-        description="ESM-1b and ESM-1v protein embeddings without padding.",
+        description="The protein language models ESM-1b, ESM-1v and ESM-2 without padding.",
         epilog=_EXAMPLES,
         formatter_class=_Formatter,
     )
