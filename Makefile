@@ -1,16 +1,22 @@
 # Two commands do everything: `make embed` runs the main job, `make test` passes the tests. Each sets up what it needs.
+# CI also runs `make test-proofs`: kernels without their hardware, in an interpreter, emulators and sanitizers.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+PROOFS := tests/gpu tests/cpu/test_amx.py tests/cpu/test_sanitizers.py
+PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: embed test lint bench proof attack gpu-report clean
+.PHONY: embed test test-proofs lint bench proof attack gpu-report clean
 
 embed: .venv/core
 	mkdir -p out
 	$(BIN)/esm-fast embed examples/uniprot_sample.fasta.gz -o out/uniprot_sample.h5 --overlength window --force
 
 test: .venv/test
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) $(PROOFS:%=--ignore=%)
+
+test-proofs: .venv/test
+	$(PYTEST) $(PROOFS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
