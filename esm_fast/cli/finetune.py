@@ -7,23 +7,30 @@ from pathlib import Path
 from ..console import progress
 from ..train import environment
 from .common import DEMO, InputError, is_random, require_device, set_threads, warn_random
-from .numbers import above_0, positive, whole
+from .numbers import above_0, layer_number, positive, real, whole
 
 NAME = "finetune"
 ORDER = 42
 HELP = "a predictor of a property, from a table of labelled proteins"
 DESCRIPTION = """\
-Trains a linear head on the last layer: for a number or a class of each protein, or of each residue.
-The model under it stays as it is (frozen), is trained too (full), or gets low-rank adapters (lora,
-which needs peft). It stops when the held-out loss has not fallen for a while, and keeps the best.
-TABLE is comma- or tab-separated with the columns sequence and label, and perhaps id and split
-(train, valid, test). Labels of residues: a letter each, ? for none; or numbers between spaces."""
+Makes a predictor of a number or a class of each protein, or of each residue: a linear head on a layer
+of a model. The model stays as it is (frozen: the head is solved in closed form), is trained too
+(full), or gets low-rank adapters (lora, which needs peft); these begin with the solved head, stop
+when the held-out loss has not fallen for a while, and keep the best.
+TABLE is CSV, TSV or ;-separated (compressed too), Parquet, or FASTA with label=... in its headers or
+with --labels. Columns are known by their usual names (sequence or seq; label, target or y; id; split)
+or named by options. Splits are train, valid and test; without them a tenth is for validation, which
+chooses, and a tenth for testing. Labels of residues: a letter each, ? for none; or numbers between
+spaces."""
 EXAMPLES = """\
   esm-fast finetune stability.csv -o stability/ --task regression --model esm1b_t33_650M_UR50S
   esm-fast finetune ss3.tsv -o ss3/ --task classification --level residue --trained lora --model M
+  esm-fast finetune p.fasta --labels p.csv --label-column Tm pI -o two/ --task regression --missing skip
+  esm-fast predict stability/ proteins.fasta -o table.csv
 
-The model it writes is read by esm-fast embed and esm_fast.load, the whole predictor by
-esm_fast.train.finetune.load_predictor.
+The folder holds the model (esm-fast embed and esm_fast.load read it), the head, finetune.json with all
+metrics, and predictions.csv of the held-out proteins. esm_fast.train.predictor.load_predictor reads
+the whole.
 """
 
 
@@ -36,51 +43,141 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trained", default="frozen", choices=("frozen", "full", "lora"), help="beside the head (default: frozen)")
     add("--model", default=DEMO, metavar="NAME|PATH", help="as for embed (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda ... (default: %(default)s)")
-    add("--epochs", type=positive, default=30, metavar="N", help="at most (default: %(default)s)")
-    add("--patience", type=positive, default=3, metavar="N", help="epochs without progress (default: %(default)s)")
-    add("--learning-rate", type=above_0, metavar="X", help="default: 1e-2 frozen, 2e-5 full, 5e-4 lora")
-    add("--rank", type=positive, default=8, metavar="N", help="of the adapters (default: %(default)s)")
-    add("--batch-tokens", type=positive, default=4096, metavar="N", help="in an update (default: %(default)s)")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the order of batches, and of adapters")
     add("--threads", type=positive, metavar="N", help="default: torch's")
     add("--force", action="store_true", help="replace a predictor that is there")
+    _add_data(parser.add_argument_group("data"))
+    _add_training(parser.add_argument_group("training"))
+
+
+def _add_data(group) -> None:
+    add = group.add_argument
+    add("--labels", metavar="FILE", help="of a FASTA file: a table with ids, or FASTA of a letter a residue")
+    add("--id-column", metavar="NAME")
+    add("--sequence-column", metavar="NAME")
+    add("--label-column", nargs="+", metavar="NAME", help="several make a predictor of them all")
+    add("--split-column", metavar="NAME")
+    add("--clusters", metavar="TSV", help="where splits are drawn, whole clusters; as for prepare")
+    add("--folds", type=whole(0), default=0, metavar="N", help="cross-validate too, a frozen model's head")
+    add("--missing", default="error", choices=("error", "skip"), help="rows without a label (default: %(default)s)")
+    add("--unknown", default="error", choices=("error", "x", "skip"), help="residues the model does not know")
+    add("--overlength", default="error", choices=("error", "truncate", "window"), help="window: frozen models only")
+
+
+def _add_training(group) -> None:
+    add = group.add_argument
+    add("--head", default="solved", choices=("solved", "descent"), help="of a frozen model (default: %(default)s)")
+    add("--layer", type=_layer, default=-1, metavar="N|best", help="the head's (default: -1, the last)")
+    add("--class-weights", default="none", choices=("none", "balanced"), help="balanced: classes weigh alike")
+    add("--epochs", type=positive, default=10, metavar="N", help="at most (default: %(default)s)")
+    add("--patience", type=positive, default=3, metavar="N", help="epochs without progress (default: %(default)s)")
+    add("--learning-rate", type=above_0, metavar="X", help="default: 2e-5 x 1280 / width full, 5e-4 lora")
+    add("--head-learning-rate", type=above_0, metavar="X", help="default: 1e-3")
+    add("--weight-decay", type=real(0), default=0.01, metavar="X", help="of matrices (default: %(default)s)")
+    add("--rank", type=positive, default=8, metavar="N", help="of the adapters (default: %(default)s)")
+    add("--batch-tokens", type=positive, default=4096, metavar="N", help="in an update (default: %(default)s)")
+    add("--precision", default="float32", choices=("float32", "bfloat16"), help="of the model (default: %(default)s)")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of splits, of the order of batches, and of adapters")
+
+
+def _layer(text: str) -> int | str:
+    return text if text == "best" else layer_number(text)
 
 
 def run(args: argparse.Namespace) -> None:
     environment.prepare()
     import torch
-    from tqdm import tqdm
 
     from ..inference.load import load
-    from ..train.examples import ExamplesError, read_examples
-    from ..train.finetune import Settings, finetune, written
+    from ..train.examples import Columns, ExamplesError, read_examples
+    from ..train.finetune import Settings
+    from ..train.predictor import written
+    from ..train.prepare import read_clusters
 
-    names = ("task", "level", "trained", "epochs", "patience", "learning_rate", "rank", "batch_tokens", "seed")
-    settings = Settings(**{name: getattr(args, name) for name in names})
-    examples = read_examples(args.table)
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    label = tuple(args.label_column) if args.label_column else None
+    columns = Columns(args.id_column, args.sequence_column, label, args.split_column)
     if (there := written(args.output)) and not args.force:
         raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
     set_threads(args.threads)
-    require_device(args.device)
     if is_random(args.model):
         warn_random(args.model)
+    require_device(args.device)
     torch.manual_seed(args.seed)
-    esm, _ = load(args.model, device=args.device, dtype="float32", packed=False)
-    with progress(settings.epochs, "epochs", unit_scale=False, disable=not sys.stderr.isatty()) as bar:
+    try:
+        examples = read_examples(args.table, columns, labels=args.labels)
+        clusters = read_clusters(args.clusters) if args.clusters else None
+        esm, _ = load(args.model, device=args.device, dtype="float32", packed=False)
+        found = _train(esm, examples, settings, clusters)
+    except ExamplesError as error:
+        text = str(error)
+        raise InputError(text if args.table in text or str(args.labels) in text else f"{args.table}: {text}") from None
+    except (FloatingPointError, ImportError) as error:
+        raise InputError(str(error)) from None
+    found.predictor.save(args.output, found.report | {"base": args.model})
+    _write_predictions(found, Path(args.output) / "predictions.csv")
+    print("\n".join([*_lines(found.report), f"output    {Path(args.output)}"]))
+
+
+def _train(esm, examples, settings, clusters):
+    from tqdm import tqdm
+
+    from ..train.finetune import finetune
+
+    with progress(None, "residues", disable=not sys.stderr.isatty()) as bar:
 
         def show(entry: dict) -> None:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
-            bar.update()
 
-        try:
-            predictor, report = finetune(esm, examples, settings, show)
-        except ExamplesError as error:
-            raise InputError(f"{args.table}: {error}") from None
-        except (FloatingPointError, ImportError) as error:
-            raise InputError(str(error)) from None
-    predictor.save(args.output, report | {"base": args.model})
-    for split in ("valid", "test"):
+        return finetune(esm, examples, settings, show, on_batch=bar.update, clusters=clusters)
+
+
+def _lines(report: dict) -> list[str]:
+    counts = report["counts"]
+    said = [f"{count:,} {name}" for name, count in counts.items() if count or name in ("train", "valid", "test")]
+    lines = [f"warning: {text}" for text in report["warnings"]] + [f"examples  {', '.join(said)}"]
+    for split in ("valid", "test", "folds"):
         if split in report:
-            print(f"{split:<9} {', '.join(f'{name} {value:.4g}' for name, value in report[split].items())}")
-    print(f"best      epoch {report['best_epoch']} of {report['epochs']}")
-    print(f"output    {Path(args.output)}")
+            lines.append(f"{split:<9} {', '.join(_shown(report[split]))}")
+    if "penalties" in report:
+        lines.append(f"head      solved on layer {report['layer']}")
+    if report["epochs"]:
+        lines.append(f"best      epoch {report['best_epoch']} of {report['epochs']}")
+    return lines
+
+
+def _shown(scores: dict) -> list[str]:
+    """name value (low to high), without lists of counts."""
+    found = []
+    for name, value in scores.items():
+        if isinstance(value, list):
+            continue
+        interval = scores.get(f"{name}_interval")
+        found.append(f"{name} {value:.4g}" + (f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""))
+    return found
+
+
+def _write_predictions(found, path: Path) -> None:
+    """The held-out proteins: what is predicted, beside split, fold and the labels that were given."""
+    from ..files.atomic import atomic
+    from .predictions import table
+
+    targets = found.predictor.targets
+    names = [f"label_{column.name}" if len(targets.columns) > 1 else "given" for column in targets.columns]
+    with (
+        atomic(path, durable=False) as temporary,
+        table(temporary, path.name, targets, [*names, "split", "fold"]) as add,
+    ):
+        for one in found.held_out:
+            split = "" if one.fold else one.example.split
+            given = [[*_given(targets, row), split, one.fold] for row in one.wanted]
+            add(one.example.name, one.ids if targets.level == "residue" else None, one.outputs, given)
+
+
+def _given(targets, row) -> list[str]:
+    cells = []
+    for column, value in zip(targets.columns, row.tolist(), strict=True):
+        if value != value:
+            cells.append("")
+        else:
+            cells.append(column.classes[int(value)] if column.classes else f"{value * column.spread + column.mean:.9g}")
+    return cells

@@ -1,174 +1,238 @@
-"""Labelled proteins for fine-tuning: a table of sequences and labels, and the labels as numbers."""
+"""Labelled proteins for fine-tuning, as people keep them: tables, Parquet, FASTA, rows of Python."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..alphabet import encode_definition
+from ..sequences.compression import DamagedStreamError, decompress
+from ..sequences.fasta import FastaError, Records, read_fasta
+from ..sequences.names import identifier
 from ..sequences.table import TableError, read_table
+from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 
-TASKS, LEVELS, SPLITS = ("regression", "classification"), ("sequence", "residue"), ("train", "valid", "test")
-UNLABELLED = "?"  # a residue without a class; a number that is missing is nan
-_NO_CLASS = -100  # what torch's cross-entropy ignores
-_VALID_SHARE = 0.1
-_MISSING = ("nan", "na", "n/a", "null", "none")  # how programs write that there is no label
+SPLITS = ("train", "valid", "test")
+# How programs write that there is no label; a model would learn such a word as a class.
+MISSING = ("", "nan", "na", "n/a", "#n/a", "null", "none", "<na>")
+_SPLIT_NAMES = {"training": "train", "val": "valid", "validation": "valid", "dev": "valid", "testing": "test"}
+_COLUMNS = {  # what a column is taken for without being told, in any case
+    "id": ("id", "name", "identifier", "accession", "entry"),
+    "sequence": ("sequence", "seq", "protein", "protein_sequence", "aa_seq", "aa_sequence"),
+    "label": ("label", "target", "y"),
+    "split": ("split", "set", "stage"),
+}
+_PAIR = re.compile(r"([\w.-]+)=(\S*)")
 
 
 class ExamplesError(ValueError):
-    """A table that cannot be used; the message says where."""
+    """Examples that cannot be used; the message says where."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """label: a number or a class; at the residue level a letter a residue, or numbers between spaces."""
+    """A protein. labels: by the names of their columns, "" where one is missing: a number or a class; at the residue
+    level a letter a residue, or numbers between spaces. split: one of SPLITS, or "" for one that is to be given.
+    where: for messages.
+    """
 
     name: str
     sequence: str
-    label: str
-    split: str
+    labels: Mapping[str, str]
+    split: str = ""
+    where: str = ""
+    line: int = 0
 
-
-def read_examples(path: str | Path) -> list[Example]:
-    """Reads a table (`sequences.table`) with the columns sequence and label, and perhaps id and split.
-
-    A final * of a sequence is stripped, as `esm-fast embed` does. Without a split, a tenth is held out by a hash of
-    each sequence. Raises ExamplesError naming file, line and column.
-    """
-    path = Path(path)
-    try:
-        table = read_table(path)
-        for column in ("sequence", "label"):
-            if column not in table.columns:
-                raise ExamplesError(f"{path}: line 1: there is no column {column!r} among {table.columns}")
-        examples = [_example(path, row.line, row.values) for row in table.rows]
-    except TableError as error:
-        raise ExamplesError(str(error)) from None
-    if not examples:
-        raise ExamplesError(f"{path} has no rows")
-    return examples
-
-
-def _example(path: Path, line: int, row: dict) -> Example:
-    where = f"{path}: line {line}"
-    sequence, label = row["sequence"].strip().upper().removesuffix("*"), row["label"].strip()
-    for column, value in (("sequence", sequence), ("label", label)):
-        if not value:
-            raise ExamplesError(f"{where}: {column} is empty")
-    split = row.get("split") or _split_of(sequence)
-    if split not in SPLITS:
-        raise ExamplesError(f"{where}: split is {split!r}; choose from {', '.join(SPLITS)}")
-    return Example(row.get("id") or f"line {line}", sequence, label, split)
-
-
-def _split_of(sequence: str) -> str:
-    """Of equal sequences always the same: none is in two splits."""
-    chance = int.from_bytes(hashlib.sha256(sequence.encode()).digest()[:8], "little") / 2**64
-    return "valid" if chance < _VALID_SHARE else "train"
-
-
-def encode(examples: Sequence[Example], max_residues: int | None) -> list[np.ndarray]:
-    """Each sequence as token ids, uint8, without <cls> and <eos>. Raises ExamplesError."""
-    encoded = []
-    for example in examples:
-        try:
-            ids = encode_definition(example.sequence)
-        except ValueError as error:
-            raise ExamplesError(f"{example.name}: {error}") from None
-        if max_residues is not None and len(ids) > max_residues:
-            raise ExamplesError(f"{example.name} has {len(ids)} residues, the model takes {max_residues}; cut it")
-        encoded.append(np.array(ids, dtype=np.uint8))
-    return encoded
+    @property
+    def place(self) -> str:
+        return self.where or self.name
 
 
 @dataclass(frozen=True)
-class Targets:
-    """How labels become numbers. classes: their names, empty for regression, whose mean and spread are standardised."""
+class Columns:
+    """The names of columns; None for those that are known by their usual names (sequence, seq, label, target ...)."""
 
-    task: str
-    level: str
-    classes: tuple[str, ...] = ()
-    mean: float = 0.0
-    spread: float = 1.0
-
-    @classmethod
-    def fit(cls, task: str, level: str, examples: Sequence[Example]) -> "Targets":
-        """From the examples of training. Raises ExamplesError."""
-        values = [value for example in examples for value in _values(task, level, example)]
-        if task == "classification":
-            classes = tuple(sorted({value for value in values if value != UNLABELLED or level == "sequence"}))
-            if len(classes) < 2:
-                raise ExamplesError(f"the training examples have {len(classes)} classes; there must be two or more")
-            return cls(task, level, classes)
-        known = np.array([value for value in values if not np.isnan(value)])
-        if known.size < 2 or known.std() == 0:
-            raise ExamplesError("the labels of the training examples are all the same, or missing")
-        return cls(task, level, (), float(known.mean()), float(known.std()))
-
-    @property
-    def outputs(self) -> int:
-        return len(self.classes) or 1
-
-    def encode(self, example: Example, residues: int) -> torch.Tensor:
-        """(1,) or (residues,): numbers of classes, or standardised numbers."""
-        values = _values(self.task, self.level, example)
-        expected = residues if self.level == "residue" else 1
-        if len(values) != expected:
-            raise ExamplesError(f"{example.name} has {residues} residues and {len(values)} labels")
-        if self.task == "regression":
-            return (torch.tensor(values, dtype=torch.float32) - self.mean) / self.spread
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        if self.level == "residue":
-            numbers[UNLABELLED] = _NO_CLASS
-        if unknown := sorted(set(values) - set(numbers)):
-            raise ExamplesError(f"{example.name}: no training example has the class {unknown[0]!r}")
-        return torch.tensor([numbers[value] for value in values])
-
-    def loss(self, predicted: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """(sum over what has a label, how many that is)."""
-        known = self.known(wanted)
-        predicted, wanted = predicted[known].float(), wanted[known]
-        if self.task == "classification":
-            return torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum"), len(wanted)
-        return (predicted[:, 0] - wanted).square().sum(), len(wanted)
-
-    def known(self, wanted: torch.Tensor) -> torch.Tensor:
-        return wanted != _NO_CLASS if self.task == "classification" else ~wanted.isnan()
-
-    def metrics(self, predicted: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-        """accuracy, or r2 and Spearman's rank correlation; nan where they are not defined."""
-        known = self.known(wanted)
-        predicted, wanted = predicted[known].double(), wanted[known]
-        if self.task == "classification":
-            return {"accuracy": float((predicted.argmax(1) == wanted).double().mean())}
-        x, y = predicted[:, 0], wanted.double()
-        spread = float((y - y.mean()).square().sum())
-        r2 = 1 - float((x - y).square().sum()) / spread if spread else float("nan")
-        return {"r2": r2, "spearman": float(torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1])}
+    id: str | None = None
+    sequence: str | None = None
+    label: tuple[str, ...] | None = None
+    split: str | None = None
 
 
-def _ranks(x: torch.Tensor) -> torch.Tensor:
-    """Equal values share the mean of their ranks."""
-    _, group, count = x.unique(sorted=True, return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2)[group].double()
+def read_examples(source, columns: Columns = Columns(), *, labels=None) -> list[Example]:
+    """Reads labelled proteins.
 
+    Args:
+        source: a table (`sequences.table`: comma, tab or semicolon, plain or compressed), a Parquet file, or a FASTA
+            file, whose headers may hold `label=... split=...`; a pandas DataFrame; or an iterable of dictionaries.
+        columns: of the table. A column of splits is used as it is; without one every split is "".
+        labels: for a FASTA file, what holds its labels: a table with a column of ids; or a FASTA file of as many
+            letters a protein as it has residues.
 
-def _values(task: str, level: str, example: Example) -> list:
-    """An example's labels: names of classes, or numbers."""
-    if task == "classification" and level == "sequence":
-        if example.label.lower() in _MISSING:
-            raise ExamplesError(f"{example.name}: label is {example.label!r}, which is no class; leave the row out")
-        return [example.label]
-    if task == "classification":
-        return list(example.label)
-    words = [example.label] if level == "sequence" else example.label.split()
+    Raises ExamplesError naming file, line and column.
+    """
+    path = Path(source) if isinstance(source, str | Path) else None
+    where = str(path) if path else "row"
     try:
-        values = [float(word) for word in words]
-    except ValueError as error:
-        raise ExamplesError(f"{example.name}: label: {error}") from None
-    if bad := [value for value in values if np.isinf(value) or (np.isnan(value) and level == "sequence")]:
-        raise ExamplesError(f"{example.name}: label {bad[0]} is no number to learn")
-    return values
+        names, rows = _read(source, path)
+        if labels is not None:
+            names, rows = _joined(rows, Path(labels), columns, where)
+        found = _found(names, columns, where)
+        examples = [_example(where, line, values, found) for line, values in rows]
+    except (TableError, FastaError, DamagedStreamError) as error:
+        raise ExamplesError(str(error) if where in str(error) else f"{where}: {error}") from None
+    if not examples:
+        raise ExamplesError(f"{where} has no rows")
+    return examples
+
+
+def _read(source, path: Path | None) -> tuple[list[str] | None, Iterator[tuple[int, dict]]]:
+    """(names of the columns, if they are known in advance; line and values of each row)."""
+    if path is None:
+        rows = source.to_dict("records") if hasattr(source, "to_dict") and hasattr(source, "columns") else source
+        rows = [{str(name): _text(value) for name, value in row.items()} for row in rows]
+        return list(dict.fromkeys(name for row in rows for name in row)), enumerate(rows, start=1)
+    with path.open("rb") as file:
+        if file.read(4) == b"PAR1":
+            return _parquet(path)
+        file.seek(0)
+        start = next(iter(decompress(file, 1 << 16)), b"").lstrip()
+    if start.startswith(b">"):
+        rows = list(_fasta(path))
+        return list(dict.fromkeys(name for _, row in rows for name in row)), iter(rows)
+    table = read_table(path)
+    names = [name.strip() for name in table.columns]
+    given = ((row.line, dict(zip(names, row.values.values(), strict=True))) for row in table.rows)
+    return names, given
+
+
+def _text(value) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence | np.ndarray):
+        parts = [str(part) if part is not None else "nan" for part in value]
+        return ("" if all(len(part) == 1 and part.isalpha() for part in parts) else " ").join(parts)
+    return str(value)
+
+
+def _parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, dict]]]:
+    try:
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+    except ImportError:
+        raise ImportError("Parquet needs pyarrow: pip install 'esm_fast[dataset]'; CSV does not") from None
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise ExamplesError(f"{path} cannot be read as Parquet: {error}") from None
+    names = [name for name in table.column_names if name != "__index_level_0__"]
+    columns = [table.column(name).to_pylist() for name in names]
+    rows = (dict(zip(names, map(_text, values), strict=True)) for values in zip(*columns, strict=True))
+    return names, enumerate(rows, start=1)
+
+
+def _fasta(path: Path) -> Iterator[tuple[int, dict]]:
+    """Each record's id, sequence, and what its header says as name=value."""
+    for records in read_fasta(path):
+        for line, (header, sequence) in zip(records.lines.tolist(), records, strict=True):
+            said = {name.lower(): value for name, value in _PAIR.findall(header)}
+            yield line, {**said, "id": identifier(header), "sequence": sequence}
+
+
+def _joined(rows, path: Path, columns: Columns, where: str) -> tuple[list[str], Iterator[tuple[int, dict]]]:
+    """The rows of a FASTA file with the values of another file for their ids."""
+    names, others = _read(path, path)
+    if others is not None and names and {"sequence", "id"} == set(names):  # FASTA: its sequences are the labels
+        values = {row["id"]: {"label": row["sequence"]} for _, row in others}
+        names = ["label"]
+    else:
+        key = _column(names, "id", columns.id, str(path), required=True)
+        values = {}
+        for line, row in others:
+            if (name := row.pop(key).strip()) in values:
+                raise ExamplesError(f"{path}: line {line}: the id {name!r} was there before")
+            values[name] = row
+        names = [name for name in names if name != key]
+    rows = list(rows)
+    if lacking := [row["id"] for _, row in rows if row["id"] not in values]:
+        shown = ", ".join(lacking[:3])
+        raise ExamplesError(f"{path} has no labels for {len(lacking):,} proteins of {where}, such as {shown}")
+    joined = ((line, {**values[row["id"]], "id": row["id"], "sequence": row["sequence"]}) for line, row in rows)
+    return [*names, "id", "sequence"], joined
+
+
+def _found(names: list[str], columns: Columns, where: str) -> dict[str, str | tuple | None]:
+    """What each column of `Columns` is called here."""
+    found = {
+        "id": _column(names, "id", columns.id, where),
+        "sequence": _column(names, "sequence", columns.sequence, where, required=True),
+        "split": _column(names, "split", columns.split, where),
+    }
+    wanted = columns.label or (_column(names, "label", None, where, required=True),)
+    found["label"] = tuple(_column(names, "label", name, where, required=True) for name in wanted)
+    return found
+
+
+def _column(names: list[str], what: str, wanted: str | None, where: str, *, required: bool = False) -> str | None:
+    if wanted is not None:
+        if wanted not in names:
+            raise ExamplesError(f"{where}: line 1: there is no column {wanted!r} among {names}")
+        return wanted
+    for usual in _COLUMNS[what]:
+        if match := [name for name in names if name.lower() == usual]:
+            return match[0]
+    if required:
+        raise ExamplesError(f"{where}: line 1: there is no column {what!r} among {names}; name it with --{what}-column")
+    return None
+
+
+def _example(where: str, line: int, row: Mapping[str, str], columns: dict) -> Example:
+    place = f"{where}: line {line}" if where != "row" else f"row {line}"
+    row = {name: value.strip() for name, value in row.items()}
+    sequence = "".join(row.get(columns["sequence"], "").upper().split()).removesuffix("*")
+    if not sequence:
+        raise ExamplesError(f"{place}: {columns['sequence']} is empty")
+    labels = {name: row.get(name, "") for name in columns["label"]}
+    labels = {name: "" if value.lower() in MISSING else value for name, value in labels.items()}
+    split = row.get(columns["split"] or "", "").lower()
+    split = _SPLIT_NAMES.get(split, split)
+    if split and split not in SPLITS:
+        raise ExamplesError(f"{place}: {columns['split']} is {split!r}; choose from {', '.join(SPLITS)}")
+    return Example(row.get(columns["id"] or "") or f"line {line}", sequence, labels, split, place, line)
+
+
+def labelled(examples: Sequence[Example], missing: str) -> list[Example]:
+    """Those with a label. missing: "skip" those that have none, or "error". Raises ExamplesError."""
+    found = [example for example in examples if any(example.labels.values())]
+    if missing == "error" and len(found) < len(examples):
+        bad = next(example for example in examples if not any(example.labels.values()))
+        raise ExamplesError(
+            f"{bad.place}: {' and '.join(bad.labels)} is missing (empty, NaN or the like), as in "
+            f"{len(examples) - len(found):,} rows in all; use --missing skip to leave such rows out"
+        )
+    return found
+
+
+def tokens_of(examples: Sequence[Example], policy: Policy, report: Report) -> tuple[list[Example], Tokens]:
+    """The examples that the policy keeps, and their tokens. Raises ExamplesError naming file, line and column."""
+    texts = [example.sequence.encode("latin-1", "replace") for example in examples]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    residues = np.frombuffer(b"".join(texts), dtype=np.uint8)
+    headers = [example.name for example in examples]
+    lines = np.zeros(len(examples), dtype=np.int64)
+    try:
+        tokens = tokenize(Records(headers, lines, residues, offsets), replace(policy, gaps="error"), report)
+    except FastaError as error:
+        raise ExamplesError(_placed(examples, str(error))) from None
+    return [examples[number] for number in tokens.numbers.tolist()], tokens
+
+
+def _placed(examples: Sequence[Example], message: str) -> str:
+    """A message about record N of some sequences, with the place that N has in its file."""
+    found = re.match(r"sequences: record (\d+) \(.*?\)(.*)", message, re.DOTALL)
+    if found is None:
+        return message
+    return examples[int(found[1]) - 1].place + found[2]

@@ -1,132 +1,122 @@
 """Fine-tuning: a linear head for sequences or residues, and as much of the model under it as is wanted."""
 
 import copy
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from .. import ops, weights
-from ..files.atomic import atomic
 from ..models.encoder import Encoder
-from ..sequences.batching import PackedBatch, pack, plan
-from . import adapters
-from .examples import LEVELS, SPLITS, TASKS, Example, Targets, encode
+from . import adapters, metrics
+from .descent import Descent
+from .examples import SPLITS, Example, ExamplesError
+from .head import Solved, solve
+from .labelled import features_of, labelled_of
+from .predictor import Predictor
+from .splits import folds
+from .targets import LEVELS, TASKS
 
-LEARNING_RATES = {"frozen": 1e-2, "full": 2e-5, "lora": 5e-4}
-_MODEL, _HEAD, _ABOUT = "model.safetensors", "head.safetensors", "finetune.json"
+# Of the model at a width of 1,280; "full" grows as a model is narrower (Yang et al. 2022). The head's own beside it.
+LEARNING_RATES = {"frozen": 1e-3, "full": 2e-5, "lora": 5e-4}
+_HEAD_RATE = 1e-3
+_WIDTH = 1280
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """trained: "frozen", the head alone; "full", everything; "lora", the head and low-rank adapters of `rank`.
+    """What is trained, and how.
 
-    learning_rate: None for that of LEARNING_RATES. patience: epochs without a better held-out loss before it stops.
-    batch_tokens: in an update.
+    trained: "frozen", the head alone; "full", everything; "lora", the head and low-rank adapters of `rank`.
+    head: "solved" in closed form on the frozen model, from which training goes on where the model is trained too; or
+    "descent", from 0 by AdamW. layer: the head's, counted from the last where negative; "best": of all, the one with
+    the lowest held-out loss. class_weights: "balanced", every class weighs alike, or "none". learning_rate,
+    head_learning_rate: None for the defaults. patience: epochs without a better held-out loss before it stops.
+    batch_tokens: in an update. precision: of the model's pass; parameters and head stay fp32. unknown, overlength: as
+    for `embed`, "window" for frozen models only. missing: rows without any label, "error" or "skip". folds: cross
+    validation beside the predictor, for frozen models; 0 for none.
     """
 
     task: str
     level: str = "sequence"
     trained: str = "frozen"
-    epochs: int = 30
+    head: str = "solved"
+    layer: int | str = -1
+    class_weights: str = "none"
+    epochs: int = 10
     patience: int = 3
     learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.01
     rank: int = 8
     batch_tokens: int = 4096
+    precision: str = "float32"
     seed: int = 0
+    unknown: str = "error"
+    overlength: str = "error"
+    missing: str = "error"
+    folds: int = 0
 
     def __post_init__(self):
-        for name, allowed in {"task": TASKS, "level": LEVELS, "trained": tuple(LEARNING_RATES)}.items():
+        choices = {"task": TASKS, "level": LEVELS, "trained": tuple(LEARNING_RATES), "head": ("solved", "descent")}
+        choices |= {"class_weights": ("none", "balanced"), "precision": PRECISIONS, "missing": ("error", "skip")}
+        choices |= {"unknown": ("error", "x", "skip"), "overlength": ("error", "truncate", "window")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
         for name in ("epochs", "patience", "rank", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate is {self.learning_rate}; give a number above 0")
+        for name in ("learning_rate", "head_learning_rate"):
+            if (rate := getattr(self, name)) is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} is {rate}; give a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; give a number from 0")
+        if isinstance(self.layer, str) and self.layer != "best":
+            raise ValueError(f"layer is {self.layer!r}; give a number, or 'best'")
+        if self.folds and self.folds < 3:
+            raise ValueError(f"folds is {self.folds}; give 3 or more (one tests, one chooses, the others train), or 0")
+        if self.trained != "frozen" and self.overlength == "window":
+            raise ValueError(f"overlength 'window' is for a frozen model, and trained is {self.trained!r}; truncate")
+        if self.folds and (self.trained, self.head) != ("frozen", "solved"):
+            raise ValueError("folds are for a frozen model with a solved head")
+
+    def rates(self, width: int) -> tuple[float, float]:
+        """(the model's, the head's) learning rates for a model of this width."""
+        rate = LEARNING_RATES[self.trained] * (_WIDTH / width if self.trained == "full" else 1)
+        rate = rate if self.learning_rate is None else self.learning_rate
+        head = rate if self.trained == "frozen" else _HEAD_RATE
+        return rate, head if self.head_learning_rate is None else self.head_learning_rate
+
+    def layers(self, depth: int) -> list[int]:
+        """Those to try. Raises ValueError."""
+        if self.layer == "best":
+            return list(range(depth + 1))
+        if not -(depth + 1) <= self.layer <= depth:
+            raise ValueError(f"layer {self.layer} does not exist: the model has 0 to {depth}, or -1 to {-depth - 1}")
+        return [self.layer % (depth + 1)]
 
 
-class Predictor(nn.Module):
-    """A model and its head. `targets` says what the head's outputs mean."""
+class HeldOut(NamedTuple):
+    """A protein that was not trained on. ids: of its residues; outputs: the head's; wanted: see `Targets`; fold: ""
+    outside folds."""
 
-    def __init__(self, esm: Encoder, targets: Targets):
-        super().__init__()
-        self.esm, self.targets = esm, targets
-        self.head = nn.Linear(esm.config.embed_dim, targets.outputs, device=esm.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def features(self, batch: PackedBatch) -> torch.Tensor:
-        """(sequences, width), the mean over each one's residues, or (all residues, width); fp32."""
-        depth = self.esm.config.layers
-        rows = self.esm.forward_packed(batch, layers=(depth,)).representations[depth]
-        share = _residue_share(batch)
-        if self.targets.level == "residue":
-            return rows[share > 0]
-        return ops.pool(rows, batch.cu_seqlens, share, backend=self.esm.backend)
-
-    @torch.inference_mode()
-    def predict(self, sequences: Sequence[str], batch_tokens: int = 4096) -> list:
-        """For each sequence its class or number; at the residue level a list of them.
-
-        Raises ExamplesError for letters or lengths that the model does not take.
-        """
-        examples = [Example(f"sequence {i}", text.upper(), "", "test") for i, text in enumerate(sequences, start=1)]
-        encoded, found = encode(examples, self.esm.config.max_residues), [None] * len(sequences)
-        for batch in _batches(encoded, list(range(len(encoded))), batch_tokens):
-            features = self.features(batch.to(self.esm.device)).split(self._rows(batch))
-            for index, rows in zip(batch.order.tolist(), features, strict=True):
-                values = self._values(self.head(rows))  # each by itself: its neighbours change no bit of it
-                found[index] = values if self.targets.level == "residue" else values[0]
-        return found
-
-    def _rows(self, batch: PackedBatch) -> list[int]:
-        return (batch.lengths - 2).tolist() if self.targets.level == "residue" else [1] * len(batch)
-
-    def _values(self, rows: torch.Tensor) -> list:
-        if self.targets.task == "classification":
-            return [self.targets.classes[number] for number in rows.argmax(1).tolist()]
-        return (rows[:, 0] * self.targets.spread + self.targets.mean).tolist()
-
-    def save(self, folder: str | Path, about: dict | None = None) -> None:
-        """Writes the model, which `esm_fast.load` and `esm-fast embed` read, the head, and what it means."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights.save(self.esm, folder / _MODEL)
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
-        with atomic(folder / _HEAD, durable=False) as temporary:
-            save_file(head, temporary)
-        with atomic(folder / _ABOUT, durable=False) as temporary:
-            temporary.write_text(json.dumps({"targets": asdict(self.targets)} | (about or {}), indent=1) + "\n")
+    example: Example
+    ids: np.ndarray
+    outputs: np.ndarray
+    wanted: np.ndarray
+    fold: str = ""
 
 
-def written(folder: str | Path) -> list[Path]:
-    """The files that `Predictor.save` would replace there. Raises OSError where it could write none."""
-    folder = Path(folder)
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {folder.parent} does not exist; make it first")
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; give a folder for the predictor")
-    if not os.access(folder if folder.is_dir() else folder.absolute().parent, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to")
-    return [folder / name for name in (_MODEL, _HEAD, _ABOUT) if os.path.lexists(folder / name)]
+class Finetuned(NamedTuple):
+    """report: settings, counts, warnings, and the metrics of each held-out split (and of all folds together)."""
 
-
-def load_predictor(folder: str | Path) -> Predictor:
-    """What `finetune` or `Predictor.save` wrote, in fp32 on the CPU."""
-    folder = Path(folder)
-    about = json.loads((folder / _ABOUT).read_text())["targets"]
-    esm = weights.build(weights.read(folder / _MODEL))
-    predictor = Predictor(esm, Targets(**about | {"classes": tuple(about["classes"])}))
-    predictor.head.load_state_dict(load_file(folder / _HEAD))
-    return predictor.eval()
+    predictor: Predictor
+    report: dict
+    held_out: list[HeldOut]
 
 
 def finetune(
@@ -134,121 +124,144 @@ def finetune(
     examples: Sequence[Example],
     settings: Settings,
     on_epoch: Callable[[dict], None] = lambda entry: None,
-) -> tuple[Predictor, dict]:
-    """Trains until the held-out loss has not fallen for a while, and returns the best predictor and its metrics.
+    *,
+    on_batch: Callable[[int], None] = lambda examples: None,
+    clusters=None,
+) -> Finetuned:
+    """Trains a predictor, and keeps what has the lowest held-out loss.
 
-    esm: in fp32; it is changed in place unless it stays frozen. on_epoch gets each epoch's number and losses. The
-    losses are cross-entropies in nats, or mean squares in units of the labels' variance.
-    Raises ExamplesError for examples that cannot be used.
+    Args:
+        esm: in fp32; it is changed in place unless it stays frozen.
+        examples: see `read_examples`. Without splits a tenth is for validation and a tenth for testing.
+        on_epoch: gets each epoch's number and losses; on_batch: the examples of a batch, as they are done.
+        clusters: name of an example -> its cluster; where splits are drawn, clusters are not divided.
+
+    Losses are cross-entropies in nats, or mean squares in units of the labels' variance. Raises ExamplesError for
+    examples that cannot be used, FloatingPointError, ImportError.
     """
-    return _Run(esm, examples, settings).train(on_epoch)
+    return _Run(esm, examples, settings, clusters, on_epoch, on_batch).train()
 
 
 class _Run:
-    def __init__(self, esm: Encoder, examples: Sequence[Example], settings: Settings):
-        self.settings = settings
-        self.parts = {split: [i for i, e in enumerate(examples) if e.split == split] for split in SPLITS}
-        for split in ("train", "valid"):
-            if not self.parts[split]:
-                raise ValueError(f"no example is for {split!r}; give more, or a column split")
-        self.encoded = encode(examples, esm.config.max_residues)
-        targets = Targets.fit(settings.task, settings.level, [examples[i] for i in self.parts["train"]])
-        self.wanted = [targets.encode(e, len(ids)) for e, ids in zip(examples, self.encoded, strict=True)]
-        self.predictor = Predictor(esm, targets)
+    def __init__(self, esm: Encoder, examples, settings: Settings, clusters, on_epoch, on_batch):
+        self.esm, self.settings, self.clusters = esm, settings, clusters
+        self.on_epoch, self.on_batch = on_epoch, on_batch
+        self.layers = settings.layers(esm.config.layers)
+        self.data = labelled_of(esm, examples, settings, clusters)
+
+    def train(self) -> Finetuned:
+        settings, data = self.settings, self.data
+        features, layer, solved = self._features()
+        predictor = Predictor(self.esm, data.targets, layer)
+        report = {"settings": asdict(settings), "layer": layer, "warnings": data.warnings, "counts": self._counts()}
+        if solved:
+            predictor.set_head(solved.weight, solved.bias)
+            report |= {"penalties": list(solved.penalties), "best_epoch": 0, "epochs": 0}
+        if settings.trained != "frozen" or not solved:
+            self._unfreeze()
+            report |= Descent(predictor, data, features, settings).run(self.on_epoch, self.on_batch)
+        held_out = self._held_out(predictor, features)
+        for split in SPLITS[1:]:
+            if own := [one for one in held_out if one.example.split == split]:
+                report[split] = self._scores(own)
+        if settings.folds:
+            crossed = self._cross_validate(features)
+            report["folds"] = {"count": settings.folds} | self._scores(crossed)
+            held_out += crossed
         if settings.trained == "lora":
-            adapters.add(esm, settings.rank)
-        else:
-            esm.requires_grad_(settings.trained == "full")
-            esm.lm_head.requires_grad_(False)
-            esm.contact_head.requires_grad_(False)
-            if settings.trained == "full":  # the projection of lm_head is this very table
-                esm.embed_tokens.requires_grad_(True)
-        self.frozen: dict[int, torch.Tensor] = {}  # features that never change
-        trained = [p for p in self.predictor.parameters() if p.requires_grad]
-        own = settings.learning_rate
-        rate = LEARNING_RATES[settings.trained] if own is None else own
-        self.optimizer = torch.optim.Adam(trained, lr=rate)
-        self.generator = np.random.default_rng(settings.seed)
+            adapters.merge(self.esm)
+        return Finetuned(predictor.eval(), report, held_out)
 
-    def train(self, on_epoch: Callable[[dict], None]) -> tuple[Predictor, dict]:
-        best, best_loss, worse = None, math.inf, 0
-        for epoch in range(1, self.settings.epochs + 1):
-            train_loss = self._epoch()
-            valid_loss, metrics = self._evaluate("valid")
-            on_epoch({"epoch": epoch, "train_loss": train_loss, "valid_loss": valid_loss} | metrics)
-            if not math.isfinite(valid_loss):
-                raise FloatingPointError(f"epoch {epoch}: the loss is {valid_loss}; lower the learning rate")
-            worse += 1
-            if valid_loss < best_loss:
-                best_loss, worse = valid_loss, 0
-                best = epoch, copy.deepcopy(self._trained())
-            if worse == self.settings.patience:
-                break
-        number, state = best
-        self.predictor.load_state_dict(state, strict=False)
-        report = {"settings": asdict(self.settings), "best_epoch": number, "epochs": epoch}
-        for split in [split for split in SPLITS[1:] if self.parts[split]]:
-            loss, metrics = self._evaluate(split)
-            report[split] = {"loss": loss} | metrics
-        if self.settings.trained == "lora":
-            adapters.merge(self.predictor.esm)
-        return self.predictor.eval(), report
+    def _counts(self) -> dict:
+        data = self.data
+        return {split: len(data.of(split)) for split in SPLITS} | {
+            "left out without a label": data.left_out,
+            "left out for an unknown residue": data.report.skipped_unknown,
+            "unknown residues read as X": data.report.unknown if self.settings.unknown == "x" else 0,
+            "truncated": data.report.truncated,
+            "windowed": data.report.windowed,
+        }
 
-    def _trained(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.predictor.named_parameters() if p.requires_grad}
+    def _features(self) -> tuple[np.ndarray, int, Solved | None]:
+        """Those of the chosen layer, and the head solved on them."""
+        settings, model = self.settings, self.esm
+        if settings.precision != "float32" and settings.trained == "frozen":
+            model = copy.deepcopy(self.esm).to(getattr(torch, settings.precision))
+        # Residues of all layers at once would fill the memory: layer by layer, then.
+        groups = [self.layers] if settings.level == "sequence" else [[layer] for layer in self.layers]
+        best = None
+        for group in groups:
+            for layer, features in features_of(model, self.data, group, None, self.on_batch).items():
+                if settings.head == "descent" and len(self.layers) == 1:
+                    return features, layer, None
+                solved = self._solve(features, self.data.of("train"), self.data.of("valid"))
+                if best is None or solved.loss < best[2].loss:
+                    best = features, layer, solved
+        if not math.isfinite(best[2].loss):
+            raise FloatingPointError(f"the loss is {best[2].loss}: the model's numbers are not finite")
+        return (*best[:2], best[2] if settings.head == "solved" else None)
 
-    def _epoch(self) -> float:
-        total = count = 0
-        batches = list(self._batches("train"))
-        for number in self.generator.permutation(len(batches)):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss, known = self.predictor.targets.loss(*self._outputs(batches[number]))
-            if known:
-                (loss / known).backward()
-                self.optimizer.step()
-            total, count = total + float(loss.detach()), count + known
-        return total / max(count, 1)
+    def _solve(self, features: np.ndarray, train: list[int], valid: list[int]) -> Solved:
+        parts = [self.data.part(features, numbers) for numbers in (train, valid)]
+        return solve(self.data.targets, *parts, balanced=self.settings.class_weights == "balanced")
+
+    def _unfreeze(self) -> None:
+        esm, trained = self.esm, self.settings.trained
+        if trained == "lora":
+            adapters.add(esm, self.settings.rank)
+            return
+        esm.requires_grad_(trained == "full")
+        esm.lm_head.requires_grad_(False)
+        esm.contact_head.requires_grad_(False)
+        if trained == "full":  # the projection of lm_head is this very table
+            esm.embed_tokens.requires_grad_(True)
+
+    def _held_out(self, predictor: Predictor, features: np.ndarray) -> list[HeldOut]:
+        """In the splits' order, as the predictor that is saved says it."""
+        data, found = self.data, []
+        for split in SPLITS[1:]:
+            numbers = data.of(split)
+            if self.settings.trained == "frozen":
+                arrays = self._of_features(predictor, features, numbers)
+            elif numbers:
+                made = predictor.outputs([data.only(numbers)], window=data.policy.window)
+                arrays = (array for _, (array,) in made)
+            else:
+                arrays = ()
+            pairs = zip(numbers, arrays, strict=True)
+            found += [HeldOut(data.examples[n], data.ids(n), array, data.wanted[n]) for n, array in pairs]
+        return found
 
     @torch.no_grad()
-    def _evaluate(self, split: str) -> tuple[float, dict[str, float]]:
-        pairs = [self._outputs(batch) for batch in self._batches(split)]
-        predicted, wanted = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-        loss, known = self.predictor.targets.loss(predicted, wanted)
-        return float(loss) / max(known, 1), self.predictor.targets.metrics(predicted, wanted)
+    def _of_features(self, predictor: Predictor, features: np.ndarray, numbers: list[int]):
+        bounds, head = self.data.rows, predictor.head
+        for number in numbers:
+            rows = torch.from_numpy(features[bounds[number] : bounds[number + 1]])
+            yield head(rows.to(head.weight.device)).cpu().numpy()
 
-    def _batches(self, split: str) -> Iterator[PackedBatch]:
-        return _batches(self.encoded, self.parts[split], self.settings.batch_tokens)
+    def _cross_validate(self, features: np.ndarray) -> list[HeldOut]:
+        """Each protein as a head says it that was trained on others: one fold tests, the next chooses the penalty."""
+        data, count, settings = self.data, self.settings.folds, self.settings
+        stratify = settings.task == "classification" and settings.level == "sequence"
+        numbers = np.array(folds(data.examples, count, seed=settings.seed, stratify=stratify, clusters=self.clusters))
+        found = []
+        for fold in range(count):
+            tests, chooses = numbers == fold, numbers == (fold + 1) % count
+            train, valid, test = (np.flatnonzero(mask).tolist() for mask in (~tests & ~chooses, chooses, tests))
+            if not (train and valid and test):
+                raise ExamplesError(f"fold {fold + 1} of {count} has no example; give fewer folds")
+            solved = self._solve(features, train, valid)
+            bounds = data.rows
+            for n in test:
+                outputs = solved(features[bounds[n] : bounds[n + 1]])
+                found.append(HeldOut(data.examples[n], data.ids(n), outputs, data.wanted[n], str(fold + 1)))
+        return found
 
-    def _outputs(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's outputs for a batch, and what they should be."""
-        indices, device = batch.order.tolist(), self.predictor.esm.device
-        wanted = torch.cat([self.wanted[i] for i in indices]).to(device)
-        if self.settings.trained != "frozen":
-            return self.predictor.head(self.predictor.features(batch.to(device))), wanted
-        if any(i not in self.frozen for i in indices):
-            with torch.no_grad():
-                rows = self.predictor.features(batch.to(device)).split(self.predictor._rows(batch))
-            self.frozen |= dict(zip(indices, rows, strict=True))
-        return self.predictor.head(torch.cat([self.frozen[i] for i in indices])), wanted
-
-
-def _batches(encoded: list[np.ndarray], indices: list[int], batch_tokens: int) -> Iterator[PackedBatch]:
-    """Packed batches of the sequences `indices`, which their `order` holds; of nearly equal lengths."""
-    lengths = np.array([len(encoded[i]) for i in indices])
-    for part in plan(lengths + 2, batch_tokens):
-        chosen = [indices[i] for i in part]
-        ids, own = np.concatenate([encoded[i] for i in chosen]), lengths[part]
-        batch = pack(ids, np.cumsum(own) - own, own, np.arange(len(part)))
-        yield PackedBatch(
-            batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, torch.tensor(chosen, dtype=torch.int64)
+    def _scores(self, held_out: list[HeldOut]) -> dict:
+        targets = self.data.targets
+        outputs, wanted = (np.concatenate([getattr(one, name) for one in held_out]) for name in ("outputs", "wanted"))
+        loss, count = targets.loss(torch.from_numpy(outputs), torch.from_numpy(wanted))
+        groups = np.repeat(np.arange(len(held_out)), [len(one.outputs) for one in held_out])
+        return {"loss": float(loss) / max(count, 1)} | metrics.full(
+            targets, outputs, wanted, groups, self.settings.seed
         )
-
-
-def _residue_share(batch: PackedBatch) -> torch.Tensor:
-    """(n,): 1 / residues on each residue, 0 on <cls> and <eos>."""
-    lengths = batch.lengths
-    share = torch.repeat_interleave(1.0 / (lengths - 2).clamp(min=1), lengths)
-    ends = batch.cu_seqlens.long()
-    share[ends[:-1]] = 0
-    share[ends[1:] - 1] = 0
-    return share

@@ -1,6 +1,8 @@
 """Fine-tuning: labels, heads, adapters, early stopping, and the predictor that is saved."""
 
 import contextlib
+import csv
+import dataclasses
 import gzip
 import json
 
@@ -16,14 +18,25 @@ from esm_fast.cli import main
 from esm_fast.inference.embed import embed
 from esm_fast.models import esm2
 from esm_fast.models.esm1 import ESM1, Config
-from esm_fast.train import adapters
-from esm_fast.train.examples import Example, ExamplesError, Targets, read_examples
-from esm_fast.train.finetune import Predictor, Settings, finetune, load_predictor
+from esm_fast.sequences.fasta import FastaError
+from esm_fast.train import adapters, metrics
+from esm_fast.train.examples import Columns, Example, ExamplesError, labelled, read_examples
+from esm_fast.train.finetune import Settings, finetune
 from esm_fast.train.model import new_model
+from esm_fast.train.predictor import Predictor, load_predictor
+from esm_fast.train.splits import folds, warnings_of, with_splits
+from esm_fast.train.targets import Target, Targets
 
 CONFIG = Config(2, 32, 64, 2, max_positions=64)
 ROTARY = esm2.Config(2, 32, 64, 2)
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # models this small are slower on two
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(metrics, "_RESAMPLES", 20)
 
 
 @pytest.fixture
@@ -39,7 +52,7 @@ def proteins(count, seed=0):
 
 def examples(label_of, count=120):
     splits = ["train"] * 8 + ["valid", "test"]
-    return [Example(f"p{i}", s, label_of(s), splits[i % 10]) for i, s in enumerate(proteins(count))]
+    return [Example(f"p{i}", s, {"label": label_of(s)}, splits[i % 10]) for i, s in enumerate(proteins(count))]
 
 
 LABELS = {
@@ -50,32 +63,42 @@ LABELS = {
 }
 
 
+@pytest.mark.parametrize("head", ["solved", "descent"])
 @pytest.mark.parametrize("task, level", LABELS)
-def test_a_frozen_model_stays_and_its_head_learns(esm, task, level, tmp_path):
+def test_a_frozen_model_stays_and_its_head_learns(esm, task, level, head, tmp_path):
     before = {name: tensor.clone() for name, tensor in esm.state_dict().items()}
     entries = []
-    epochs, count = (20, 240) if level == "sequence" else (12, 80)
-    settings = Settings(task, level, epochs=epochs, patience=epochs, batch_tokens=400)
-    predictor, report = finetune(esm, examples(LABELS[task, level], count), settings, entries.append)
+    given = examples(LABELS[task, level], 240 if level == "sequence" else 80)
+    rate = 1e-2 if head == "descent" else None
+    settings = Settings(task, level, head=head, epochs=20, patience=20, batch_tokens=400, learning_rate=rate)
+    predictor, report, held_out = finetune(esm, given, settings, entries.append)
     assert all(torch.equal(before[name], tensor) for name, tensor in esm.state_dict().items())
-    score = report["test"]["spearman" if task == "regression" else "accuracy"]
-    chance = {"regression": 0.3, "classification": 0.6}[task]
-    assert score > chance and entries[-1]["train_loss"] < 0.8 * entries[0]["train_loss"]
-    best = min(entries, key=lambda entry: entry["valid_loss"])
-    assert report["best_epoch"] == best["epoch"] and report["valid"]["loss"] == pytest.approx(best["valid_loss"])
+    score = report["test"]["spearman" if task == "regression" else "balanced_accuracy"]
+    assert score > {"regression": 0.3, "classification": 0.6}[task]
+    if head == "descent":
+        assert entries[-1]["train_loss"] < 0.8 * entries[0]["train_loss"]
+        best = min(entries, key=lambda entry: entry["valid_loss"])
+        assert report["best_epoch"] == best["epoch"] and report["valid"]["loss"] == pytest.approx(best["valid_loss"])
+    assert [one.example.name for one in held_out if one.example.split == "test"] == [
+        f"p{i}" for i in range(9, len(given), 10)
+    ]
 
     texts = proteins(7, seed=5)
     predicted = predictor.predict(texts)
     predictor.save(tmp_path / "out", report)
-    again = load_predictor(tmp_path / "out").predict(texts)
+    again = load_predictor(tmp_path / "out")
     if task == "classification":
-        assert again == predicted
-        assert {name for names in predicted for name in ([names] if level == "sequence" else names)} <= {
-            *predictor.targets.classes
-        }
+        assert again.predict(texts) == predicted
+        rows = predictor.predict_proba(texts)
+        classes = predictor.targets.columns[0].classes
+        best = [[classes[k] for k in np.atleast_2d(p).argmax(1)] for p in rows]
+        assert best == (predicted if level == "residue" else [[name] for name in predicted])
+        assert all(abs(np.atleast_2d(p).sum(1) - 1).max() < 1e-6 for p in rows)
     else:
-        for one, other in zip(predicted, again, strict=True):
+        for one, other in zip(predicted, again.predict(texts), strict=True):
             assert one == pytest.approx(other, abs=1e-4)
+        with pytest.raises(ValueError, match="no probabilities"):
+            predictor.predict_proba(texts)
     if level == "residue":
         assert [len(values) for values in predicted] == list(map(len, texts))
     alone = [predictor.predict([text], batch_tokens=1)[0] for text in texts]
@@ -90,11 +113,11 @@ def test_the_model_is_trained_too(config, trained, tmp_path):
         pytest.importorskip("peft")
     before = {name: tensor.clone() for name, tensor in esm.state_dict().items()}
     entries = []
-    settings = Settings("regression", "residue", trained, epochs=2, learning_rate=3e-3, rank=2, batch_tokens=500)
+    settings = Settings("regression", "residue", trained, epochs=6, learning_rate=1e-2, rank=4, batch_tokens=500)
     # What the neighbour is, which no linear head can see.
     neighbour = examples(lambda s: " ".join(str(LETTERS.index(c) % 3) for c in s[1:] + s[:1]), 60)
-    predictor, report = finetune(esm, neighbour, settings, entries.append)
-    assert entries[-1]["train_loss"] < entries[0]["train_loss"]
+    predictor, report, _ = finetune(esm, neighbour, settings, entries.append)
+    assert entries[-1]["valid_loss"] < 0.9 * entries[0]["valid_loss"] and report["best_epoch"] > 0
     changed = {name for name, tensor in predictor.esm.state_dict().items() if not torch.equal(before[name], tensor)}
     if trained == "lora":  # the adapters are merged: the same names, and only those matrices are others
         assert changed and all(name.split(".")[-2] in adapters.TARGETS for name in changed)
@@ -134,20 +157,115 @@ def test_adapters_compute_what_pefts_own_modules_do():
 
 def test_it_stops_early_and_keeps_the_best(esm):
     noise = np.random.default_rng(0)
-    settings = Settings("regression", epochs=50, patience=2, learning_rate=1.0, batch_tokens=300)
-    _, report = finetune(esm, examples(lambda s: str(noise.normal())), settings)
+    settings = Settings("regression", head="descent", epochs=50, patience=2, learning_rate=1.0, batch_tokens=300)
+    _, report, _ = finetune(esm, examples(lambda s: str(noise.normal())), settings)
     assert report["best_epoch"] + 2 == report["epochs"] < 50
+
+
+def test_the_solved_head_is_scikit_learns(esm):
+    """Ridge and logistic regression on standardised features, the penalty by the held-out loss: the same numbers."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    for task in ("regression", "classification"):
+        given = examples(LABELS[task, "sequence"], 240)
+        predictor, report, _ = finetune(esm, given, Settings(task))
+        rows = {split: [e for e in given if e.split == split] for split in ("train", "test")}
+        x = {
+            split: [a[2] for _, a in embed(esm, [(e.name, e.sequence) for e in own], layers=(2,))]
+            for split, own in rows.items()
+        }
+        (penalty,), count = report["penalties"], len(rows["train"])
+        wanted = [e.labels["label"] for e in rows["train"]]
+        tested = [e.sequence for e in rows["test"]]
+        if task == "regression":
+            model = make_pipeline(StandardScaler(), Ridge(penalty * count))
+            expected = model.fit(x["train"], np.array(wanted, dtype=float)).predict(x["test"])
+            np.testing.assert_allclose(predictor.predict(tested), expected, atol=1e-4)
+        else:
+            model = make_pipeline(
+                StandardScaler(), LogisticRegression(C=1 / (penalty * count), max_iter=2000, tol=1e-8)
+            )
+            expected = model.fit(x["train"], wanted).predict_proba(x["test"])
+            np.testing.assert_allclose(predictor.predict_proba(tested), expected, atol=2e-2)
+
+
+def test_each_label_counts_alike_whatever_the_batches(esm):
+    """The gradients of an epoch's batches, each divided as the descent divides it, sum to that of all at once."""
+    from esm_fast.train.descent import batches
+
+    lengths = np.random.default_rng(0).integers(1, 60, 50)
+    order = np.random.default_rng(1).permutation(50)
+    cut = list(batches(order, lengths, 100))
+    assert sorted(sum(cut, [])) == list(range(50)) and sum(cut, []) == order.tolist()
+    assert all(sum(lengths[b] + 2) <= 100 or len(b) == 1 for b in cut)
+
+
+def test_several_labels_some_missing(esm, tmp_path):
+    given = examples(str, 100)
+    given = [
+        Example(
+            e.name,
+            e.sequence,
+            {"l": "" if i % 3 == 0 else str(e.sequence.count("L")), "g": str(e.sequence.count("G"))},
+            e.split,
+        )
+        for i, e in enumerate(given)
+    ]
+    predictor, report, _ = finetune(esm, given, Settings("regression", folds=3))
+    assert report["valid"]["l: labels"] < report["valid"]["g: labels"] == 10 and report["folds"]["g: labels"] == 100
+    predictor.save(tmp_path / "out")
+    found = load_predictor(tmp_path / "out").predict(["MKTLLG", "GG"])
+    assert set(found) == {"l", "g"} and len(found["l"]) == 2
+
+
+def test_rare_classes_count_when_weights_are_balanced(esm):
+    given = examples(lambda s: "rare" if s.count("W") > 3 else "usual", 300)
+    recalls = []
+    for weights in ("none", "balanced"):
+        _, report, _ = finetune(esm, given, Settings("classification", class_weights=weights))
+        recalls.append(report["valid"]["confusion"][0][0] + report["test"]["confusion"][0][0])
+    assert recalls[1] > recalls[0]
+
+
+def test_the_best_layer_is_found_in_half_precision_too(esm):
+    given = examples(LABELS["regression", "residue"], 60)
+    settings = Settings("regression", "residue", layer="best", precision="bfloat16")
+    predictor, report, _ = finetune(esm, given, settings)
+    each = [dataclasses.replace(settings, layer=layer) for layer in (0, 1, -1)]
+    losses = [finetune(esm, given, own).report["valid"]["loss"] for own in each]
+    assert report["layer"] == predictor.layer == np.argmin(losses) and len(set(losses)) == 3
+    assert esm.dtype == torch.float32
 
 
 def test_gradients_do_not_reach_a_frozen_model(esm):
     predictor = Predictor(esm.requires_grad_(False), Targets("regression", "sequence"))
-    predictor.head(predictor.features(_pack("MKT"))).sum().backward()
+    batch = _pack("MKT")
+    predictor.head(
+        predictor.features(batch, esm.forward_packed(batch, layers=(2,)).representations[2])
+    ).sum().backward()
     assert predictor.head.weight.grad is not None and all(p.grad is None for p in esm.parameters())
 
 
 def test_metrics_of_one_label_are_undefined():
-    found = Targets("regression", "sequence").metrics(torch.tensor([[1.0]]), torch.tensor([2.0]))
-    assert np.isnan(found["r2"]) and np.isnan(found["spearman"])
+    targets = Targets("regression", "sequence")
+    found = metrics.full(targets, np.ones((1, 1), np.float32), np.full((1, 1), 2.0), [0])
+    assert np.isnan(found["r2"]) and np.isnan(found["spearman"]) and found["mae"] == 1
+
+
+def test_intervals_hold_the_metric_and_resample_proteins():
+    generator = np.random.default_rng(0)
+    targets = Targets("classification", "residue", (Target("label", ("a", "b", "c")),))
+    wanted = generator.integers(0, 3, (600, 1)).astype(float)
+    outputs = np.eye(3)[wanted[:, 0].astype(int)] + generator.normal(size=(600, 3))
+    wide = metrics.full(targets, outputs, wanted, np.repeat(np.arange(6), 100))
+    narrow = metrics.full(targets, outputs, wanted, np.arange(600))
+    for found in (wide, narrow):
+        for name in ("accuracy", "balanced_accuracy", "f1", "mcc"):
+            low, high = found[f"{name}_interval"]
+            assert low < found[name] < high
+    assert 0.5 < wide["auroc"] < 1 and 0.34 < wide["auprc"] < 1 and sum(map(sum, wide["confusion"])) == 600
 
 
 # ---- tables
@@ -160,14 +278,84 @@ def table(folder, text):
 
 def test_a_table_is_read(tmp_path):
     found = read_examples(table(tmp_path, "id,sequence,label,split\na,mkt,1.5,train\nb,MKV,2,valid\n"))
-    assert found == [Example("a", "MKT", "1.5", "train"), Example("b", "MKV", "2", "valid")]
+    assert [(e.name, e.sequence, e.labels, e.split, e.line) for e in found] == [
+        ("a", "MKT", {"label": "1.5"}, "train", 2),
+        ("b", "MKV", {"label": "2"}, "valid", 3),
+    ]
     tabs = read_examples(table(tmp_path, "sequence\tlabel\nMKT\tx y\n"))
-    assert tabs[0].label == "x y" and tabs[0].name == "line 2"
-    many = "sequence,label\n" + "".join(f"{s},1\n{s},2\n" for s in proteins(300))
-    splits = {e.sequence: e.split for e in read_examples(table(tmp_path, many))}
-    held_out = sum(split == "valid" for split in splits.values())
-    assert 10 < held_out < 60
-    assert all(e.split == splits[e.sequence] for e in read_examples(table(tmp_path, many)))
+    assert tabs[0].labels == {"label": "x y"} and tabs[0].name == "line 2" and tabs[0].split == ""
+
+
+def test_splits_that_are_drawn(tmp_path):
+    many = [Example(f"{s}{k}", s, {"label": str(len(s) % 2)}) for s in proteins(300) for k in (1, 2)]
+    drawn = with_splits(many, stratify=True)
+    splits = {e.sequence: e.split for e in drawn}
+    assert all(e.split == splits[e.sequence] for e in drawn)  # equal sequences are never divided
+    counts = [sum(e.split == split and e.labels["label"] == "1" for e in drawn) for split in ("train", "valid", "test")]
+    ones = sum(e.labels["label"] == "1" for e in many)
+    assert abs(counts[1] - ones / 10) <= 4 and abs(counts[2] - ones / 10) <= 4
+    assert {e.name: e.split for e in with_splits(many[::-1], stratify=True)} == {e.name: e.split for e in drawn}
+    assert with_splits(many, seed=1, stratify=True) != drawn
+    clusters = {e.name: e.sequence[:1] for e in many}
+    numbers = folds(many, 5, seed=0, stratify=False, clusters=clusters)
+    of = {}
+    assert all(of.setdefault(e.sequence[:1], n) == n for e, n in zip(many, numbers, strict=True))
+    two = [dataclasses.replace(e, split="test" if i < 100 else "train") for i, e in enumerate(many)]
+    with_valid = with_splits(two, stratify=True)
+    assert [e.split == "test" for e in with_valid] == [i < 100 for i in range(600)]
+    assert 40 <= sum(e.split == "valid" for e in with_valid) <= 60
+
+
+def test_leaks_and_contradictions_are_counted():
+    rows = [
+        ("MK", "1", "train"),
+        ("MK", "1", "test"),
+        ("MKT", "1", "train"),
+        ("MKT", "2", "train"),
+        ("MV", "1", "valid"),
+    ]
+    found = warnings_of(
+        [Example(f"p{i}", s, {"label": x}, split, f"t.csv: line {i}") for i, (s, x, split) in enumerate(rows)]
+    )
+    assert found == [
+        "proteins of test that are in train too: 1, such as t.csv: line 0",
+        "sequences with labels that contradict each other: 1, such as t.csv: line 2 and t.csv: line 3",
+    ]
+
+
+def test_rows_of_every_source_are_the_same(tmp_path):
+    pandas, parquet = pytest.importorskip("pandas"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [dict(id=f"p{i}", sequence=s, label=i % 7 + 0.5, split="train") for i, s in enumerate(proteins(9))]
+    rows[3]["label"] = float("nan")
+    frame = pandas.DataFrame(rows)
+    frame.to_csv(tmp_path / "t.csv")
+    parquet.write_table(pyarrow.Table.from_pandas(frame), tmp_path / "t.parquet")
+    fasta = "".join(f">{r['id']} label={r['label']} SPLIT=train\n{r['sequence']}\n" for r in rows)
+    (tmp_path / "t.fasta").write_text(fasta)
+    (tmp_path / "s.fasta.gz").write_bytes(
+        gzip.compress("".join(f">{r['id']} x\n{r['sequence']}\n" for r in rows).encode())
+    )
+    frame.drop(columns="sequence").to_csv(tmp_path / "l.tsv", sep="\t", index=False)
+    letters = "".join(f">{r['id']}\n{'H' * len(r['sequence'])}\n" for r in rows)
+    (tmp_path / "l.fasta").write_text(letters)
+    sources = [tmp_path / "t.csv", tmp_path / "t.parquet", tmp_path / "t.fasta", frame, rows]
+    read = [read_examples(source) for source in sources]
+    read.append(read_examples(tmp_path / "s.fasta.gz", labels=tmp_path / "l.tsv"))
+    plain = [[(e.name, e.sequence, e.labels, e.split) for e in found] for found in read]
+    assert all(found == plain[0] for found in plain) and plain[0][3][2] == {"label": ""}
+    residues = read_examples(tmp_path / "s.fasta.gz", labels=tmp_path / "l.fasta")
+    assert residues[0].labels == {"label": "H" * len(rows[0]["sequence"])}
+    with pytest.raises(ExamplesError, match=r"line 5: label is missing .* 1 rows in all; use --missing skip"):
+        labelled(read[0], "error")
+    assert len(labelled(read[0], "skip")) == 8
+    (tmp_path / "x.csv").write_text("Seq;Tm;set\nMKT;1,5;Validation\n")
+    found = read_examples(tmp_path / "x.csv", Columns(label=("Tm",)))
+    assert (found[0].labels, found[0].split) == ({"Tm": "1,5"}, "valid")
+    (tmp_path / "few.csv").write_text("id,label\np0,1\n")
+    with pytest.raises(ExamplesError, match=r"few.csv has no labels for 8 proteins of .*s.fasta.gz, such as p1"):
+        read_examples(tmp_path / "s.fasta.gz", labels=tmp_path / "few.csv")
 
 
 @pytest.mark.parametrize(
@@ -176,8 +364,8 @@ def test_a_table_is_read(tmp_path):
         ("id,label\na,1\n", "line 1: there is no column 'sequence'"),
         ("sequence,label\nMKT,1,2\n", "line 2: it has not as many columns"),
         ("sequence,label\nMKT\n", "line 2: it has not as many columns"),
-        ("sequence,label\nMKT,\n", "line 2: label is empty"),
-        ("sequence,label,split\nMKT,1,dev\n", "line 2: split is 'dev'"),
+        ("sequence,label\n,1\n", "line 2: sequence is empty"),
+        ("sequence,label,split\nMKT,1,eval\n", "line 2: split is 'eval'"),
     ],
 )
 def test_a_bad_table_is_refused_by_line(tmp_path, text, problem):
@@ -189,14 +377,14 @@ def test_a_bad_table_is_refused_by_line(tmp_path, text, problem):
     "task, level, label, problem",
     [
         ("regression", "sequence", "x", "bad: label: could not convert"),
-        ("regression", "sequence", "nan", "bad: label nan is no number"),
+        ("regression", "sequence", "nan", "bad: label: nan is no number"),
         ("classification", "sequence", "other", "bad: no training example has the class 'other'"),
-        ("classification", "residue", "ab", "bad has 3 residues and 2 labels"),
-        ("regression", "residue", "1 2 3 4", "bad has 3 residues and 4 labels"),
+        ("classification", "residue", "ab", "bad: 3 residues and 2 labels in label"),
+        ("regression", "residue", "1 2 3 4", "bad: 3 residues and 4 labels in label"),
     ],
 )
 def test_a_bad_label_is_refused_by_name(esm, task, level, label, problem):
-    given = examples(LABELS[task, level]) + [Example("bad", "MKT", label, "valid")]
+    given = examples(LABELS[task, level]) + [Example("bad", "MKT", {"label": label}, "valid")]
     with pytest.raises(ExamplesError, match=problem):
         finetune(esm, given, Settings(task, level))
 
@@ -222,7 +410,7 @@ PLAIN = "sequence,label\n" + "".join(f"{s},{label}\n" for s, label in ROWS)
 )
 def test_tables_as_programs_write_them(tmp_path, content):
     (tmp_path / "t.csv").write_bytes(content)
-    assert [(e.sequence, e.label) for e in read_examples(tmp_path / "t.csv")] == ROWS
+    assert [(e.sequence, e.labels["label"]) for e in read_examples(tmp_path / "t.csv")] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -253,14 +441,14 @@ def test_any_bytes_as_a_table_are_read_or_refused_by_name(tmp_path, content):
 
 def test_a_class_is_never_missing(esm):
     for missing in ("nan", "NaN", "NA", "None"):
-        given = examples(LABELS["classification", "sequence"]) + [Example("bad", "MKT", missing, "train")]
+        given = examples(LABELS["classification", "sequence"]) + [Example("bad", "MKT", {"label": missing}, "train")]
         with pytest.raises(ExamplesError, match=f"bad: label is '{missing}', which is no class"):
             finetune(esm, given, Settings("classification"))
 
 
 def test_an_output_is_looked_at_before_anything_is_trained(tmp_path, capsys, monkeypatch):
     """A file, a folder that holds another predictor or model, no parent: refused at once, and kept."""
-    monkeypatch.setattr("esm_fast.train.finetune.finetune", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("esm_fast.train.finetune.finetune", lambda *_, **__: pytest.fail("it was trained"))
     path = table(tmp_path, PLAIN)
     (tmp_path / "file").write_text("keep")
     (tmp_path / "mine").mkdir()
@@ -275,10 +463,23 @@ def test_an_output_is_looked_at_before_anything_is_trained(tmp_path, capsys, mon
     assert "learning_rate is 0.0; give a number above 0" in capsys.readouterr().err
 
 
-def test_bad_sequences_are_refused_by_name(esm):
-    for sequence, problem in (("MK1T", "bad: column 3: '1' is not a residue"), ("M" * 63, "bad has 63 residues")):
+def test_sequences_go_by_the_policies_of_embed(esm):
+    for sequence, problem in (
+        ("MK1T", r"t.csv: line 9, column 3: .*--unknown x|t.csv: line 9"),
+        ("M" * 63, "t.csv: line 9"),
+    ):
+        bad = Example("bad", sequence, {"label": "1"}, "train", "t.csv: line 9")
+        given = examples(lambda s: str(len(s) % 2)) + [bad]
         with pytest.raises(ExamplesError, match=problem):
-            finetune(esm, examples(str) + [Example("bad", sequence, "1", "train")], Settings("classification"))
+            finetune(esm, given, Settings("classification"))
+        counted = {"MK1T": ("skip", "error"), "M" * 63: ("error", "window")}[sequence]
+        _, report, _ = finetune(esm, given, Settings("classification", unknown=counted[0], overlength=counted[1]))
+        assert report["counts"]["left out for an unknown residue"] == (sequence == "MK1T")
+        assert report["counts"]["windowed"] == (sequence != "MK1T")
+    predictor, *_ = finetune(esm, examples(LABELS["regression", "sequence"]), Settings("regression"))
+    with pytest.raises(FastaError, match="not a residue"):
+        predictor.predict(["MK1T"])
+    assert len(predictor.predict(["MK1T", "M" * 63], unknown="x", overlength="window")) == 2
 
 
 def test_the_command(tmp_path, capsys):
@@ -289,8 +490,53 @@ def test_the_command(tmp_path, capsys):
     esm_fast.weights.save(ESM1(CONFIG), model)
     assert main([*arguments, "--model", str(model)]) == 0
     out = capsys.readouterr().out
-    assert "epoch 1  train_loss" in out and "valid     loss" in out and "test      loss" in out
+    assert "valid     loss" in out and "test      loss" in out and "solved on layer 2" in out
     about = json.loads((tmp_path / "out" / "finetune.json").read_text())
-    assert about["targets"]["classes"] == ["few", "many"] and about["base"] == str(model)
+    assert about["targets"]["columns"][0]["classes"] == ["few", "many"] and about["base"] == str(model)
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["split"] for row in written] == ["valid"] * 4 + ["test"] * 4
     assert main([*arguments[:1], str(tmp_path / "none.csv"), *arguments[2:]]) == 1
     assert "none.csv: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task, level", LABELS)
+def test_the_command_predict(esm, task, level, tmp_path, capsys):
+    """The table holds what the predictor says, in the FASTA's order, and probabilities, of long proteins too."""
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    finetune(esm, examples(LABELS[task, level], 60), Settings(task, level)).predictor.save(tmp_path / "p")
+    texts = proteins(20, seed=9) + ["MKT" * 50]
+    fasta = "".join(f">q{i} x\n{text}\n" for i, text in enumerate(texts))
+    (tmp_path / "in.fasta.gz").write_bytes(gzip.compress(fasta.encode()))
+    run = ["predict", str(tmp_path / "p"), str(tmp_path / "in.fasta.gz"), "--overlength", "window", "-o"]
+    assert main([*run, str(tmp_path / "o.csv")]) == 0 == main([*run, str(tmp_path / "o.parquet")])
+    assert main([*run, str(tmp_path / "o.csv")]) == 1 and "--force" in capsys.readouterr().err
+    with open(tmp_path / "o.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = pyarrow.read_table(tmp_path / "o.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [row["id"] for row in table]
+    predictor = load_predictor(tmp_path / "p")
+    expected = predictor.predict(texts, overlength="window")
+    flat = [value for values in expected for value in values] if level == "residue" else expected
+    if task == "classification":
+        assert [row["label"] for row in rows] == flat == [row["label"] for row in table]
+        (column,) = predictor.targets.columns
+        assert all(abs(sum(float(row[f"p_{name}"]) for name in column.classes) - 1) < 1e-6 for row in rows)
+    else:
+        np.testing.assert_allclose([float(row["label"]) for row in rows], flat, atol=1e-4)
+        np.testing.assert_allclose([row["label"] for row in table], flat, atol=1e-4)
+    if level == "residue":
+        assert "".join(row["residue"] for row in rows) == "".join(texts)
+        assert [int(row["position"]) for row in rows] == [n for text in texts for n in range(1, len(text) + 1)]
+    assert main(["predict", str(tmp_path), str(tmp_path / "in.fasta.gz"), "-o", str(tmp_path / "no.csv")]) == 1
+    assert "holds no predictor" in capsys.readouterr().err
+
+
+def test_a_predictor_of_before_is_read(esm, tmp_path):
+    """One column of labels, its targets written flat, without a layer."""
+    finetune(esm, examples(LABELS["regression", "sequence"], 60), Settings("regression")).predictor.save(tmp_path)
+    about = json.loads((tmp_path / "finetune.json").read_text())
+    (column,) = about["targets"].pop("columns")
+    del about["layer"], column["name"]
+    (tmp_path / "finetune.json").write_text(json.dumps({"targets": about["targets"] | column}))
+    assert len(load_predictor(tmp_path).predict(["MKT"])) == 1

@@ -1,0 +1,92 @@
+"""The examples of a fine-tuning as arrays: their tokens, what the head should say, and what a frozen model says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..inference.embed import token_budget
+from ..inference.outputs import make
+from ..inference.stream import run
+from ..models.encoder import Encoder
+from ..sequences.tokenize import Policy, Report, Tokens
+from .examples import SPLITS, Example, ExamplesError, labelled, tokens_of
+from .head import Part
+from .splits import warnings_of, with_splits
+from .targets import Targets
+
+
+@dataclass
+class Labelled:
+    """examples: those that are used; tokens: theirs; wanted: of each float32 (rows, columns), see `Targets`."""
+
+    examples: list[Example]
+    tokens: Tokens
+    targets: Targets
+    wanted: list[np.ndarray]
+    policy: Policy
+    report: Report
+    warnings: list[str]
+    left_out: int  # without a label
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (examples + 1,): where each one's rows begin in the features of all."""
+        return np.cumsum([0, *map(len, self.wanted)])
+
+    def of(self, split: str) -> list[int]:
+        return [number for number, example in enumerate(self.examples) if example.split == split]
+
+    def ids(self, number: int) -> np.ndarray:
+        return self.tokens.ids[self.tokens.offsets[number] : self.tokens.offsets[number + 1]]
+
+    def only(self, numbers: Sequence[int]) -> Tokens:
+        kept = np.zeros(len(self.examples), dtype=bool)
+        kept[list(numbers)] = True
+        return self.tokens.where(kept)
+
+    def part(self, features: np.ndarray, numbers: Sequence[int]) -> Part:
+        """The rows of some examples, and what they should be."""
+        bounds = self.rows
+        at = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in numbers])
+        return Part(features[at], np.concatenate([self.wanted[n] for n in numbers]))
+
+
+def labelled_of(esm: Encoder, examples: Sequence[Example], settings, clusters=None) -> Labelled:
+    """Raises ExamplesError for examples that cannot be used, naming the place."""
+    limit = esm.config.limit(settings.overlength)
+    policy = Policy(settings.unknown, "error", settings.overlength, limit)
+    report, given = Report(), labelled(examples, settings.missing)
+    kept, tokens = tokens_of(given, policy, report) if given else ([], None)
+    if not kept:
+        raise ExamplesError("no example is left")
+    stratify = settings.task == "classification" and settings.level == "sequence"
+    kept = with_splits(kept, seed=settings.seed, stratify=stratify, clusters=clusters)
+    parts = {split: [e for e in kept if e.split == split] for split in SPLITS}
+    for split in ("train", "valid"):
+        if not parts[split]:
+            raise ExamplesError(f"no example is for {split!r}; give more, or a column of splits")
+    targets = Targets.fit(settings.task, settings.level, parts["train"])
+    cut = policy.overlength == "truncate"
+    lengths = tokens.lengths.tolist()
+    wanted = [targets.encode(e, n, truncated=cut and n == limit) for e, n in zip(kept, lengths, strict=True)]
+    return Labelled(kept, tokens, targets, wanted, policy, report, warnings_of(kept), len(examples) - len(given))
+
+
+def features_of(
+    esm: Encoder, data: Labelled, layers: Sequence[int], batch_tokens: int | None, on_batch: Callable = lambda n: None
+) -> dict[int, np.ndarray]:
+    """float32 (all rows, width) of each layer: a row a protein, its mean, or a row a residue; by the one stream.
+
+    All of them are in memory: 4 bytes x rows x width a layer.
+    """
+    pool = "mean" if data.targets.level == "sequence" else "per_residue"
+    count, width = data.rows[-1], esm.config.embed_dim
+    found = {layer: np.empty((count, width), np.float32) for layer in layers}
+    outputs, at = [make(pool, layer) for layer in layers], 0
+    for protein in run(esm, [data.tokens], outputs, token_budget(esm, batch_tokens), on_batch, data.policy.window):
+        rows = len(protein.arrays[0]) if pool == "per_residue" else 1
+        for layer, array in zip(layers, protein.arrays, strict=True):
+            found[layer][at : at + rows] = array
+        at += rows
+    return found
