@@ -18,6 +18,7 @@ memory-mapped files with a byte a residue. Exact duplicates are dropped, and a s
 is held out for validation. Memory grows by about a hundred bytes a protein."""
 EXAMPLES = """\
   esm-fast prepare uniref50.fasta.gz -o uniref50.store --unknown x
+  esm-fast prepare uniref50.fasta.gz -o uniref50.store --unknown x --valid held_out.fasta
   esm-fast prepare proteins.fasta -o proteins.store --clusters clusters.tsv --valid-share 0.05
 
 The table of --clusters has two columns, cluster and member, as mmseqs createtsv writes them.
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--clusters", metavar="TSV", help="hold out whole clusters (default: single proteins, by a hash of each)"
+    )
+    parser.add_argument(
+        "--valid", nargs="+", metavar="FASTA", default=[], help="hold out the records of these files, and no others"
     )
     parser.add_argument(
         "--unknown",
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.output)
     if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist; make it first")
+    if args.valid and args.clusters:
+        raise InputError("--clusters divides the records, and --valid says which are held out: give one of them")
     policy = Policy(args.unknown, args.empty, overlength="window", gaps=args.gaps)
     clusters = read_clusters(args.clusters) if args.clusters else None
     start = time.perf_counter()
@@ -72,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             out,
             policy=policy,
             valid_share=args.valid_share,
+            valid=args.valid,
             clusters=clusters,
             max_record=args.max_record,
             progress=bar.update if bar else lambda residues: None,
@@ -85,5 +92,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"changed   {report.unknown:,} unknown residues read as X, {report.stops_stripped:,} final * stripped")
     print(f"training  {summary.train:,} proteins, {summary.train_residues:,} residues")
     how = "clusters" if args.clusters else "a hash of each sequence"
+    how = f"--valid {' '.join(args.valid)}" if args.valid else how
     print(f"held out  {summary.valid:,} proteins, {summary.valid_residues:,} residues, by {how}")
     print(f"output    {out} ({human_bytes(size)})")

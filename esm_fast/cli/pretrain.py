@@ -24,6 +24,7 @@ esm-fast embed --model takes both."""
 EXAMPLES = """\
   esm-fast pretrain examples/esm1b_t6_demo.yaml
   esm-fast pretrain recipe.yaml --fast-dev-run
+  esm-fast pretrain cooler.yaml --fork run -o run_cooler
   torchrun --nproc-per-node 8 -m esm_fast.cli pretrain examples/esm1b_650M_h100.yaml
 
 Recipes that ship: examples/*.yaml; every entry is explained in docs/pretraining.md.
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="what to train, on what, and how")
     parser.add_argument("--store", metavar="STORE", help="in place of the recipe's")
     parser.add_argument("-o", "--output", metavar="DIR", help="in place of the recipe's")
+    parser.add_argument(
+        "--fork",
+        metavar="RUN",
+        help="begin where the newest checkpoint of that run's output stands, with this recipe's rate, precision, data",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--fast-dev-run", action="store_true", help="three small steps, a validation and a save, in DIR/fast_dev_run"
@@ -56,13 +62,17 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     with joined() as processes:
         if args.fast_dev_run:
+            if args.fork:
+                raise InputError(
+                    "--fast-dev-run makes its first steps, and a fork goes on from others; try it without --fork"
+                )
             recipe = _small(recipe, processes.world)
             if processes.first:
                 _remove_earlier(Path(recipe.output))
             processes.wait()
         if recipe.plot:
             _require_matplotlib()
-        trainer = Trainer(recipe, open_store(recipe.store), processes)
+        trainer = Trainer(recipe, open_store(recipe.store), processes, fork=args.fork)
         try:
             _train(trainer)
         except FloatingPointError as error:

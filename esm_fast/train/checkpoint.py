@@ -129,11 +129,13 @@ def paths(folder: Path) -> list[Path]:
     return _named(folder, _OWN)
 
 
-def newest(folder: Path, processes: Processes, tell: Callable[[str], None] = warnings.warn) -> Saved | None:
+def newest(
+    folder: Path, processes: Processes, tell: Callable[[str], None] = warnings.warn, *, aside: bool = True
+) -> Saved | None:
     """The newest checkpoint that is whole, verified by each process in part; None where there is none.
 
-    A damaged one is told of, and set aside as `step_N.damaged`. Raises CheckpointError where all are damaged, in all
-    processes alike.
+    A damaged one is told of, and set aside as `step_N.damaged` unless the folder is another run's (aside=False).
+    Raises CheckpointError where all are damaged, in all processes alike.
     """
     damaged = []
     for path in reversed(paths(folder)):
@@ -141,7 +143,8 @@ def newest(folder: Path, processes: Processes, tell: Callable[[str], None] = war
         state, problems = _verified(path, processes)
         if not problems:
             for one, why in damaged if processes.first else ():
-                tell(f"{one} is damaged ({why}): resuming from {path.name}; it is kept as {_set_aside(one).name}")
+                kept = f"; it is kept as {_set_aside(one).name}" if aside else ""
+                tell(f"{one} is damaged ({why}): resuming from {path.name}{kept}")
             processes.wait()
             return Saved(path, state)
         damaged.append((path, ", ".join(problems)))

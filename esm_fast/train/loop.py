@@ -16,16 +16,17 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
+from ..models.encoder import Encoder
 from . import checkpoint
 from .batches import Steps, share
 from .checkpoint import CheckpointError
 from .masking import MaskedBatch, Masker
 from .model import InPrecision, MaskedLM, new_model, training_flops
 from .processes import Processes
-from .recipe import Recipe, as_dict
+from .recipe import Recipe, RecipeError, as_dict, initial
 from .report import Log, plot
 from .running import Stopped, asked_to_stop, only_run
-from .schedule import LossScale, cooldown_factor, learning_rate
+from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from .store import Store
 
 _VALIDATION = -1  # the epoch of every validation: always the same crops and masks
@@ -43,8 +44,11 @@ class Work(NamedTuple):
 class Trainer:
     """A run: `train` takes it from its newest checkpoint, or the beginning, to the end."""
 
-    def __init__(self, recipe: Recipe, store: Store, processes: Processes):
+    def __init__(self, recipe: Recipe, store: Store, processes: Processes, *, fork: str | Path | None = None):
+        """fork: the output of another run, from whose newest checkpoint this one begins: its weights, moments and
+        numbers of steps; everything but the model may be different from there on."""
         self.recipe, self.processes, self.output = recipe, processes, Path(recipe.output)
+        self.fork = None if fork is None else Path(fork)
         self.store = store
         limit = recipe.model.window_residues
         self.masker = Masker(store, recipe.masking, recipe.seed, limit)
@@ -54,8 +58,7 @@ class Trainer:
             raise ValueError(f"{store.path} holds no records for training")
         self.steps = Steps(records, self.masker.lengths(records), recipe.seed, recipe.step_tokens)
         self.valid_records = self._valid_records()
-        new = new_model(recipe.model, recipe.seed, recipe.init_std, attention=recipe.attention)
-        self.esm = new.to(processes.device)
+        self.esm = _first_model(recipe).to(processes.device)
         self.esm.recompute = recipe.recompute
         self.model: torch.nn.Module = InPrecision(MaskedLM(self.esm), getattr(torch, recipe.precision))
         self.parameters = {name: p for name, p in self.esm.named_parameters() if p.requires_grad}
@@ -138,9 +141,10 @@ class Trainer:
     def _step(self, work: Work, asked: Sized = ()) -> dict:
         """Accumulates the gradient of the mean loss over the step's selected tokens, and updates the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        scale = self.scale.scale if self.scale else 1.0
-        # DDP averages over the processes what shall be summed.
-        factor = scale * self.processes.world / max(work.selected, 1)
+        # DDP averages over the processes what shall be summed. In fp16 a token's gradient is scaled by the loss scale
+        # alone, as in fairseq, whatever the batch and the number of processes; the mean is taken in fp32 afterwards.
+        scale, mean = self.scale.scale if self.scale else 1.0, self.processes.world / max(work.selected, 1)
+        factor, unit = (scale, scale / mean) if self.scale else (mean, 1.0)
         total = torch.zeros((), device=self.processes.device)
         for number, masked in enumerate(work.batches, start=1):
             last = number == len(work.batches)
@@ -148,9 +152,8 @@ class Trainer:
                 loss = self.model(masked.to(self.processes.device))
                 (loss * factor).backward()
             total += loss.detach()
-        rate = learning_rate(self.updates, self.recipe.learning_rate, self.recipe.warmup)
-        rate *= cooldown_factor(self.step, self.recipe.steps, self.recipe.cooldown)
-        norm = self._update(rate, scale)
+        rate = self._rate()
+        norm = self._update(rate, unit)
         loss, stop = self.processes.sum(float(total), float(len(asked)))
         loss /= max(work.selected, 1)
         entry = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": int(work.lengths.sum())}
@@ -158,10 +161,19 @@ class Trainer:
             entry["loss_scale"] = scale
         return entry | {"stop": stop > 0, "flops": training_flops(self.recipe.model, work.lengths, work.selected)}
 
-    def _update(self, rate: float, scale: float) -> float | None:
-        """Returns the gradient's norm; None where it overflowed and the step was skipped."""
+    def _rate(self) -> float:
+        recipe = self.recipe
+        if recipe.schedule == "linear":
+            rate = linear_rate(self.updates, recipe.learning_rate, recipe.warmup, recipe.steps)
+        else:
+            rate = learning_rate(self.updates, recipe.learning_rate, recipe.warmup)
+        return rate * cooldown_factor(self.step, recipe.steps, recipe.cooldown)
+
+    def _update(self, rate: float, unit: float) -> float | None:
+        """Returns the gradient's norm; None where it overflowed and the step was skipped. unit: 1 as the gradients have
+        it."""
         grads = [parameter.grad for parameter in self.parameters.values()]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / scale
+        norm = float(torch.nn.utils.get_total_norm(grads)) / unit
         if not math.isfinite(norm):
             if self.scale is None:
                 raise FloatingPointError(
@@ -171,7 +183,7 @@ class Trainer:
             self.scale.overflow()
             return None
         clip = self.recipe.clip
-        factor = min(1.0, clip / (norm + 1e-6)) / scale if clip else 1 / scale
+        factor = min(1.0, clip / (norm + 1e-6)) / unit if clip else 1 / unit
         if factor != 1:
             torch._foreach_mul_(grads, factor)
         for group in self.optimizer.param_groups:
@@ -187,9 +199,15 @@ class Trainer:
         options = dict(lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True)
         options["weight_decay"] = recipe.weight_decay
         parameters = list(self.parameters.values())
+        if recipe.weight_decay and recipe.decay == "matrices":
+            vectors = [p for p in parameters if p.ndim < 2]
+            parameters = [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
         if recipe.sharding == "zero1" and self.processes.world > 1:
-            return ZeroRedundancyOptimizer(parameters, torch.optim.Adam, **options)
-        return torch.optim.Adam(parameters, **options)
+            return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
+        return torch.optim.AdamW(parameters, **options)
 
     def _mfu(self, flops_per_second: float) -> float | None:
         peak = self.recipe.peak_tflops
@@ -242,11 +260,13 @@ class Trainer:
             if not (self.output / _WRITING).is_symlink():
                 shutil.rmtree(self.output / _WRITING, ignore_errors=True)
         self.processes.wait()
-        saved = checkpoint.newest(self._checkpoints, self.processes)
+        saved, more = checkpoint.newest(self._checkpoints, self.processes), {}
         if saved is not None:
             self._restore(saved)
+        elif self.fork is not None:
+            more = {"forked_from": self._begin_as(self.fork)}
         if self.processes.first:
-            text = json.dumps(as_dict(self.recipe) | {"world": self.processes.world}, indent=2)
+            text = json.dumps(as_dict(self.recipe) | {"world": self.processes.world} | more, indent=2)
             (self.output / "recipe.json").write_text(text + "\n")
 
     def _restore(self, saved: checkpoint.Saved) -> None:
@@ -255,10 +275,40 @@ class Trainer:
             problems.append(f"the store {self.store.path} holds other data")
         if problems:
             raise CheckpointError(f"{saved.path} is of another run: {'; '.join(problems)}; choose another output")
-        self.step, self.updates, self.best = (saved.state[name] for name in ("step", "updates", "best"))
-        if self.scale:
+        self.best = saved.state["best"]
+        self._take(saved)
+
+    def _begin_as(self, other: Path) -> str:
+        """Takes over the newest checkpoint of another run, which is left as it is. Returns its path."""
+        saved = checkpoint.newest(other / "checkpoints", self.processes, aside=False)
+        if saved is None:
+            raise CheckpointError(f"{other} holds no checkpoint to fork; give the output folder of a run")
+        model = as_dict(self.recipe)["model"]
+        if saved.state["recipe"]["model"] != model:
+            raise CheckpointError(
+                f"{saved.path} is of another model, {saved.state['recipe']['model']}; this is {model}"
+            )
+        if saved.state["step"] >= self.recipe.steps:
+            raise CheckpointError(
+                f"{saved.path} is after {saved.state['step']} steps, and steps is {self.recipe.steps}, of all; raise it"
+            )
+        self._take(saved)
+        return str(saved.path)
+
+    def _take(self, saved: checkpoint.Saved) -> None:
+        self.step, self.updates = (saved.state[name] for name in ("step", "updates"))
+        if self.scale and "scale" in saved.state:
             self.scale = LossScale(**saved.state["scale"])
         checkpoint.restore(saved, self.parameters, self.optimizer, self.updates)
+
+
+def _first_model(recipe: Recipe) -> Encoder:
+    if recipe.init is None:
+        return new_model(recipe.model, recipe.seed, recipe.init_std, attention=recipe.attention)
+    found = initial(recipe.init)
+    if found.config != recipe.model:
+        raise RecipeError(f"init is {recipe.init!r}, a model of other sizes: {found.config}; leave the entry model out")
+    return weights.build(found, dtype=torch.float32)
 
 
 def _ahead(items: Iterable[Work]) -> Iterator[Work]:

@@ -21,6 +21,7 @@ from ..sequences.tokenize import Policy, Report, Tokens
 from . import store
 
 _COPY_TOKENS = 1 << 24
+_NEVER = 2**64 - 1  # the hash of what is not held out
 
 
 @dataclass
@@ -51,6 +52,7 @@ def prepare(
     *,
     policy: Policy,
     valid_share: float = 0.01,
+    valid: Iterable = (),
     clusters: dict[str, str] | None = None,
     max_record: int = MAX_RECORD,
     progress: Callable[[int], None] = lambda residues: None,
@@ -62,6 +64,8 @@ def prepare(
         policy: of unknown residues and empty records; long proteins are kept whole and cropped anew each epoch.
         valid_share: of the sequences (of the clusters, where these are given) that are held out. A hash of the sequence
             (of the cluster's name) decides, so equal input is split equally, whatever its order.
+        valid: what `read_fasta` takes: records that are held out, in the place of a share of the sources. A source's
+            record that is equal to one of them is a duplicate, and is left out.
         clusters: record id -> name of its cluster (see `read_clusters`); a cluster is never divided. Without them a
             protein held out may have close relatives in training.
 
@@ -70,11 +74,15 @@ def prepare(
     """
     if not 0 <= valid_share < 1:
         raise ValueError(f"the share held out is {valid_share}; give 0 or more, less than 1")
+    if valid and clusters is not None:
+        raise ValueError("give clusters or records that are held out, not both")
     summary = Summary()
     with atomic_folder(Path(out)) as folder:
         spool = _Spool(folder, summary, clusters, progress)
         policy = replace(policy, specials="skip")  # no protein holds a literal <mask>
-        spool.add(sources, Ingest(policy, id_of=identifier, duplicates="ignore", max_record=max_record))
+        ingest = Ingest(policy, id_of=identifier, duplicates="ignore", max_record=max_record)
+        spool.add(valid, ingest, held_out=True)
+        spool.add(sources, ingest, held_out=False if valid else None)
         kept = spool.copy(valid_share)
         if not kept:
             raise FastaError(f"no record is left: all {summary.report.records} were skipped")
@@ -110,12 +118,16 @@ class _Spool:
     def __init__(self, folder: Path, summary: Summary, clusters, progress):
         self.folder, self.summary = folder, summary
         self.clusters, self.progress = clusters, progress
+        self.given = False  # whether it is said which records are held out
         self.lengths, self.hashes, self.chances = [], [], []
+        for name in ("spool", "spooled_names"):
+            (folder / name).touch()
 
-    def add(self, sources: Iterable, ingest: Ingest) -> None:
+    def add(self, sources: Iterable, ingest: Ingest, held_out: bool | None) -> None:
+        """held_out: whether they are, or None where the share decides."""
         with (
-            (self.folder / "spool").open("wb") as tokens_file,
-            (self.folder / "spooled_names").open("w", encoding="utf-8") as names_file,
+            (self.folder / "spool").open("ab") as tokens_file,
+            (self.folder / "spooled_names").open("a", encoding="utf-8") as names_file,
         ):
             for batch in ingest.read(sources, self.summary.counted):
                 tokens = batch.tokens
@@ -125,7 +137,9 @@ class _Spool:
                 names_file.writelines(name + "\n" for name in batch.ids)
                 self.lengths.append(tokens.lengths)
                 self.hashes.append(hashes)
-                self.chances.append(hashes if self.clusters is None else self._cluster_hashes(tokens))
+                chances = hashes if self.clusters is None else self._cluster_hashes(tokens)
+                self.chances.append(chances if held_out is None else np.full_like(hashes, 0 if held_out else _NEVER))
+                self.given |= held_out is not None
                 self.progress(len(tokens.ids))
 
     def _cluster_hashes(self, tokens: Tokens) -> np.ndarray:
@@ -145,7 +159,10 @@ class _Spool:
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         spool = np.memmap(self.folder / "spool", np.uint8, "r")
         keep = ~_duplicates(spool, offsets, hashes.astype(np.uint64))
-        valid = (chances[keep].astype(np.uint64) >> np.uint64(11)) * 2.0**-53 < valid_share
+        if self.given:
+            valid = chances[keep] == 0
+        else:
+            valid = (chances[keep].astype(np.uint64) >> np.uint64(11)) * 2.0**-53 < valid_share
         with (self.folder / "tokens").open("wb") as file:
             for begin, end in _blocks(offsets):
                 piece = spool[offsets[begin] : offsets[end]]

@@ -6,11 +6,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .. import hub, weights
 from ..models.family import Config, canonical_name, config_class, of_config, published
 from .masking import Masking
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
+DECAYS = ("matrices", "all")
+SCHEDULES = ("inverse_sqrt", "linear")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
 MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "plot"}
@@ -47,11 +50,14 @@ _RANGES = {
 class Recipe:
     """The defaults are those of ESM-1b's model card; sizes of the run and paths have none.
 
-    model: sizes, which may name their family; or a published model's name. step_tokens: in one update, over all
-    processes, to within a sequence; batch_tokens: in one packed batch at most, as memory allows. clip: the largest norm
-    of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown: the last steps, over
-    which the learning rate goes to zero. recompute: each layer again in the backward pass, a third more work, instead
-    of keeping what is inside it. valid_tokens: how much of the held-out records is used each time, 0 for all.
+    model: sizes, which may name their family; or a published model's name. init: weights to begin with, whatever `load`
+    reads, whose sizes the model then has; None for random ones. step_tokens: in one update, over all processes, to
+    within a sequence; batch_tokens: in one packed batch at most, as memory allows. weight_decay: decoupled from the
+    gradient; decay: what it is of, "matrices" leaves biases and gains alone. schedule: of the rate after the warm-up.
+    clip: the largest norm of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown:
+    the last steps, over which the learning rate goes to zero. recompute: each layer again in the backward pass, a third
+    more work, instead of keeping what is inside it. valid_tokens: how much of the held-out records is used each time, 0
+    for all.
     peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
     """
 
@@ -61,16 +67,19 @@ class Recipe:
     steps: int
     seed: int = 0
     masking: Masking = field(default_factory=Masking)
+    init: str | None = None
     init_std: float = 0.02
     attention: str = "normal"
     step_tokens: int = 131_072
     batch_tokens: int = 16_384
     learning_rate: float = 1e-4
     warmup: int = 16_000
+    schedule: str = "inverse_sqrt"
     cooldown: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay: str = "matrices"
     clip: float | None = None
     precision: str = "float32"
     recompute: bool = False
@@ -86,7 +95,9 @@ class Recipe:
 
     def __post_init__(self):
         attention = ("normal", *of_config(self.model).attention)
-        for name, allowed in {"precision": PRECISIONS, "sharding": SHARDING, "attention": attention}.items():
+        choices = {"precision": PRECISIONS, "sharding": SHARDING, "attention": attention}
+        choices |= {"decay": DECAYS, "schedule": SCHEDULES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
         for name, (fits, expected) in _RANGES.items():
@@ -95,10 +106,17 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}; give {expected}")
         if self.cooldown > self.steps:
             raise RecipeError(f"cooldown is {self.cooldown}, more than the {self.steps} steps of the run")
+        if self.init is not None and self.attention != "normal":
+            raise RecipeError(
+                f"attention is {self.attention!r}, which is for random weights, and init is {self.init!r}"
+            )
 
     def differences(self, other: dict) -> list[str]:
         """Entries in which another recipe, as a dictionary, is a different run."""
         own = as_dict(self)
+        # Before there were these entries, a decay was added to the gradients of all parameters.
+        before = {"init": None, "schedule": "inverse_sqrt", "decay": "gradients" if self.weight_decay else self.decay}
+        other = before | other
         return [
             f"{name} was {other.get(name)}, is {value}"
             for name, value in own.items()
@@ -130,9 +148,13 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def recipe_from(values: dict) -> Recipe:
+    if isinstance(values, dict) and isinstance(values.get("init"), str):
+        values = {"model": None} | values
     values = _fields(Recipe, values, "the recipe")
     model = values.get("model")
-    if isinstance(model, str):
+    if model is None and values.get("init") is not None:
+        values["model"] = initial(values["init"]).config
+    elif isinstance(model, str):
         if canonical_name(model) not in published():
             raise RecipeError(f"model is {model!r}; choose from {', '.join(published())}, or give its sizes")
         values["model"] = published()[canonical_name(model)]
@@ -142,6 +164,14 @@ def recipe_from(values: dict) -> Recipe:
     if "masking" in values:
         values["masking"] = Masking(**_fields(Masking, values["masking"], "masking"))
     return Recipe(**values)
+
+
+def initial(name: str) -> weights.Checkpoint:
+    """The weights of an entry init. Raises RecipeError."""
+    try:
+        return weights.read(hub.resolve(name)).unpacked()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"init is {name!r}, which cannot be read: {error}") from None
 
 
 def _fields(kind: type, values, where: str) -> dict:
@@ -168,6 +198,7 @@ def _pair(name: str, value) -> tuple[float, float]:
 
 def _typed(name: str, value, kind):
     wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,), float | None: (int, float, type(None))}
+    wanted[str | None] = (str, type(None))
     if kind == tuple[float, float]:
         return _pair(name, value)
     if kind not in wanted:

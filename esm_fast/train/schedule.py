@@ -10,6 +10,15 @@ def learning_rate(update: int, peak: float, warmup: int) -> float:
     return peak * (max(warmup, 1) / max(update, 1)) ** 0.5
 
 
+def linear_rate(update: int, peak: float, warmup: int, steps: int) -> float:
+    """Linear from 0 to `peak` at update `warmup`, then linearly to a tenth of it at nine tenths of the steps, where it
+    stays: as ESM-2 was trained (Lin et al. 2023)."""
+    if update < warmup:
+        return peak * update / warmup
+    end = max(0.9 * steps, warmup + 1)
+    return peak * max(1 - 0.9 * (update - warmup) / (end - warmup), 0.1)
+
+
 def cooldown_factor(step: int, steps: int, cooldown: int) -> float:
     """1, and over the last `cooldown` of `steps` steps linearly towards 0. ESM-1b had none."""
     return min(1.0, (steps - step) / cooldown) if cooldown else 1.0

@@ -33,7 +33,7 @@ from esm_fast.train.processes import Processes
 from esm_fast.train.recipe import Recipe, RecipeError, as_dict, read_recipe, recipe_from
 from esm_fast.train.report import Log, read_log
 from esm_fast.train.running import BusyError, Stopped, only_run
-from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate
+from esm_fast.train.schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from esm_fast.train.store import open_store
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -503,9 +503,71 @@ def test_tensorboard_gets_what_the_log_gets(store, tmp_path):
 def test_recipes_that_ship():
     paths = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
     recipes = {path.stem: read_recipe(path) for path in paths}
-    assert list(recipes) == ["esm1b_650M_h100", "esm1b_650M_v100", "esm1b_t6_demo"]
+    assert list(recipes) == ["esm1b_650M_h100", "esm1b_650M_v100", "esm1b_t6_demo", "esm2_650M_h100"]
     card = recipes["esm1b_650M_v100"]
     assert (card.steps, card.step_tokens, card.learning_rate, card.warmup) == (500_000, 131_072, 1e-4, 16_000)
+    assert card.masking.replacements == recipes["esm1b_650M_h100"].masking.replacements == "amino_acids"
+    second = recipes["esm2_650M_h100"]
+    assert (second.schedule, second.warmup, second.betas, second.weight_decay) == ("linear", 2000, (0.9, 0.98), 0.01)
+
+
+def test_a_run_begins_from_given_weights(store, tmp_path):
+    """Of a file, whose sizes it then has; at a rate of almost nothing they stay what they were."""
+    first = train(store, tmp_path / "a")
+    values = dict(model=None, init=str(tmp_path / "a" / "model.safetensors"), store=str(store.path), plot=False)
+    values |= dict(output=str(tmp_path / "b"), steps=2, step_tokens=1200, batch_tokens=500, log_every=1, warmup=0)
+    run = Trainer(recipe_from(values | {"learning_rate": 1e-12}), store, ALONE)
+    assert run.recipe.model == first.recipe.model
+    run.train()
+    for name, parameter in run.parameters.items():
+        torch.testing.assert_close(parameter, first.parameters[name], atol=1e-9, rtol=0)
+    with pytest.raises(RecipeError, match="other sizes"):
+        Trainer(recipe_from(values | {"model": MODEL | {"layers": 1}}), store, ALONE)
+    for wrong in (str(tmp_path / "none.safetensors"), str(tmp_path)):
+        with pytest.raises(RecipeError, match="init is"):
+            recipe_from(values | {"init": wrong})
+
+
+def test_a_fork_goes_on_from_another_run_with_changes(store, tmp_path):
+    """As that run would have, with another rate otherwise; resumed, as if never stopped. The other run stays."""
+    whole = train(store, tmp_path / "whole")
+    train(store, tmp_path / "a", steps=4)
+    before = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    fork = Trainer(recipe(store, tmp_path / "same"), store, ALONE, fork=tmp_path / "a")
+    fork.train()
+    assert curve(tmp_path / "same") == curve(tmp_path / "whole")[4:]
+    assert all(torch.equal(p, whole.parameters[name]) for name, p in fork.parameters.items())
+    changes = dict(learning_rate=1e-3, precision="bfloat16", weight_decay=0.1)
+    Trainer(recipe(store, tmp_path / "other", **changes), store, ALONE, fork=tmp_path / "a").train()
+    Trainer(recipe(store, tmp_path / "cut", steps=8, **changes), store, ALONE, fork=tmp_path / "a").train()
+    Trainer(recipe(store, tmp_path / "cut", **changes), store, ALONE, fork=tmp_path / "a").train()
+    assert curve(tmp_path / "cut") == curve(tmp_path / "other") != curve(tmp_path / "same")
+    assert "step_000000004" in json.loads((tmp_path / "same" / "recipe.json").read_text())["forked_from"]
+    assert before == {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    for where, problem, other in ((tmp_path, "no checkpoint to fork", {}), (tmp_path / "a", "raise it", {"steps": 3})):
+        with pytest.raises(checkpoint.CheckpointError, match=problem):
+            Trainer(recipe(store, tmp_path / "no", **other), store, ALONE, fork=where).train()
+
+
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_weight_decay_is_decoupled(store, tmp_path, decay):
+    """As fairseq's Adam has it: p -= rate * decay * p beside the step; of matrices, or of everything."""
+    plain, decayed = (
+        Trainer(recipe(store, tmp_path / name, weight_decay=wd, decay=decay, warmup=0), store, ALONE)
+        for name, wd in (("a", 0.0), ("b", 0.1))
+    )
+    before = {name: p.detach().clone() for name, p in plain.parameters.items()}
+    for run in (plain, decayed):
+        run._step(run._work(0))
+    for name, parameter in decayed.parameters.items():
+        share = 0.0 if decay == "matrices" and parameter.ndim < 2 else 3e-3 * 0.1
+        expected = plain.parameters[name] - share * before[name]
+        torch.testing.assert_close(parameter, expected, atol=1e-7, rtol=1e-5)
+
+
+def test_linear_rate():
+    rates = [linear_rate(n, 4e-4, 2000, 500_000) for n in (0, 1000, 2000, 226_000, 450_000, 499_999)]
+    assert rates == pytest.approx([0, 2e-4, 4e-4, 2.2e-4, 4e-5, 4e-5])
 
 
 @pytest.mark.parametrize(

@@ -299,3 +299,22 @@ def test_shares_are_balanced():
     lengths = np.random.default_rng(0).integers(50, 1024, 300)
     sums = [[int(lengths[batch].sum()) for batch in rank] for rank in share(lengths, 4, 8192)]
     assert np.max(sums) < 1.02 * np.mean(sums)
+
+
+def test_given_records_are_held_out_and_no_others(tmp_path):
+    own, held = {"a": "MKTAYIAK", "b": "GGSLK", "c": "WWKK"}, {"x": "GGSLK", "y": "MALW", "z": "MALW"}
+    for name, records in (("own", own), ("held", held)):
+        (tmp_path / f"{name}.fasta").write_text("".join(f">{k}\n{v}\n" for k, v in records.items()))
+    (tmp_path / "none.fasta").write_text(">q\nMKTAYIAK\n")
+    policy = Policy(overlength="window")
+    summary = prepare([tmp_path / "own.fasta"], tmp_path / "s", policy=policy, valid=[tmp_path / "held.fasta"])
+    store = open_store(tmp_path / "s", verify=True)
+    names = store.names()
+    assert {names[i] for i in store.records(valid=True)} == {"x", "y"}
+    assert {names[i] for i in store.records(valid=False)} == {"a", "c"}  # what is held out is not trained on
+    assert (summary.duplicates, summary.valid, summary.train) == (2, 2, 2)
+    arguments = ["prepare", str(tmp_path / "own.fasta"), "--valid", str(tmp_path / "held.fasta"), "-o"]
+    assert main([*arguments, str(tmp_path / "t")]) == 0 == main(["prepare", *arguments[1:2], "-o", str(tmp_path / "u")])
+    assert open_store(tmp_path / "t").identity == store.identity
+    (tmp_path / "clusters.tsv").write_text("a\ta\n")
+    assert main([*arguments, str(tmp_path / "v"), "--clusters", str(tmp_path / "clusters.tsv")]) == 1
