@@ -76,7 +76,13 @@ def _add_training(group) -> None:
     add("--rank", type=positive, default=8, metavar="N", help="of the adapters (default: %(default)s)")
     add("--batch-tokens", type=positive, default=4096, metavar="N", help="in an update (default: %(default)s)")
     add("--precision", default="float32", choices=("float32", "bfloat16"), help="of the model (default: %(default)s)")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of splits, of the order of batches, and of adapters")
+    add(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="of splits, of the order of batches, and of adapters",
+    )
 
 
 def _layer(text: str) -> int | str:
@@ -96,8 +102,6 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     label = tuple(args.label_column) if args.label_column else None
     columns = Columns(args.id_column, args.sequence_column, label, args.split_column)
-    if (there := written(args.output)) and not args.force:
-        raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
     set_threads(args.threads)
     if is_random(args.model):
         warn_random(args.model)
@@ -105,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     try:
         examples = read_examples(args.table, columns, labels=args.labels)
+        if (there := written(args.output)) and not args.force:
+            raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
         clusters = read_clusters(args.clusters) if args.clusters else None
         esm, _ = load(args.model, device=args.device, dtype="float32", packed=False)
         found = _train(esm, examples, settings, clusters)

@@ -129,7 +129,7 @@ class Descent:
                 else:
                     raise FloatingPointError(f"epoch {epoch}: the gradient is not finite; lower the learning rate")
             total += float(loss.detach())
-            on_batch(len(chosen))
+            on_batch(int(self.data.tokens.lengths[chosen].sum()))
         return total / max(self.labels, 1)
 
     def _set_rate(self, step: int, steps: int) -> None:

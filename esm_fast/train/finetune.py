@@ -133,7 +133,7 @@ def finetune(
     Args:
         esm: in fp32; it is changed in place unless it stays frozen.
         examples: see `read_examples`. Without splits a tenth is for validation and a tenth for testing.
-        on_epoch: gets each epoch's number and losses; on_batch: the examples of a batch, as they are done.
+        on_epoch: gets each epoch's number and losses; on_batch: the residues of a batch, as they are done.
         clusters: name of an example -> its cluster; where splits are drawn, clusters are not divided.
 
     Losses are cross-entropies in nats, or mean squares in units of the labels' variance. Raises ExamplesError for

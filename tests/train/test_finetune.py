@@ -1,6 +1,7 @@
 """Fine-tuning: labels, heads, adapters, early stopping, and the predictor that is saved."""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import gzip
@@ -113,11 +114,10 @@ def test_the_model_is_trained_too(config, trained, tmp_path):
         pytest.importorskip("peft")
     before = {name: tensor.clone() for name, tensor in esm.state_dict().items()}
     entries = []
-    settings = Settings("regression", "residue", trained, epochs=6, learning_rate=1e-2, rank=4, batch_tokens=500)
-    # What the neighbour is, which no linear head can see.
-    neighbour = examples(lambda s: " ".join(str(LETTERS.index(c) % 3) for c in s[1:] + s[:1]), 60)
-    predictor, report, _ = finetune(esm, neighbour, settings, entries.append)
-    assert entries[-1]["valid_loss"] < 0.9 * entries[0]["valid_loss"] and report["best_epoch"] > 0
+    settings = Settings("regression", "residue", trained, "descent", epochs=3, learning_rate=3e-3, batch_tokens=200)
+    given = examples(LABELS["regression", "residue"], 60)
+    predictor, report, _ = finetune(esm, given, settings, entries.append)
+    assert entries[-1]["train_loss"] < entries[0]["train_loss"] and report["best_epoch"] > 0
     changed = {name for name, tensor in predictor.esm.state_dict().items() if not torch.equal(before[name], tensor)}
     if trained == "lora":  # the adapters are merged: the same names, and only those matrices are others
         assert changed and all(name.split(".")[-2] in adapters.TARGETS for name in changed)
@@ -153,6 +153,15 @@ def test_adapters_compute_what_pefts_own_modules_do():
     assert not any("lora" in name for name, _ in model.named_parameters())
     merged = model.forward_packed(_pack("MKTAYIAK"), layers=(2,)).representations[2]
     torch.testing.assert_close(merged, out, atol=1e-5, rtol=1e-5)
+
+
+def test_training_begins_with_the_solved_head_and_never_ends_above_it(esm):
+    given = examples(LABELS["regression", "residue"], 60)
+    solved = finetune(esm, given, Settings("regression", "residue")).report["valid"]["loss"]
+    for rate in (1e-4, 10.0):
+        settings = Settings("regression", "residue", "full", epochs=2, learning_rate=rate, precision="bfloat16")
+        report = finetune(copy.deepcopy(esm), given, settings).report
+        assert report["valid"]["loss"] <= solved + 1e-6 and (report["best_epoch"] == 0 or rate < 1)
 
 
 def test_it_stops_early_and_keeps_the_best(esm):
@@ -483,7 +492,7 @@ def test_sequences_go_by_the_policies_of_embed(esm):
 
 
 def test_the_command(tmp_path, capsys):
-    rows = [f"{e.sequence},{e.label},{e.split}" for e in examples(LABELS["classification", "sequence"], 40)]
+    rows = [f"{e.sequence},{e.labels['label']},{e.split}" for e in examples(LABELS["classification", "sequence"], 40)]
     path = table(tmp_path, "\n".join(["sequence,label,split", *rows]))
     arguments = ["finetune", str(path), "-o", str(tmp_path / "out"), "--task", "classification", "--epochs", "2"]
     model = tmp_path / "model.safetensors"
