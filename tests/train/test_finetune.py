@@ -468,8 +468,8 @@ def test_an_output_is_looked_at_before_anything_is_trained(tmp_path, capsys, mon
     assert (tmp_path / "file").read_text() == "keep" and (
         tmp_path / "mine" / "model.safetensors"
     ).read_text() == "precious"
-    assert main(["finetune", str(path), "-o", str(tmp_path / "o"), "--task", "regression", "--learning-rate", "0"]) == 1
-    assert "learning_rate is 0.0; give a number above 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="learning_rate is 0.0; give a number above 0"):
+        Settings("regression", learning_rate=0.0)
 
 
 def test_sequences_go_by_the_policies_of_embed(esm):
