@@ -51,34 +51,38 @@ def run(args: argparse.Namespace) -> None:
     if args.arch:
         _print_ops([("cuda", arch) for arch in args.arch])
         return
-    _print_machine()
+    print("\n".join(machine_lines()))
     _print_ops(_here())
     _print_caches()
 
 
-def _print_machine() -> None:
+def machine_lines() -> list[str]:
+    """What a report of a fault should begin with: versions, machine, kernels."""
     import torch
 
     from .. import _C
 
     cpu = _cpu()
-    packages = [f"{name} {found}" for name in _PACKAGES if (found := _version(name))]
-    print(f"esm_fast  {__version__}, Python {platform.python_version()}, {', '.join(packages)}")
-    print(f"machine   {platform.system()} {platform.release()}, {platform.machine()}, {_memory()}")
-    print(f"CPU       {cpu.get('model name', platform.processor() or 'unknown')}, {cores()} usable cores")
     flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
-    print(f"          {' '.join(flag for flag in _FLAGS if flag in flags) or 'no known instruction-set flags'}")
-    print(f"kernels   {_C.isa()}, of {', '.join(_C.isas())} (ESM_FAST_ISA forces one)")
+    packages = [f"{name} {found}" for name in _PACKAGES if (found := _version(name))]
+    lines = [
+        f"esm_fast  {__version__}, Python {platform.python_version()}, {', '.join(packages)}",
+        f"machine   {platform.system()} {platform.release()}, {platform.machine()}, {_memory()}",
+        f"CPU       {cpu.get('model name', platform.processor() or 'unknown')}, {cores()} usable cores",
+        f"          {' '.join(flag for flag in _FLAGS if flag in flags) or 'no known instruction-set flags'}",
+        f"kernels   {_C.isa()}, of {', '.join(_C.isas())} (ESM_FAST_ISA forces one)",
+    ]
     for level, lacks in list(_C.missing_isas().items())[:1]:  # the next better one; those after it lack more
-        print(f"          {level} needs {lacks}")
-    print(f"threads   {torch.get_num_threads()} for torch and our kernels, {_C.threads()} for input and packing")
+        lines.append(f"          {level} needs {lacks}")
+    lines.append(f"threads   {torch.get_num_threads()} for torch and our kernels, {_C.threads()} for input and packing")
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        print(f"CUDA      no device; torch is {build}")
+        lines.append(f"CUDA      no device; torch is {build}")
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
         memory = human_bytes(gpu.total_memory)
-        print(f"CUDA      cuda:{number} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
+        lines.append(f"CUDA      cuda:{number} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
+    return lines
 
 
 def _version(package: str) -> str | None:
