@@ -17,6 +17,7 @@ _FROM = {
     "open": ".dataset.reader",
     "embed": ".inference.embed",
     "load": ".inference.load",
+    "repack": ".edits",
     "read_fasta": ".data",
     "EsmForMaskedLM": ".compat.hf",
     "EsmModel": ".compat.hf",

@@ -39,15 +39,21 @@ class MappedFiles:
             if inode != "0" and mode.endswith("p"):
                 self._ranges.append(tuple(int(address, 16) for address in addresses.split("-")))
 
+    def hold(self, tensor: torch.Tensor) -> bool:
+        """Whether a file is behind a tensor's memory."""
+        start = torch._C._data_address(tensor)
+        return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
+
     def forget(self, tensor: torch.Tensor) -> None:
         """Drops a tensor's pages from memory if a file is behind them; they are read again when needed.
 
         Only for tensors as they were read: what was written into one since is lost. For tensors in ordinary memory
         nothing happens.
         """
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if not any(low <= start and end <= high for low, high in self._ranges):
+        if not self.hold(tensor):
             return
+        start = torch._C._data_address(tensor)
+        end = start + tensor.nbytes
         page = mmap.PAGESIZE
         first, last = -(-start // page) * page, end // page * page  # only pages that hold nothing else
         if first < last:

@@ -4,6 +4,7 @@ import torch
 
 from .. import hub, weights
 from ..compat.fair_esm import api_class
+from ..edits import lies_in_a_file
 from ..formats import formats, of_dtype
 from ..formats.format import Format
 from ..formats.model import prepack_model, why_not
@@ -66,6 +67,8 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
         prepack_model(model, form, forget=MappedFiles().forget)
     elif packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
         prepack_model(model, forget=MappedFiles().forget)
+    elif on_cpu:
+        lies_in_a_file(model)
     return model.eval().to(device), model.alphabet
 
 

@@ -35,7 +35,7 @@ def why(tensors: Sequence[torch.Tensor]) -> str | None:
         return f"there are tensors of another class, {names}, whose memory may not be their values"
     if any(map(torch.Tensor.is_neg, tensors)):
         return "a tensor is the negative of what its memory holds; call resolve_neg()"
-    if not all(map(torch.Tensor.data_ptr, tensors)):
+    if not all(map(torch._C._data_address, tensors)):  # which unlike data_ptr() is no sign of a write: edits.py
         _require_memory(tensors)
     return None
 
@@ -44,7 +44,7 @@ def _require_memory(tensors: Sequence[torch.Tensor]) -> None:
     """Raises ValueError for a tensor that reading would end the process."""
     for tensor in tensors:
         owns = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type != "meta"
-        if owns and tensor.numel() and not tensor.data_ptr():
+        if owns and tensor.numel() and not torch._C._data_address(tensor):
             raise ValueError(
                 f"the memory of a tensor {tuple(tensor.shape)} was freed, as sharding and offloading do between uses: "
                 "gather the weights before the call"

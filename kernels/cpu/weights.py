@@ -1,38 +1,53 @@
 """The weights that the CPU kernels read: prepacked in inference, plain in training."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from esm_fast import _C
+from esm_fast.edits import Watch, watch
 from esm_fast.formats.weight import PrepackedWeight
 
-# Of plain matrices: a checksum of the values that were prepacked, and what they became.
+
+class _Prepacked(NamedTuple):
+    """What a plain matrix became; `checksum` is that of the values that were prepacked."""
+
+    weights: _C.Weights
+    checksum: tuple
+    watch: Watch | None
+
+    def fits(self, matrix: torch.Tensor) -> bool:
+        return self.watch is not None and self.watch.holds(matrix)
+
+
 _prepacked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def prepacked(*weights: torch.Tensor) -> list[_C.Weights]:
     """The prepacked copies of weight matrices: of plain tensors made when first asked for, and when values changed.
 
-    Every value is looked at in every call, so no edit is missed, also one past autograd's version counter (through
-    `.data`, a NumPy view, another process). It costs one reading of the plain matrices: docs/cpu.md, "What it costs".
+    No edit is missed: a matrix that somebody could have written since is read whole and compared by a checksum; see
+    `esm_fast.edits`, and docs/cpu.md, "What it costs".
     """
     plain = [weight for weight in weights if not isinstance(weight, PrepackedWeight)]
-    known = iter(_of_plain(plain)) if plain else iter(())
-    return [weight.weights if isinstance(weight, PrepackedWeight) else next(known) for weight in weights]
+    if plain:
+        _renew([weight for weight in plain if (known := _prepacked.get(weight)) is None or not known.fits(weight)])
+    return [weight.weights if isinstance(weight, PrepackedWeight) else _prepacked[weight].weights for weight in weights]
 
 
-def _of_plain(weights: Sequence[torch.Tensor]) -> list[_C.Weights]:
+def _renew(weights: Sequence[torch.Tensor]) -> None:
+    """Of plain matrices that may have changed."""
+    if not weights:
+        return
     rows = [weight if weight.is_contiguous() else weight.detach().contiguous() for weight in weights]
-    found = []
     for weight, matrix, checksum in zip(weights, rows, _C.checksums(rows), strict=True):
         state = checksum, weight.shape, weight.dtype
         known = _prepacked.get(weight)
-        if known is None or known[0] != state:
-            known = _prepacked[weight] = (state, PrepackedWeight.pack(matrix).weights)
-        found.append(known[1])
-    return found
+        same = known is not None and known.checksum == state
+        packed = known.weights if same else PrepackedWeight.pack(matrix).weights
+        _prepacked[weight] = _Prepacked(packed, state, watch(weight))
 
 
 def plain_matrix(weight: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ def room(name: str) -> str:
 # Each may import itself and what stands before it.
 ORDER = [
     *("alphabet", "console", "memory", "files", "sequences"),  # bytes, residues, batches
-    *("ops", "formats", "packed", "quantized", "packed_file", "kernels"),  # what is computed, and by whom
+    *("ops", "formats", "packed", "quantized", "packed_file", "edits", "kernels"),  # what is computed, and by whom
     *("models", "weights", "download", "hub"),  # families, their files, and where those are
     *("compat", "inference", "train"),  # `load` gives models with fair-esm's API
     *("dataset", "variants", "plots", "pretrained", "sklearn", "cli"),

@@ -1,0 +1,156 @@
+"""Whoever writes into a plain model's weights sees it in the next call, however it was done; others pay nothing."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from esm_fast.kernels.cpu import weights as prepacking
+
+import esm_fast
+from esm_fast import _C, edits, weights
+from esm_fast.models.esm1 import Config
+
+PROTEIN = [("a", "MKTVRQERLKSIVRILERSKEPVSG")]
+
+
+def small():
+    from esm_fast.compat.fair_esm import api_class
+
+    torch.manual_seed(0)
+    config = Config(layers=2, embed_dim=48, ffn_embed_dim=96, attention_heads=4)
+    return api_class(config)(config).eval()
+
+
+def embedded(model):
+    return dict(esm_fast.embed(model, PROTEIN))["a"][-1]
+
+
+def train(weight, kind, **options):
+    weight.grad = torch.ones_like(weight)
+    kind([weight], lr=0.1, **options).step()
+
+
+EDITS = {
+    "data": lambda w: w.data.__setitem__(3, 0),
+    "detach": lambda w: w.detach()[3].zero_(),
+    "numpy": lambda w: w.detach().numpy().__setitem__(3, 0),
+    "array": lambda w: np.asarray(w.data).__setitem__(3, 0),
+    "dlpack": lambda w: np.from_dlpack(w.detach()).__setitem__(3, 0),
+    "torch dlpack": lambda w: torch.from_dlpack(w.detach())[3].zero_(),
+    "storage": lambda w: w.untyped_storage().fill_(0),
+    "buffer": lambda w: np.frombuffer(memoryview(w.detach().numpy()), np.float32).__setitem__(3, 9),
+    "another tensor": lambda w: setattr(w, "data", torch.zeros_like(w)),
+    "out": lambda w: torch.add(w.detach(), 1, out=w.data),
+    "no_grad": lambda w: torch.no_grad()(w.mul_)(2),
+    "sgd": lambda w: train(w, torch.optim.SGD),
+    "adam": lambda w: train(w, torch.optim.AdamW),
+    "fused": lambda w: train(w, torch.optim.AdamW, fused=True),
+    "foreach": lambda w: torch._foreach_mul_([w.data], 2.0),
+    "one element": lambda w: w.data.view(-1)[-1:].add_(1),
+}
+
+
+def require_seen(model, edit):
+    """The model computes what a new one with its weights does, and something else than before."""
+    before = embedded(model)
+    edit(model.layers[1].fc1.weight)
+    fresh = small()
+    fresh.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
+    after = embedded(model)
+    assert np.array_equal(after, embedded(fresh)) and not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_every_edit_is_seen_at_once_and_again(edit):
+    model = small()
+    embedded(model)
+    require_seen(model, edit)
+    require_seen(model, lambda w: w.data.add_(0.5))
+    require_seen(model, lambda w: w.detach().numpy().__setitem__(5, 0))
+
+
+@pytest.mark.parametrize("share", [torch.Tensor.numpy, np.asarray, np.from_dlpack, torch.from_dlpack, lambda w: w[2:]])
+@pytest.mark.parametrize("early", [True, False])
+def test_memory_shared_with_others_is_read_in_every_call(share, early):
+    """The writer took its view before the first call, or between two, and writes between later ones."""
+    model = small()
+    if not early:
+        embedded(model)
+    view = share(model.layers[1].fc1.weight.detach())
+    for row in range(3):
+        embedded(model)
+        require_seen(model, lambda w, row=row: view.__setitem__(row, row + 1.0))
+
+
+@pytest.mark.parametrize("share", [torch.Tensor.numpy, torch.from_dlpack, lambda w: w, lambda w: w[2:]])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_mapped_memory_that_somebody_holds_stays(share, frozen, tmp_path):
+    weights.save(small(), tmp_path / "m.safetensors")
+    model, _ = esm_fast.load(tmp_path / "m.safetensors")
+    weight = model.requires_grad_(not frozen).layers[1].fc1.weight
+    view = share(weight if frozen else weight.detach())
+    for row in range(5):
+        embedded(model)
+        require_seen(model, lambda w, row=row: view.__setitem__(row, row + 1.0))
+
+
+def test_memory_of_others_is_read_in_every_call(tmp_path):
+    """NumPy's, and what another process could write."""
+    model, array = small(), np.random.default_rng(0).normal(size=(96, 48)).astype(np.float32)
+    model.layers[1].fc1.weight.data = torch.from_numpy(array)
+    embedded(model)
+    require_seen(model, lambda w: array.__setitem__(3, 0))
+    shared = model.share_memory()
+    embedded(shared)
+    require_seen(shared, lambda w: w.data.__setitem__(7, 1))
+
+
+def test_weights_that_change_places_are_seen():
+    model = small()
+    embedded(model)
+    first, second = model.layers[0].fc1.weight, model.layers[1].fc1.weight
+    require_seen(model, lambda w: (setattr(second, "data", first.data), embedded(small())))
+
+
+@pytest.mark.parametrize("kind", ["made", "copied", "safetensors"])
+def test_nobody_reads_weights_that_nobody_could_have_written(kind, tmp_path, monkeypatch):
+    model = small()
+    if kind == "copied":
+        embedded(model)
+        model = copy.deepcopy(model)
+    elif kind == "safetensors":
+        weights.save(model, tmp_path / "m.safetensors")
+        model, _ = esm_fast.load(tmp_path / "m.safetensors")
+        embedded(model)
+        embedded(model)  # the third call brings them into memory
+    embedded(model)
+    read = []
+    monkeypatch.setattr(prepacking, "_C", _Reads(read))
+    for _ in range(3):
+        embedded(model)
+    assert read == []
+    esm_fast.repack(model)
+    embedded(model)
+    assert len(read) > 10
+    read.clear()
+    embedded(model)
+    assert read == []
+
+
+class _Reads:
+    def __init__(self, read):
+        self.read = read
+
+    def checksums(self, rows):
+        self.read += rows
+        return _C.checksums(rows)
+
+
+def test_what_cannot_be_watched():
+    for tensor in (torch.from_numpy(np.zeros((2, 2))), torch.zeros(0), torch.zeros(2, device="meta")):
+        assert edits.watch(tensor) is None
+    tensor = torch.zeros(4, 4)
+    tensor.numpy()
+    assert edits.watch(tensor) is None and edits.watch(torch.zeros(4, 4)[1:]) is None  # another tensor has it, too
+    assert edits.watch(torch.zeros(4, 4)) is not None
