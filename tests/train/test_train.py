@@ -380,7 +380,10 @@ def test_fewer_held_out_proteins_than_processes(store, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_learns_as_fp32_does(store, tmp_path, precision):
-    train(store, tmp_path / "half", precision=precision, steps=30)
+    run = Trainer(recipe(store, tmp_path / "half", precision=precision, steps=30), store, ALONE)
+    if run.scale:  # of a token: from 2^15, as fairseq, the first steps overflow and are skipped, and the curves part
+        run.scale.scale = 2.0**8
+    run.train()
     train(store, tmp_path / "full", steps=30)
     half, full = curve(tmp_path / "half"), curve(tmp_path / "full")
     assert full[-1] < full[0] - 0.1
