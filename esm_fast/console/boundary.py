@@ -8,6 +8,7 @@ traceback, with a line that asks for a report.
 import errno
 import os
 import platform
+import re
 import signal
 import sys
 import traceback
@@ -41,6 +42,8 @@ _MEMORY_WORDS = (
     *("allocate memory", "not enough memory", "bad_alloc", "out of memory", "failed to map segment"),
     *("start new thread", "Storage size calculation overflowed", "unable to allocate"),
 )
+# What the extension says of environment variables.
+_OF_ENVIRONMENT = re.compile(r"\bESM_FAST_[A-Z]|^there is no instruction set ")
 # Of libraries that read files: what they raise for one that is damaged, or not theirs.
 _UNREADABLE = {
     ("safetensors", "SafetensorError"): "safetensors",
@@ -136,7 +139,8 @@ def _system(error: BaseException, args: Namespace) -> str | None:
         return None
     if error.errno is None or not error.strerror:
         return str(error) if type(error).__module__.startswith("esm_fast") or _is_raised_by_us(error) else None
-    name = error.filename if error.filename is not None else _inputs(args)
+    of_reading = error.errno in (errno.EIO, errno.ESTALE)  # of what is written, the writer tells the name
+    name = error.filename if error.filename is not None or not of_reading else _inputs(args)
     where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes, os.PathLike)) and name else ""
     cure = _CURES.get(error.errno)
     return where + error.strerror + (f"; {cure}" if cure else "")
@@ -144,7 +148,7 @@ def _system(error: BaseException, args: Namespace) -> str | None:
 
 def _on_purpose(error: BaseException, args: Namespace) -> str | None:
     """The message of an error that a line of ours raised. A library's ValueError is none: it is not for users."""
-    if str(error).startswith("ESM_FAST_"):  # an environment variable, which the extension reads
+    if isinstance(error, (ValueError, RuntimeError)) and _OF_ENVIRONMENT.search(str(error)):
         return str(error)
     if isinstance(error, (AssertionError, NotImplementedError, RecursionError)) or not _is_raised_by_us(error):
         return None

@@ -5,9 +5,17 @@ from pathlib import Path
 
 from ..files.checked_json import DamagedError, read_json
 from ..files.checksums import digest_of
+from ..files.shapes import Maybe, Names, ShapeError, count, digest, require
 from . import layout
 from .errors import DatasetError
 from .settings import Settings
+
+_INFO = {"model": str, "sources": [str], "requested": count, "skipped": Names(count), "changed": Names(count)}
+_INFO |= {"sequences": count, "residues": count, "unit_residues": [count], "unit_rows": [count]}
+_INFO |= {"warning": Maybe(str)}
+_FILES = dict.fromkeys(layout.TABLES, digest)
+_PLAN = {"fields": {"format": str}, "info": _INFO, "files": _FILES}
+_RUN = {"format": str, "plan": digest, "counts": dict, "files": Names(digest)}
 
 
 @dataclass(frozen=True)
@@ -28,16 +36,27 @@ def load(folder: Path) -> Plan:
     path = folder / layout.PLAN
     if not path.exists():
         raise DatasetError(f"{folder} is no data set: it has no {layout.PLAN}; esm-fast embed -o {folder} makes one")
-    content = read(path)
+    content = read(path, _PLAN)
     if content["fields"]["format"] != layout.FORMAT:
         raise DatasetError(f"{path} is of the format {content['fields']['format']!r}; this is {layout.FORMAT!r}")
     settings = Settings.from_json(content["fields"], path)
+    info = content["info"]
+    if len(info["unit_rows"]) != len(info["unit_residues"]) or sum(info["skipped"].values()) > info["requested"]:
+        raise DatasetError(f"{path}: its counts do not fit each other; make the data set again")
     return Plan(folder, settings, content["info"], content["files"], digest_of(content["fields"]))
 
 
-def read(path: Path) -> dict:
-    """plan.json or run.json. Raises DatasetError where a byte of it has changed."""
+def read_run(folder: Path) -> dict | None:
+    """run.json, if it is there. Raises DatasetError."""
+    path = folder / layout.RUN
+    return read(path, _RUN) if path.exists() else None
+
+
+def read(path: Path, shape: object) -> dict:
+    """A JSON file of a data set. Raises DatasetError where a byte of it has changed, or it was never one."""
     try:
-        return read_json(path)
-    except DamagedError as error:
-        raise DatasetError(str(error)) from None
+        content = read_json(path)
+        require(content, shape, str(path))
+    except (DamagedError, ShapeError) as error:
+        raise DatasetError(f"{error}; make the data set again, or copy it again") from None
+    return content

@@ -44,7 +44,11 @@ class Watch:
     def __call__(self, now: Progress) -> None:
         if now.last is not None and self._log is not None:
             event = {"time": round(time.time(), 3), "event": "unit"} | asdict(now.last)
-            print(json.dumps(event), file=self._log, flush=True)
+            try:
+                print(json.dumps(event), file=self._log, flush=True)
+            except OSError as error:
+                error.filename = self._path
+                raise
         self._check()
         if now.stage != self._stage:
             if self._bar is not None:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields, replace
 
+from ..files.shapes import Maybe, ShapeError, digest, positive, require
 from .errors import DatasetError
 
 _LATER = {"gaps": "error", "scan": ""}  # fields that came later, and what they are where they are not there
@@ -51,9 +52,10 @@ class Settings:
         if strange := sorted(set(content) - known):
             raise DatasetError(f"{where} was made by another version: this one does not know {', '.join(strange)}")
         try:
-            settings = Settings(**content)
-        except TypeError as error:
-            raise DatasetError(f"{where} lacks fields of a data set ({error})") from None
+            require(content, _SHAPE, f"{where}, 'fields'")
+        except ShapeError as error:
+            raise DatasetError(f"{error}; make the data set again, or copy it again") from None
+        settings = Settings(**content)
         return replace(settings, layers=tuple(settings.layers), input=tuple(settings.input))
 
     def differences(self, before: "Settings") -> str:
@@ -61,6 +63,15 @@ class Settings:
         now, was = self.to_json(), before.to_json()
         names = [field.name for field in fields(Settings) if now.get(field.name) != was.get(field.name)]
         return "; ".join(f"{name} is {_shown(now, name)!r}, and was {_shown(was, name)!r}" for name in names)
+
+
+def _layer(value: object) -> str | None:
+    return None if type(value) is int and 0 <= value <= 100_000 else "expected the number of a layer"
+
+
+_KINDS = {int: positive, bool: bool, str: str, tuple[int, ...]: [_layer], tuple[str, ...]: [digest]}
+_SHAPE = {field.name: _KINDS[field.type] for field in fields(Settings)}
+_SHAPE = {name: Maybe(shape) if name in _LATER else shape for name, shape in _SHAPE.items()}
 
 
 def _shown(content: dict, name: str):

@@ -14,7 +14,7 @@ from ..files.checked_json import write_json
 from ..files.checksums import sha256
 from . import layout, units
 from .errors import DatasetError
-from .plan import Plan, load, read
+from .plan import Plan, load, read_run
 
 
 @dataclass
@@ -37,7 +37,7 @@ def verify(folder: Path, on_unit: Callable[[int], None] = lambda residues: None)
     if found.problems:  # shards are compared with the plan's sequences
         return plan, found
     try:
-        run = read(folder / layout.RUN) if (folder / layout.RUN).exists() else None
+        run = read_run(folder)
     except DatasetError as error:
         return plan, Findings([str(error)])
     sequences = units.Sequences(plan)
@@ -94,6 +94,9 @@ def _record_problems(plan: Plan) -> Iterator[str]:
             yield f"{folder / layout.SEQUENCES}: a sequence does not match its digest"
         digests += b"".join(hashed)
     of_row = np.frombuffer(digests, dtype="V32")
+    if sum(_rows(folder / table) for table in (layout.IDS, layout.SKIPPED)) != info["requested"]:
+        yield f"{folder}: {layout.PLAN} has {info['requested']:,} records, and the tables of ids and skipped have not"
+        return
     there = np.zeros(info["requested"], dtype=np.int64)
     for group in _groups(folder / layout.IDS):
         rows = group["row"].to_numpy()
@@ -112,6 +115,11 @@ def _record_problems(plan: Plan) -> Iterator[str]:
     wrong = np.flatnonzero(there != 1)
     if len(wrong):
         yield f"{folder}: {len(wrong)} records are not there exactly once, the first of them record {wrong[0] + 1}"
+
+
+def _rows(path: Path) -> int:
+    with layout.open_table(path) as file:
+        return file.metadata.num_rows
 
 
 def _groups(path: Path):

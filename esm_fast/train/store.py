@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files.checksums import sha256
+from ..files.shapes import count, digest, require
 
 VERSION = 1
 FILES = {"tokens": "<u1", "offsets": "<i8", "valid": "<u1", "names.txt": None}
@@ -52,6 +53,10 @@ class Store:
         return hashlib.sha256(json.dumps(self.info["files"], sort_keys=True).encode()).hexdigest()
 
 
+_COUNTS = {"residues": count, "train": count, "valid": count, "train_residues": count, "valid_residues": count}
+_SHAPE = {"version": int, "files": {name: {"bytes": count, "sha256": digest} for name in FILES}, "counts": _COUNTS}
+
+
 def open_store(path: str | Path, *, verify: bool = False) -> Store:
     """Maps a store. Sizes are checked; with `verify` every byte is, against its checksum.
 
@@ -61,10 +66,11 @@ def open_store(path: str | Path, *, verify: bool = False) -> Store:
     if not (path / "store.json").exists():
         raise FileNotFoundError(f"{path} is no token store: it has no store.json; make one with 'esm-fast prepare'")
     try:
-        info = json.loads((path / "store.json").read_text())
-        version, files = info["version"], info["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        info = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        require(info, _SHAPE, str(path / "store.json"))
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path / 'store.json'} cannot be read ({error}); prepare the store again") from None
+    version, files = info["version"], info["files"]
     if version != VERSION:
         raise StoreError(f"{path} has version {version}, this esm_fast reads {VERSION}; prepare the store again")
     for name in FILES:

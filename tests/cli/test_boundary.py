@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -19,6 +21,7 @@ from esm_fast import cli
 from esm_fast.cli import main
 from esm_fast.console import boundary
 from esm_fast.console.streams import LINES, Screen, printable
+from esm_fast.files.checksums import digest_of
 
 ESCAPE = "\x1b]0;pwned\x07\x1b[31m"
 
@@ -138,7 +141,6 @@ def test_an_error_of_ours_asks_for_a_report(monkeypatch, capsys):
 
 # ---- commands and broken inputs
 
-DATA = Path(__file__).parents[1] / "data"
 FASTA = ">a\nMKTVRQERLK\n>b\nKALTARQQEVF\n"
 COMMANDS = {  # the input in question is {}
     "embed": "embed {} -o o.h5",
@@ -225,6 +227,48 @@ def test_a_broken_input_is_one_line_that_names_it(command, folder, capsys):
         assert printable(str(path)) in line or repr(str(path))[1:-1] in line, (command, kind, line)
         left = [file for file in folder.rglob("o*") if file.is_file()]
         assert not left, (command, kind, left)
+
+
+# ---- JSON that somebody else wrote, with the right checksum
+
+VALUES = [0, -1, 2, 10**9, 2**62, 10**30, True, None, "2", "", ESCAPE, [], [2], {}, 0.5, float("inf"), float("nan")]
+READERS = ["verify {}", "finish {}", "export {} --to npy -o o.npy --force", "search {} a", "search {} good.fa"]
+READERS += ["map {} -o o.html --force", "embed good.fa -o {}", "variants {} --lookup a"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_data_set_or_store_whose_json_lies_is_one_line(folder, capsys, seed):
+    pytest.importorskip("pyarrow")
+    main(["embed", "good.fa", "-o", "set"])
+    main(["prepare", "good.fa", "-o", "store", "--valid-share", "0"])
+    recipe = Path("good.yaml").read_text().replace("store: s", "store: store")
+    Path("good.yaml").write_text(recipe + "step_tokens: 100\nbatch_tokens: 100\n")
+    capsys.readouterr()
+    rng = random.Random(seed)
+    for _ in range(30):
+        name = rng.choice(["set/plan.json", "set/run.json", "store/store.json"])
+        text = Path(name).read_text()
+        content = json.loads(text)
+        signed = content.pop("sha256", None) is not None
+        place = rng.choice(list(places(content)))
+        at = content
+        for key in place[:-1]:
+            at = at[key]
+        at[place[-1]] = rng.choice(VALUES)
+        sign = {"sha256": digest_of(content)} if signed else {}
+        Path(name).write_text(json.dumps(content | sign, indent=1) + "\n")
+        command = "pretrain good.yaml" if name.startswith("store") else rng.choice(READERS).replace("{}", "set")
+        code, line = said(capsys, command.split(" "))
+        assert code in (None, 0, 1, 3), (code, line, place)
+        Path(name).write_text(text)
+        shutil.rmtree("o", ignore_errors=True)
+
+
+def places(content, before=()):
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield (*before, key)
+        yield from places(value, (*before, key))
 
 
 # ---- streams
