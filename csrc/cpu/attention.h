@@ -29,30 +29,35 @@ ESM_INLINE void pack_values(const float* v, size_t ld, int length, int dim, floa
 }
 
 #if defined(__AVX512BF16__)
+// With masks of ones: GCC 12 warns of what the instructions without a mask leave undefined.
+ESM_INLINE __m512i low_words(__m512i a, __m512i b) { return _mm512_maskz_unpacklo_epi32(kAll, a, b); }
+ESM_INLINE __m512i high_words(__m512i a, __m512i b) { return _mm512_maskz_unpackhi_epi32(kAll, a, b); }
+ESM_INLINE __m512i low_pairs(__m512i a, __m512i b) { return _mm512_maskz_unpacklo_epi64(0xff, a, b); }
+ESM_INLINE __m512i high_pairs(__m512i a, __m512i b) { return _mm512_maskz_unpackhi_epi64(0xff, a, b); }
+// The even quarters of both, and the odd ones.
+ESM_INLINE __m512i even_quarters(__m512i a, __m512i b) { return _mm512_maskz_shuffle_i32x4(kAll, a, b, 0x88); }
+ESM_INLINE __m512i odd_quarters(__m512i a, __m512i b) { return _mm512_maskz_shuffle_i32x4(kAll, a, b, 0xdd); }
+
 // 16 rows of 16 words, as columns.
 ESM_INLINE void transpose(__m512i (&r)[16]) {
     __m512i t[16];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
+    for (int i = 0; i < 8; ++i)
+        t[2 * i] = low_words(r[2 * i], r[2 * i + 1]), t[2 * i + 1] = high_words(r[2 * i], r[2 * i + 1]);
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        r[i] = low_pairs(t[i], t[i + 2]), r[i + 1] = high_pairs(t[i], t[i + 2]);
+        r[i + 2] = low_pairs(t[i + 1], t[i + 3]), r[i + 3] = high_pairs(t[i + 1], t[i + 3]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+        t[i] = even_quarters(r[i], r[i + 4]), t[i + 4] = odd_quarters(r[i], r[i + 4]);
+        t[i + 8] = even_quarters(r[i + 8], r[i + 12]), t[i + 12] = odd_quarters(r[i + 8], r[i + 12]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+        r[i] = even_quarters(t[i], t[i + 8]), r[i + 8] = odd_quarters(t[i], t[i + 8]);
+        r[i + 4] = even_quarters(t[i + 4], t[i + 12]), r[i + 12] = odd_quarters(t[i + 4], t[i + 12]);
     }
 }
 

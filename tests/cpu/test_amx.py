@@ -110,7 +110,7 @@ MUTANTS = {
     "another tile's weights": ("attention.h", "weights + summed % 2 * size", "weights + tile % 3 % 2 * size"),
     "keys that are padding": ("attention.h", "scores[i] = -__builtin_inff();", ";"),
     "values of one row": ("attention.h", "load_row(from + ld, dim - column)", "load_row(from, dim - column)"),
-    "keys out of order": ("attention.h", "_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);", "r[i];"),
+    "keys out of order": ("attention.h", "r[i + 4] = even_quarters(t[i + 4], t[i + 12])", "r[i + 4] = r[i]"),
     "tiles kept": ("amx.h", "if (configured_height) _tile_release();", ""),
     "tiles kept by the pool": ("work.h", "        release_tiles();\n", ""),
     "an emulator with one chain": ("amx_emulator.h", "halves[half][n]", "halves[0][n]"),
