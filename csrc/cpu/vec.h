@@ -92,6 +92,21 @@ ESM_INLINE void store(bf16* to, F x) {
 }
 
 // The first `count` < N elements; the others read as `rest`.
+#if defined(__AVX512F__)
+constexpr __mmask16 kAll = 0xffff;  // GCC warns of what it fills in where no mask is given
+ESM_INLINE __mmask16 first_lanes(int count) { return __mmask16((1u << count) - 1); }
+ESM_INLINE F load_part(const float* from, int count, float rest = 0) {
+    return (F)_mm512_mask_loadu_ps((__m512)splat(rest), first_lanes(count), from);
+}
+ESM_INLINE F load_part(const bf16* from, int count, float rest = 0) {
+    const __m512i words = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(first_lanes(count), from));
+    return (F)_mm512_mask_mov_ps((__m512)splat(rest), first_lanes(count), (__m512)((U)words << 16));
+}
+ESM_INLINE void store_part(float* to, F x, int count) { _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)x); }
+ESM_INLINE void store_part(bf16* to, F x, int count) {
+    _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)round_bf16(x));
+}
+#else
 template <class T>
 ESM_INLINE F load_part(const T* from, int count, float rest = 0) {
     alignas(64) T whole[N] = {};
@@ -107,6 +122,7 @@ ESM_INLINE void store_part(T* to, F x, int count) {
     store(whole, x);
     std::memcpy(to, whole, size_t(count) * sizeof(T));
 }
+#endif
 
 // The first `count` elements or N, whichever is less.
 template <class T>
@@ -118,6 +134,39 @@ ESM_INLINE void store_most(T* to, F x, int count) {
     count >= N ? store(to, x) : store_part(to, x, count);
 }
 
+// One number of all lanes: halves with each other until one lane is left, the same order at every level.
+#if defined(__SSE2__)
+template <class Op>
+ESM_INLINE float reduced(__m128 x, const Op& op) {
+    x = op(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(op(x, _mm_shuffle_ps(x, x, 1)));
+}
+#if defined(__AVX2__)
+template <class Op>
+ESM_INLINE float reduced(__m256 x, const Op& op) {
+    return reduced(op(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), op);
+}
+#endif
+#if defined(__AVX512F__)
+template <class Op>
+ESM_INLINE float reduced(__m512 x, const Op& op) {
+    x = op(x, _mm512_maskz_shuffle_f32x4(kAll, x, x, 0x4e));
+    x = op(x, _mm512_maskz_shuffle_f32x4(kAll, x, x, 0xb1));
+    return reduced(_mm512_maskz_extractf32x4_ps(0xf, x, 0), op);
+}
+typedef __m512 Register;
+#elif defined(__AVX2__)
+typedef __m256 Register;
+#else
+typedef __m128 Register;
+#endif
+ESM_INLINE float sum(F x) {
+    return reduced((Register)x, [](auto a, auto b) { return a + b; });
+}
+ESM_INLINE float largest(F x) {
+    return reduced((Register)x, [](auto a, auto b) { return a > b ? a : b; });
+}
+#else
 ESM_INLINE float sum(F x) {
     float parts[N];
     std::memcpy(parts, &x, sizeof parts);
@@ -130,6 +179,7 @@ ESM_INLINE float largest(F x) {
     for (int i = 1; i < N; ++i) best = x[i] > best ? x[i] : best;
     return best;
 }
+#endif
 
 // e^x for x <= 88, relative error 2e-7; never below 2^-126, and a NaN for a NaN. Cody & Waite's reduction to
 // |r| <= ln 2 / 2, then a minimax polynomial of our own fit.
@@ -183,18 +233,17 @@ struct GeluAndSlope {
 // What is rounded to bf16 next needs no seven digits: the same functions in half the instructions.
 ESM_INLINE F gelu_for(const float*, F x) { return gelu(x); }
 #if defined(__AVX512BF16__)
-constexpr __mmask16 kAll = 0xffff;  // GCC warns of what it fills in where no mask is given
-
-// 2^x for x <= 0, relative error 3e-6 (minimax, degree 4); a NaN for a NaN.
+// 2^x for x <= 0, relative error 3e-6 (minimax, degree 4), 0 below 2^-125: a denormal would cost as much as a hundred
+// of these. A NaN for a NaN.
 ESM_INLINE F exp2_for_bf16(F x) {
-    const __m512 t = _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-127.0f), (__m512)x);
-    const __m512 n = _mm512_maskz_roundscale_ps(kAll, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const F r = (F)(t - n);
+    const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+    const __m512 n = _mm512_maskz_roundscale_ps(kAll, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F r = x - (F)n;
     F p = fma(splat(0.0095701f), r, splat(0.05591786f));
     p = fma(p, r, splat(0.24024745f));
     p = fma(p, r, splat(0.69312181f));
     p = fma(p, r, splat(0.99999926f));
-    return (F)_mm512_maskz_scalef_ps(kAll, (__m512)p, n);
+    return (F)_mm512_maskz_scalef_ps(counts, (__m512)p, n);
 }
 
 // x / 2 + |x| E(|x|) with E(a) = erf(a / sqrt 2) / 2 by sixteen cubics over intervals of 0.3125, absolute error 2e-6; the

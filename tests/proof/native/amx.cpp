@@ -333,6 +333,17 @@ void check_attention() {
                     require(error <= 0.01 * sizes[d] / total + 1e-6, "attention");
                     require(got.bits == alone[size_t(i) * ld + size_t(d)].bits, "the same bits in any tile of queries");
                 }
+// Powers of two as the softmax takes them: nothing denormal, nothing where a score is too low, and a NaN for a NaN.
+void check_powers() {
+    for (float x = 0; x > -160; x -= 0.03125f) {
+        const float got = exp2_for_bf16(splat(x))[0], truth = __builtin_exp2f(x);
+        const bool right = x >= -125 ? __builtin_fabsf(got - truth) <= 4e-6f * truth : got == 0;
+        require(right, "a power of two");
+    }
+    require(exp2_for_bf16(splat(-__builtin_inff()))[0] == 0, "a score of minus infinity");
+    require(__builtin_isnan(exp2_for_bf16(splat(__builtin_nanf("")))[0]), "a score that is NaN");
+}
+
                 for (size_t d = size_t(dim); d < ld && i + 1 < length; ++d)
                     require(whole[size_t(i) * ld + d].bits == 0x7fc0, "nothing written between the rows");
             }
@@ -376,3 +387,4 @@ int main(int argc, char** argv) {
     check_attention();
     std::printf("right\n");
 }
+    check_powers();
