@@ -106,25 +106,20 @@ void copy_head(const A* from, size_t ld_from, int64_t rows, int dim, W* to, size
             store_most(to + row * ld_to + d, load_most(from + row * ld_from + d, dim - d), dim - d);
 }
 
-constexpr int kMostDim = 1024;
-
-// The rotary embedding in place, for the rows of one sequence and head: halves (a, b) -> (a cos - b sin, b cos + a sin).
+// The rotary embedding in place, for the rows of one sequence and head: halves (a, b) -> (a cos - b sin, b cos + a sin),
+// in fp32 and with one rounding to A.
 template <class A>
 void rotate(A* x, size_t ld, int length, int dim, const float* cosines, const float* sines) {
     const int half = dim / 2;
-    float row[2][kMostDim / 2];
-    for (int t = 0; t < length; ++t, x += ld, cosines += dim, sines += dim) {
-        for (int d = 0; d < half; ++d) {
-            const float first = widen(x[d]), second = widen(x[d + half]);
-            row[0][d] = first * cosines[d] - second * sines[d];
-            row[1][d] = second * cosines[d + half] + first * sines[d + half];
+    for (int t = 0; t < length; ++t, x += ld, cosines += dim, sines += dim)
+        for (int d = 0; d < half; d += N) {
+            const int left = half - d, other = d + half;
+            const F first = load_most(x + d, left), second = load_most(x + other, left);
+            const F low = first * load_most(cosines + d, left) - second * load_most(sines + d, left);
+            const F high = second * load_most(cosines + other, left) + first * load_most(sines + other, left);
+            store_most(x + d, low, left);
+            store_most(x + other, high, left);
         }
-        for (int part = 0; part < 2; ++part)
-            for (int d = 0; d < half; d += N) {
-                const int count = half - d < N ? half - d : N;
-                store_part(x + part * half + d, load_part(row[part] + d, count), count);
-            }
-    }
 }
 
 // Elements of one head's packed keys and values.

@@ -71,8 +71,6 @@ namespace esm {
 namespace cpu {
 namespace {
 
-static_assert(kMostDim >= kMostHeadDim, "rotate() has memory for a head");
-
 // Fewer queries than this are not worth a part of their own.
 constexpr int kPartRows = 48;
 
