@@ -114,6 +114,8 @@ struct Accumulate {
     }
 };
 
+// The residual of a block of rows has left the second-level cache when its turn comes: each tile asks for what the next
+// panel of outputs will add to.
 struct AddTo {
     const float* residual;
     float* out;
@@ -122,10 +124,12 @@ struct AddTo {
     int columns;
 
     ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
+        const bool more = column + kPanel < columns;
         for (int r = 0; r < height; ++r)
             each_vector(column, columns, [&](int v, int left) {
                 const size_t at = (row + r) * ld + column + v;
                 const F x = load(c + r * kPanel + v) + load(bias + column + v);
+                if (more && v % 16 == 0) __builtin_prefetch(residual + at + kPanel, 0, 2);
                 if (left >= N)
                     store(out + at, load(residual + at) + x);
                 else
