@@ -56,19 +56,24 @@ ESM_INLINE void release_tiles() {
 
 // The last inputs of the rows, zeros behind them. What follows a row in memory may be NaN, or another head's queries
 // while another thread is writing there.
-ESM_INLINE void copy_end(const bf16* a, size_t lda, int height, int count, bf16* to) {
-    const __mmask32 mask = (__mmask32(1) << count) - 1;
-    for (int r = 0; r < height; ++r) _mm512_store_si512(to + r * kInputs, _mm512_maskz_loadu_epi16(mask, a + r * lda));
+ESM_INLINE void copy_end(const bf16* a, size_t lda, int height, int count, bf16* to, size_t ld = kInputs) {
+    const __mmask32 mask = count < kInputs ? (__mmask32(1) << count) - 1 : ~__mmask32(0);
+    for (int r = 0; r < height; ++r) _mm512_storeu_si512(to + r * ld, _mm512_maskz_loadu_epi16(mask, a + r * lda));
 }
 
 // The weights of so many steps stay in the first-level cache for the next tile of rows; the rest, and the rows, pass it
 // by. What the epilogue touches has to fit there too.
 constexpr int kKept = 14;
 
+// The registers of sums that a tile has: those of its upper left quarter, and these.
+struct Quarters {
+    bool lower, right;
+};
+
 // The loads and products of one step, the loads of each product before it: sums += rows (`stride` bytes apart) x 16
 // lines of a panel. turn(register) is called for each register of sums before its product.
 template <class A, class Turn>
-ESM_INLINE void step(bool kept, bool lower, const A* rows, size_t stride, const void* lines, const Turn& turn) {
+ESM_INLINE void step(bool kept, Quarters has, const A* rows, size_t stride, const void* lines, const Turn& turn) {
     const char *upper = reinterpret_cast<const char*>(rows), *left = static_cast<const char*>(lines), *right = left + 64;
     constexpr bool kBytes = sizeof(A) == 1;
     // The intrinsics do not say what they read: all stores before this line are made before them.
@@ -83,22 +88,26 @@ ESM_INLINE void step(bool kept, bool lower, const A* rows, size_t stride, const 
         _tile_dpbusd(0, 4, 6);
     else
         _tile_dpbf16ps(0, 4, 6);
-    if (kept)
-        _tile_loadd(7, right, kLine);
-    else
-        _tile_stream_loadd(7, right, kLine);
-    turn(1);
-    if constexpr (kBytes)
-        _tile_dpbusd(1, 4, 7);
-    else
-        _tile_dpbf16ps(1, 4, 7);
-    if (!lower) return;
+    if (has.right) {
+        if (kept)
+            _tile_loadd(7, right, kLine);
+        else
+            _tile_stream_loadd(7, right, kLine);
+        turn(1);
+        if constexpr (kBytes)
+            _tile_dpbusd(1, 4, 7);
+        else
+            _tile_dpbf16ps(1, 4, 7);
+    }
+    if (!has.lower) return;
     _tile_stream_loadd(5, upper + kRegisterRows * stride, stride);
-    turn(3);
-    if constexpr (kBytes)
-        _tile_dpbusd(3, 5, 7);
-    else
-        _tile_dpbf16ps(3, 5, 7);
+    if (has.right) {
+        turn(3);
+        if constexpr (kBytes)
+            _tile_dpbusd(3, 5, 7);
+        else
+            _tile_dpbf16ps(3, 5, 7);
+    }
     turn(2);
     if constexpr (kBytes)
         _tile_dpbusd(2, 5, 6);
@@ -106,20 +115,18 @@ ESM_INLINE void step(bool kept, bool lower, const A* rows, size_t stride, const 
         _tile_dpbf16ps(2, 5, 6);
 }
 template <class A>
-ESM_INLINE void step(bool kept, bool lower, const A* rows, size_t stride, const void* lines) {
-    step(kept, lower, rows, stride, lines, [](int) {});
+ESM_INLINE void step(bool kept, Quarters has, const A* rows, size_t stride, const void* lines) {
+    step(kept, has, rows, stride, lines, [](int) {});
 }
 
 // The sums, of 4 bytes each, to rows of so many elements.
 template <class T>
-ESM_INLINE void store_sums(bool lower, T* c, size_t ldc) {
+ESM_INLINE void store_sums(Quarters has, T* c, size_t ldc) {
     const size_t stride = ldc * sizeof(T);
     _tile_stored(0, c, stride);
-    _tile_stored(1, c + kRegisterRows, stride);
-    if (lower) {
-        _tile_stored(2, c + kRegisterRows * ldc, stride);
-        _tile_stored(3, c + kRegisterRows * ldc + kRegisterRows, stride);
-    }
+    if (has.right) _tile_stored(1, c + kRegisterRows, stride);
+    if (has.lower) _tile_stored(2, c + kRegisterRows * ldc, stride);
+    if (has.lower && has.right) _tile_stored(3, c + kRegisterRows * ldc + kRegisterRows, stride);
 }
 
 // c (height x 32, rows ldc apart) = a (height x in, rows lda apart) times one panel, and `beside` called once for
@@ -127,25 +134,25 @@ ESM_INLINE void store_sums(bool lower, T* c, size_t ldc) {
 template <class Beside>
 ESM_INLINE void tile(int height, const bf16* a, size_t lda, const bf16* panel, int in, float* c, size_t ldc,
                      const Beside& beside) {
-    const bool lower = height > kRegisterRows;
+    const Quarters has{height > kRegisterRows, true};
     alignas(64) bf16 end[kTileRows<bf16> * kInputs];
     configure(height);
     _tile_zero(0);
     _tile_zero(1);
-    if (lower) {
+    if (has.lower) {
         _tile_zero(2);
         _tile_zero(3);
     }
     for (int k = 0, number = 0; k < in; k += kInputs, ++number, panel += kInputs * kPanel) {
         if (in - k < kInputs) {
             copy_end(a + k, lda, height, in - k, end);
-            step(number < kKept, lower, end, kInputs * sizeof(bf16), panel);
+            step(number < kKept, has, end, kInputs * sizeof(bf16), panel);
         } else {
-            step(number < kKept, lower, a + k, lda * sizeof(bf16), panel);
+            step(number < kKept, has, a + k, lda * sizeof(bf16), panel);
         }
         beside();
     }
-    store_sums(lower, c, ldc);
+    store_sums(has, c, ldc);
 }
 
 ESM_INLINE void tile_of(int height, const bf16* a, size_t lda, const bf16* panel, int in, float* c, size_t ldc) {
@@ -155,7 +162,7 @@ ESM_INLINE void tile_of(int height, const bf16* a, size_t lda, const bf16* panel
 // The same for 8 bits, a group at a time. A group's sums begin with its corrections, which are the same for every row:
 // a load with a stride of 0.
 inline void tile_of(int height, const biased8* a, size_t lda, const int8* panel, int in, float* c, size_t ldc) {
-    const bool lower = height > kRegisterRows;
+    const Quarters has{height > kRegisterRows, true};
     alignas(64) int32_t sums[kTileRows<biased8> * kPanel];
     configure(height);
     for (int first = 0, group = 0, number = 0; first < in; first += kGroup, ++group) {
@@ -164,21 +171,21 @@ inline void tile_of(int height, const biased8* a, size_t lda, const int8* panel,
         asm volatile("" : : "r"(panel) : "memory");
         _tile_loadd(0, panel, 0);
         _tile_loadd(1, right, 0);
-        if (lower) {
+        if (has.lower) {
             _tile_loadd(2, panel, 0);
             _tile_loadd(3, right, 0);
         }
         for (int k = 0; k < inputs; k += kInputs8, ++number, lines += kInputs8 * kPanel)
-            step(number < kKept, lower, a + first + k, lda, lines);
-        store_sums(lower, sums, kPanel);
+            step(number < kKept, has, a + first + k, lda, lines);
+        store_sums(has, sums, kPanel);
         const F s0 = load_as<F>(panel + 128), s1 = load_as<F>(panel + 192);
         for (int r = 0; r < height; ++r) {
             const float x = load_as<float>(scales_of(a + r * lda, in) + group);
             float* to = c + r * ldc;
             const F y0 = __builtin_convertvector(load_as<I>(sums + r * kPanel), F);
             const F y1 = __builtin_convertvector(load_as<I>(sums + r * kPanel + N), F);
-            store(to, first ? fma(y0, s0 * x, load(to)) : y0 * (s0 * x));
-            store(to + N, first ? fma(y1, s1 * x, load(to + N)) : y1 * (s1 * x));
+            store(to, fma(y0, s0 * x, first ? load(to) : F{}));
+            store(to + N, fma(y1, s1 * x, first ? load(to + N) : F{}));
         }
         panel = lines;
     }
@@ -244,12 +251,12 @@ struct Turn {
 class Products {
   public:
     // c (height x 32, rows ldc apart) = begin (kPanel apart, or null for zeros) + a times one panel; beside(number) is
-    // called after every step.
+    // called after every step. With up to 16 `columns` the right half of c is left as it is.
     template <class Beside>
-    ESM_INLINE void operator()(int height, const bf16* a, size_t lda, const bf16* panel, int in, const float* begin,
-                               float* c, size_t ldc, const Beside& beside) {
-        if (height != configured_height) flush(), configure(height);
-        const bool lower = height > kRegisterRows;
+    ESM_INLINE void operator()(int height, const bf16* a, size_t lda, const bf16* panel, int in, int columns,
+                               const float* begin, float* c, size_t ldc, const Beside& beside) {
+        const Quarters has{height > kRegisterRows, columns > kRegisterRows};
+        if (height != configured_height || has.right != has_.right) flush(), configure(height);
         alignas(64) bf16 end[kTileRows<bf16> * kInputs];
         const Turn pass_on{last_, last_ld_, begin};
         for (int k = 0, number = 0; k < in; k += kInputs, ++number, panel += kInputs * kPanel) {
@@ -260,23 +267,23 @@ class Products {
                 rows = end, stride = kInputs * sizeof(bf16);
             }
             if (number)
-                step(number < kKept, lower, rows, stride, panel);
+                step(number < kKept, has, rows, stride, panel);
             else
-                step(true, lower, rows, stride, panel, pass_on);
+                step(true, has, rows, stride, panel, pass_on);
             beside(number);
         }
-        last_ = c, last_ld_ = ldc, lower_ = lower;
+        last_ = c, last_ld_ = ldc, has_ = has;
     }
 
     void flush() {
-        if (last_) store_sums(lower_, last_, last_ld_);
+        if (last_) store_sums(has_, last_, last_ld_);
         last_ = nullptr;
     }
 
   private:
     float* last_ = nullptr;
     size_t last_ld_ = 0;
-    bool lower_ = false;
+    Quarters has_{false, true};
 };
 
 // Steps that a panel takes at once: with more, the rows would leave the second-level cache between two panels.
@@ -328,7 +335,7 @@ void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, i
                 float* rest = resting ? resting + (size_t(panel - first_panel) * tiles + tile) * kTile : nullptr;
                 float* c = final ? sums[turn] : rest;
                 products(height, a + order.first_row(tile) * int64_t(lda) + first * kInputs, lda, weights, inputs,
-                         pass ? rest : nullptr, c, kPanel, [&](int number) {
+                         kPanel, pass ? rest : nullptr, c, kPanel, [&](int number) {
                              if (number) last.advance(rows_a_step, finish);
                              for (int i = 0; i < lines && ahead < end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
                          });

@@ -106,12 +106,28 @@ void copy_head(const A* from, size_t ld_from, int64_t rows, int dim, W* to, size
             store_most(to + row * ld_to + d, load_most(from + row * ld_from + d, dim - d), dim - d);
 }
 
+#if defined(__AVX512F__)
+// A head that is one vector, its halves side by side: the sines of the first half count as negative.
+template <class A>
+ESM_INLINE void rotate_vector(A* x, const float* cosines, const float* sines) {
+    const F row = load(x), swapped = (F)_mm512_maskz_shuffle_f32x4(kAll, (__m512)row, (__m512)row, 0x4e);
+    const __m512 turned = (__m512)(swapped * load(sines));
+    store(x, row * load(cosines) + (F)_mm512_mask_xor_ps(turned, 0xff, turned, _mm512_set1_ps(-0.0f)));
+}
+#endif
+
 // The rotary embedding in place, for the rows of one sequence and head: halves (a, b) -> (a cos - b sin, b cos + a sin),
 // in fp32 and with one rounding to A.
 template <class A>
 void rotate(A* x, size_t ld, int length, int dim, const float* cosines, const float* sines) {
     const int half = dim / 2;
-    for (int t = 0; t < length; ++t, x += ld, cosines += dim, sines += dim)
+    for (int t = 0; t < length; ++t, x += ld, cosines += dim, sines += dim) {
+#if defined(__AVX512F__)
+        if (dim == N) {
+            rotate_vector(x, cosines, sines);
+            continue;
+        }
+#endif
         for (int d = 0; d < half; d += N) {
             const int left = half - d, other = d + half;
             const F first = load_most(x + d, left), second = load_most(x + other, left);
@@ -120,6 +136,7 @@ void rotate(A* x, size_t ld, int length, int dim, const float* cosines, const fl
             store_most(x + d, low, left);
             store_most(x + other, high, left);
         }
+    }
 }
 
 // Elements of one head's packed keys and values.
@@ -233,6 +250,28 @@ class Softmax {
     F total_ = {};
 };
 
+// The queries as tiles read them: copies with zeros behind them, made once and not for every panel of keys, where a head
+// is no whole number of steps.
+struct Queries {
+    const bf16* q;
+    size_t from_ld, ld;
+    int dim, inputs;
+    bf16* copy = nullptr;
+
+    Queries(const bf16* q_, size_t ld_, int dim_)
+        : q(q_), from_ld(ld_), ld(ld_), dim(dim_), inputs(int(round_up(dim_, kInputs))) {
+        if (inputs == dim) return;
+        ld = size_t(inputs);
+        copy = buffer<bf16>(Any::queries, kTileRows<bf16>, ld);
+    }
+    const bf16* rows(int64_t first, int height) const {
+        const bf16* from = q + first * int64_t(from_ld);
+        if (!copy) return from;
+        for (int d = 0; d < dim; d += kInputs) copy_end(from + d, from_ld, height, dim - d, copy + d, ld);
+        return copy;
+    }
+};
+
 // The same with tiles. The softmax takes longer than the products, so it runs beside them: that of one tile of queries
 // beside the scores of the next one and the sums of the one before.
 void attend(const bf16* q, const bf16* packed, bf16* out, size_t ld, int length, int64_t begin, int64_t end, int dim,
@@ -247,6 +286,7 @@ void attend(const bf16* q, const bf16* packed, bf16* out, size_t ld, int length,
     const size_t size = size_t(kMost) * padded;
     float* scores = buffer<float>(Any::scores, 2, size);
     bf16* weights = buffer<bf16>(Any::probabilities, 2, size);
+    const Queries queries(q, ld, dim);
     alignas(64) float sums[2][kMost * kPanel];
     float inverse[3][kMost];
     const auto first_of = [&](int tile) { return begin + int64_t(tile) * most; };
@@ -277,16 +317,19 @@ void attend(const bf16* q, const bf16* packed, bf16* out, size_t ld, int length,
             softmax.advance(pairs);
             last.advance(4, finish);
         };
-        if (tile < tiles)
+        if (tile < tiles) {
+            const bf16* rows = queries.rows(first_of(tile), height_of(tile));
             for (int panel = 0; panel < key_panels; ++panel) {
-                products(height_of(tile), q + first_of(tile) * int64_t(ld), ld, keys + panel * panel_size(keys, dim), dim,
+                products(height_of(tile), rows, queries.ld, keys + panel * panel_size(keys, dim), queries.inputs, kPanel,
                          nullptr, scores + tile % 2 * size + panel * kPanel, size_t(padded), beside);
                 last.advance(kMost, finish);
             }
+        }
         if (summed >= 0)
             for (int panel = 0; panel < dim_panels; ++panel) {
                 products(height_of(summed), weights + summed % 2 * size, size_t(padded),
-                         values + panel * panel_size(values, length), padded, nullptr, sums[turn], kPanel, beside);
+                         values + panel * panel_size(values, length), padded, dim - panel * kPanel, nullptr, sums[turn],
+                         kPanel, beside);
                 last.advance(kMost, finish);
                 inverse_of_last = inverse[summed % 3];
                 last = Finishing{sums[turn], first_of(summed), height_of(summed), panel * kPanel, 0};

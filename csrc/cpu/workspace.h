@@ -11,9 +11,9 @@ namespace esm {
 namespace cpu {
 namespace {
 
-// What any op may use without knowing: one head's scores and their softmax (attention.h), a row before it is quantised
-// (rows.h), sums of products between two parts of the inputs (amx.h).
-enum class Any { scores, probabilities, normed, resting, kCount };
+// What any op may use without knowing: one head's scores, their softmax and its queries (attention.h), a row before it is
+// quantised (rows.h), sums of products between two parts of the inputs (amx.h).
+enum class Any { scores, probabilities, queries, normed, resting, kCount };
 
 // The halves of a layer, the stack of them and the language-model head, in training too.
 enum class Layer {

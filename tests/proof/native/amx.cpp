@@ -238,28 +238,41 @@ void check_tiles() {
     require(!emulated::state.configured, "released");
 }
 
-// Against int8.h's own tile, bit by bit: its sums are exact, and the rest is the same arithmetic.
-void check_bytes_tiles() {
-    for (int in : {1, 64, 65, 256, 300, 1600}) {
-        const size_t ld = leading<biased8>(in), size = panel_size(static_cast<const int8*>(nullptr), in), ldc = kPanel + 5;
-        std::vector<int8> panel(size);
-        for (size_t at = 0, first = 0; at < size; first += kGroup) {
-            const size_t inputs = size_t(round_up(size_t(in) - first < kGroup ? int64_t(in) - int64_t(first) : kGroup, kInputs8));
+// Panels of 8 bits, with corrections and scales that fit nothing: they only have to be used.
+std::vector<int8> byte_panels(int out, int in) {
+    const size_t size = panel_size(static_cast<const int8*>(nullptr), in), panels = size_t(panels_of(out));
+    std::vector<int8> packed(panels * size);
+    for (size_t panel = 0; panel < panels; ++panel)
+        for (size_t at = panel * size, first = 0; at < (panel + 1) * size; first += kGroup) {
+            const size_t left = size_t(in) - first, inputs = size_t(round_up(int64_t(left < kGroup ? left : kGroup), kInputs8));
             for (int o = 0; o < kPanel; ++o) {
                 const int32_t correction = int32_t(generator() % 100000) - 50000;
                 const float scale = float(generator() % 1000) * 1e-3f;
-                std::memcpy(&panel[at + size_t(o) * 4], &correction, 4);
-                std::memcpy(&panel[at + size_t(kPanel + o) * 4], &scale, 4);
+                std::memcpy(&packed[at + size_t(o) * 4], &correction, 4);
+                std::memcpy(&packed[at + size_t(kPanel + o) * 4], &scale, 4);
             }
-            for (size_t i = 0; i < inputs * kPanel; ++i) panel[at + 256 + i].bits = int8_t(int(generator() % 255) - 127);
+            for (size_t i = 0; i < inputs * kPanel; ++i) packed[at + 256 + i].bits = int8_t(int(generator() % 255) - 127);
             at += group_size(int64_t(inputs));
         }
-        std::unique_ptr<biased8[]> a(new biased8[32 * ld]);
-        for (int r = 0; r < 32; ++r) {
-            std::vector<float> row(size_t(in) + N);
-            for (float& x : row) x = float(int(generator() % 2001) - 1000);
-            quantize_row(row.data(), in, a.get() + size_t(r) * ld);
-        }
+    return packed;
+}
+std::unique_ptr<biased8[]> byte_rows(int rows, int in) {
+    const size_t ld = leading<biased8>(in);
+    std::unique_ptr<biased8[]> a(new biased8[size_t(rows) * ld]);
+    for (int r = 0; r < rows; ++r) {
+        std::vector<float> row(size_t(in) + N);
+        for (float& x : row) x = float(int(generator() % 2001) - 1000);
+        quantize_row(row.data(), in, a.get() + size_t(r) * ld);
+    }
+    return a;
+}
+
+// Against int8.h's own tile, bit by bit: its sums are exact, and the rest is the same arithmetic.
+void check_bytes_tiles() {
+    for (int in : {1, 64, 65, 256, 300, 1600}) {
+        const size_t ld = leading<biased8>(in), ldc = kPanel + 5;
+        const std::vector<int8> panel = byte_panels(kPanel, in);
+        const std::unique_ptr<biased8[]> a = byte_rows(32, in);
         for (int height : {32, 17, 16, 3}) {
             std::vector<float> c(32 * ldc, -1.0f), truth(32 * ldc, -1.0f);
             const biased8* rows = a.get() + size_t(32 - height) * ld;
@@ -270,6 +283,29 @@ void check_bytes_tiles() {
         }
     }
     release_tiles();
+}
+void check_bytes_gemm() {
+    for (int in : {40, 256, 300, 640, 2 * kMostSteps * kInputs8 + 300})
+        for (int rows : {1, 16, 31, 75})
+            for (int out : {32, 70}) {
+                const size_t ld = leading<biased8>(in), size = panel_size(static_cast<const int8*>(nullptr), in);
+                const std::vector<int8> packed = byte_panels(out, in);
+                const std::unique_ptr<biased8[]> a = byte_rows(rows, in);
+                std::vector<int> seen(size_t(rows * panels_of(out)));
+                each(1, 1, [&](size_t, size_t) {
+                    gemm(a.get(), ld, rows, packed.data(), in, 0, panels_of(out),
+                         [&](const float* c, int64_t row, int height, int column) {
+                             for (int64_t r = row; r < row + height; ++r, c += kPanel) {
+                                 float truth[kPanel];
+                                 tile<1>(a.get() + size_t(r) * ld, ld, &packed[size_t(column / kPanel) * size], in, truth, kPanel);
+                                 require(!std::memcmp(c, truth, sizeof truth), "a GEMM of bytes");
+                                 ++seen[size_t(r * panels_of(out) + column / kPanel)];
+                             }
+                         });
+                });
+                for (int count : seen) require(count == 1, "every output of bytes once");
+                require(!emulated::state.configured, "released after the work with bytes");
+            }
 }
 
 void check_gemm() {
@@ -295,6 +331,17 @@ void check_gemm() {
             for (int count : seen) require(count == 1, "every output once");
             require(!emulated::state.configured, "released after the work");
         }
+}
+
+// Powers of two as the softmax takes them: nothing denormal, nothing where a score is too low, and a NaN for a NaN.
+void check_powers() {
+    for (float x = 0; x > -160; x -= 0.03125f) {
+        const float got = exp2_for_bf16(splat(x))[0], truth = __builtin_exp2f(x);
+        const bool right = x >= -125 ? __builtin_fabsf(got - truth) <= 4e-6f * truth : got == 0;
+        require(right, "a power of two");
+    }
+    require(exp2_for_bf16(splat(-__builtin_inff()))[0] == 0, "a score of minus infinity");
+    require(__builtin_isnan(exp2_for_bf16(splat(__builtin_nanf("")))[0]), "a score that is NaN");
 }
 
 // All queries of a head, in place and in memory that ends with the last row, against plain loops; and bit by bit against
@@ -333,17 +380,6 @@ void check_attention() {
                     require(error <= 0.01 * sizes[d] / total + 1e-6, "attention");
                     require(got.bits == alone[size_t(i) * ld + size_t(d)].bits, "the same bits in any tile of queries");
                 }
-// Powers of two as the softmax takes them: nothing denormal, nothing where a score is too low, and a NaN for a NaN.
-void check_powers() {
-    for (float x = 0; x > -160; x -= 0.03125f) {
-        const float got = exp2_for_bf16(splat(x))[0], truth = __builtin_exp2f(x);
-        const bool right = x >= -125 ? __builtin_fabsf(got - truth) <= 4e-6f * truth : got == 0;
-        require(right, "a power of two");
-    }
-    require(exp2_for_bf16(splat(-__builtin_inff()))[0] == 0, "a score of minus infinity");
-    require(__builtin_isnan(exp2_for_bf16(splat(__builtin_nanf("")))[0]), "a score that is NaN");
-}
-
                 for (size_t d = size_t(dim); d < ld && i + 1 < length; ++d)
                     require(whole[size_t(i) * ld + d].bits == 0x7fc0, "nothing written between the rows");
             }
@@ -383,8 +419,9 @@ int main(int argc, char** argv) {
     check_bytes();
     check_tiles();
     check_bytes_tiles();
+    check_bytes_gemm();
     check_gemm();
+    check_powers();
     check_attention();
     std::printf("right\n");
 }
-    check_powers();
