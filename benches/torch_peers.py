@@ -26,12 +26,17 @@ def fair_esm_logits(setup: Setup) -> Run:
 
 def fair_esm_call(setup: Setup) -> Callable[..., dict[str, torch.Tensor]]:
     """fair-esm's model on the shared weights: proteins, arguments of its forward -> what that returns."""
+    model, alphabet = fair_esm_parts(setup)
+    convert = alphabet.get_batch_converter()
+    return lambda proteins, **arguments: model(convert(proteins)[2], **arguments)
+
+
+def fair_esm_parts(setup: Setup):
+    """(fair-esm's model on the shared weights, its alphabet)."""
     with torch.device("meta"):  # nothing is initialised: the weights are the shared tensors themselves
         model, alphabet = FAIR_ESM[setup.size.family](setup.size)
     model.load_state_dict(setup.state, assign=True)
-    model.eval()
-    convert = alphabet.get_batch_converter()
-    return lambda proteins, **arguments: model(convert(proteins)[2], **arguments)
+    return model.eval(), alphabet
 
 
 def fair_esm1(size: Size):

@@ -58,9 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--strategy",
+        type=_names,
         default="wt",
         metavar="NAME",
-        help="wt, masked, masked-joint, mutant, pll, pllr (default: %(default)s)",
+        help="wt, masked, masked-joint, mutant, pll, pllr; for --variants several: wt,masked (default: %(default)s)",
     )
     parser.add_argument(
         "--window",
@@ -111,6 +112,10 @@ def _offset(text: str) -> int | str:
     return text if text == "auto" else whole(-LARGEST)(text)
 
 
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
 def run(args: argparse.Namespace) -> int:
     from ..variants.strategies import strategy
     from ..variants.tables import ENDINGS
@@ -129,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is for data sets; give a folder, -o NAME/")
     out = output_path(args.output, args.force)
-    strategy(args.strategy)
+    for name in args.strategy:
+        strategy(name)
     if not args.output.lower().endswith(ENDINGS + _DRAWN):
         raise InputError(f"{out} ends in none of {', '.join(ENDINGS + _DRAWN)}")
     if not args.fasta and not args.variants:
@@ -192,12 +198,15 @@ def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: M
     from ..variants.scores import scans
     from .variants_scan import write_scans
 
-    job_of, start, names = job_factory(args), time.perf_counter(), list(proteins)
+    if len(args.strategy) > 1:
+        raise InputError("all substitutions are scored by one strategy; several are for --variants")
+    (strategy,) = args.strategy
+    job_of, start, names = job_factory(args, strategy), time.perf_counter(), list(proteins)
     total = sum(_cost(job_of(text), len(text)) for text in proteins.values()) * len(args.model)
     with progress(total, unit="tokens") as bar:
 
         def scanned(model, budget: int):
-            return scans(model, proteins.values(), args.strategy, args.window, budget, bar.update)
+            return scans(model, proteins.values(), strategy, args.window, budget, bar.update)
 
         if len(args.model) == 1:
             ((model, budget),) = iter(models)

@@ -15,6 +15,8 @@ def make_dataset(args: argparse.Namespace) -> int:
             raise InputError(f"--{name} is not for data sets, which hold all substitutions; give one file, -o NAME.csv")
     if len(args.model) > 1:
         raise InputError("a data set is of one model; make one for each")
+    if len(args.strategy) > 1:
+        raise InputError("a data set is of one strategy; make one for each")
     if not args.fasta:
         raise InputError("give the FASTA of the proteins")
     require_pyarrow()
@@ -27,7 +29,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     load = partial(load_model, model, device=args.device, backend=args.backend, threads=args.threads)
     same = ("device", "backend", "threads", "batch_tokens", "unit_residues", "unknown", "empty", "duplicates")
     options = {name: getattr(args, name) for name in same} | {"store": args.store or "float16"}
-    options |= {"dtype": dtype_of(argparse.Namespace(**{**vars(args), "model": model})), "strategy": args.strategy}
+    options |= {"dtype": dtype_of(argparse.Namespace(**{**vars(args), "model": model})), "strategy": args.strategy[0]}
     try:
         with stop_signals() as check, report.Watch(args.log_json, check) as watch:
             built = build_atlas(

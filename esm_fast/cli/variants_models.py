@@ -46,11 +46,11 @@ class Models:
         return [*columns, how(columns, axis=0)] if how else columns
 
 
-def job_factory(args: argparse.Namespace):
+def job_factory(args: argparse.Namespace, strategy: str):
     """The job of a protein's text; jobs are kept, since several models share them."""
     from ..variants.scores import Job
 
-    return cache(partial(Job, strategy=args.strategy, window=args.window, compat=args.compat))
+    return cache(partial(Job, strategy=strategy, window=args.window, compat=args.compat))
 
 
 def protein_lines(proteins: dict[str, str], report) -> list[str]:
@@ -73,7 +73,7 @@ def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, 
     notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
     print("\n".join(lines))
     print(f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s")
-    print(f"strategy  {args.strategy}{window}{', with the published errors' if args.compat else ''}")
+    print(f"strategy  {', '.join(args.strategy)}{window}{', with the published errors' if args.compat else ''}")
     print(f"model     {models.said}")
     print(f"output    {out} ({human_bytes(out.stat().st_size)})")
 

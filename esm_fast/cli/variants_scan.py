@@ -73,7 +73,7 @@ def _draw(path: Path, name: str, protein: str, scan, args: argparse.Namespace, m
     from ..plots.heat_map import HeatMap
 
     path.parent.mkdir(exist_ok=True)
-    by = f"{args.strategy}, {models.said}"
+    by = f"{args.strategy[0]}, {models.said}"
     HeatMap(name, protein, scan, by).write(path)
 
 

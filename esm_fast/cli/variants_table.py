@@ -3,6 +3,9 @@
 import argparse
 import sys
 import time
+from functools import reduce
+from itertools import product
+from operator import or_
 from pathlib import Path
 
 from ..files.atomic import atomic
@@ -23,57 +26,61 @@ def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], 
     layouts = [layout_of(table, args.variant_col, args.protein_col) for table in tables]
     if not proteins and any(layout.pairs is None for layout in layouts):
         raise InputError("give the FASTA of the wild types: a table has none, unless it has wt_seq and mut_seq")
-    rows, job_of = Collection(proteins, protein_column=args.protein_col is not None), job_factory(args)
-    for table, layout in zip(tables, layouts, strict=True):
+    made = [Collection(proteins, protein_column=args.protein_col is not None) for _ in args.strategy]
+    for rows, (table, layout) in product(made, list(zip(tables, layouts, strict=True))):
         rows.add(table.columns, layout, table.rows())
-    found = rows.check(job_of, args.offset)
-    problems = rows.all_problems()
-    if problems and args.invalid == "error":
-        raise InputError(_advice(rows.explain()))
+    jobs = [job_factory(args, strategy) for strategy in args.strategy]
+    # Those that a strategy has no score for are the only ones that the strategies differ in.
+    found = reduce(or_, [rows.check(job_of, args.offset) for rows, job_of in zip(made, jobs, strict=True)])
+    problems = [rows.all_problems() for rows in made]
+    for rows, wrong in zip(made, problems, strict=True):
+        if wrong and args.invalid == "error":
+            raise InputError(_advice(rows.explain()))
     start = time.perf_counter()
-    columns = _columns(args, rows, job_of, models)
-    why = {problem.row: str(problem.error) for problem in problems}
-    _write(args, out, tables, columns, why)
-    lines = protein_lines(proteins, report) if report else [f"proteins  {len(rows.groups):,}"]
-    offsets = {group.offset for group in rows.groups.values() if not group.pairs}
+    columns = _columns(args, made, jobs, models)
+    why = {problem.row: problem for wrong in problems for problem in wrong}
+    _write(args, out, tables, columns, {row: str(problem.error) for row, problem in why.items()})
+    lines = protein_lines(proteins, report) if report else [f"proteins  {len(made[0].groups):,}"]
+    offsets = {group.offset for group in made[0].groups.values() if not group.pairs}
     if args.offset == "auto" and offsets:
         lines.append(f"offset    {', '.join(map(str, sorted(offsets)[:5]))} (found)")
     summary(args, models, lines, found, out, time.perf_counter() - start)
-    if problems:
-        print("\n".join([f"not scored {len(problems):,} rows", *listed(problems)]), file=sys.stderr)
-    return SOME_FAILED if problems else 0
+    if why:
+        print("\n".join([f"not scored {len(why):,} rows", *listed([why[row] for row in sorted(why)])]), file=sys.stderr)
+    return SOME_FAILED if why else 0
 
 
 def _advice(message: str) -> str:
     return message.replace("offset=", "--offset ") + "; --invalid keep leaves such rows without a score"
 
 
-def _columns(args: argparse.Namespace, rows, job_of, models) -> dict[str, object]:
-    """Name -> a score a row, of each model and combined; for pll also the wild type's and the difference."""
-    from ..variants.rows import scores_of, wild_types_of
+def _columns(args: argparse.Namespace, made: list, jobs: list, models) -> dict[str, object]:
+    """Name -> a score a row, of each strategy and model, and combined; for pll the wild type's and the difference."""
+    from ..variants.rows import asked, by_row
+    from ..variants.scores import parts_of, scores_of
 
-    groups, made, bases = list(rows.groups.values()), [], []
-    is_pll = args.strategy in ("pll", "pseudo-ppl", "pseudo-log-likelihood")
-    bar = None
+    wanted, by_model, bar = asked(made, jobs), [], None
     for model, budget in models:
         if bar is None:
-            bar = progress(len(args.model) * _tokens(groups, job_of, model), unit="tokens")
-        made.append(scores_of(groups, rows.count, job_of, model, budget, bar.update))
-        if is_pll:
-            bases.append(wild_types_of(groups, rows.count, job_of, model, budget, bar.update))
+            tokens = sum(part.plan.tokens for part in parts_of(model, wanted))
+            bar = progress(len(args.model) * tokens, unit="tokens")
+        by_model.append(by_row(made, scores_of(model, wanted, budget, bar.update)))
     bar.close()
-    names = [*models.names, *([models.combined] if models.combined else [])]
-    columns = dict(zip(names, models.combine(made), strict=True))
-    if is_pll:
-        for name, base in zip(names, models.combine(bases), strict=True):
-            columns |= {f"{name}_wild_type": base, f"{name}_difference": columns[name] - base}
+    columns, names = {}, [*models.names, *([models.combined] if models.combined else [])]
+    for strategy, pairs in zip(args.strategy, zip(*by_model, strict=True), strict=True):
+        scores, bases = (models.combine(list(column)) for column in zip(*pairs, strict=True))
+        for name, score, base in zip(names, scores, bases, strict=True):
+            own = name if len(args.strategy) == 1 else f"{name}_{strategy}"
+            columns[own] = score
+            if _of(strategy) == "pll":
+                columns |= {f"{own}_wild_type": base, f"{own}_difference": score - base}
     return columns
 
 
-def _tokens(groups, job_of, model) -> int:
-    """What one model has to compute."""
-    jobs = ((job_of(group.protein), group.checked.variants) for group in groups)
-    return sum(plan.tokens for job, variants in jobs for _, plan in job.plans(model, variants))
+def _of(strategy: str) -> str:
+    from ..variants.strategies import strategy as named
+
+    return named(strategy).NAME
 
 
 def _write(args: argparse.Namespace, out: Path, tables, scores: dict, why: dict[int, str]) -> None:

@@ -1,15 +1,18 @@
 """esm_fast.variants: scores of variants, scans, log-probabilities, pseudo-perplexities."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import or_
 from os import PathLike
 
 import numpy as np
 
 from ..inference.embed import token_budget
 from ..inference.load import load
-from .bind import Bound, check, explain, offset_for, require_protein
-from .scores import Job
+from .bind import WILD_TYPE, check, explain, offset_for, require_protein
+from .plan import Known
+from .scores import Asked, Job, scores_of
 
 _COMBINE = {"mean": np.mean, "min": np.min}
 INVALID = ("error", "nan")
@@ -20,7 +23,7 @@ def score(
     sequence: str,
     variants: Iterable[str],
     *,
-    strategy: str = "wt",
+    strategy: str | Sequence[str] = "wt",
     window: str = "auto",
     offset: int | str = 0,
     combine: str = "mean",
@@ -41,6 +44,7 @@ def score(
             "p.H4_Q5insA", "p.Cys28delinsTrpVal", "p.Arg97Ter", "p.=".
         strategy: "wt", "masked", "masked-joint", "mutant" (sums of log p(mutant) - log p(wild type)), "pll" (the log-
             likelihood of the variant's protein; the wild type's is that of "="), "pllr"; or a published name of these.
+            Or a list of them: contexts that several want are computed once.
         window: for proteins of more than 1,022 residues: "optimal", "brandes", "proteingym", "error"; "whole" on models
             without a limit; "auto" takes the one that the strategy was published with.
         offset: position p of a variant is residue p - offset of the sequence, counted from 1; "auto": the offset that
@@ -54,7 +58,8 @@ def score(
 
     Returns:
         float64 (variants,) in the order of the input, in nats; for a list (variants, models + 1), or (variants, models)
-        for combine="none". The numbers do not depend on the order, on what else is scored, or on batch_tokens.
+        for combine="none". For a list of strategies an array of these, one each, in front. The numbers do not depend on
+        the order, on what else is scored, or on batch_tokens.
 
     Raises:
         ValueError: for arguments, and with invalid="error" for variants, naming row, position, expected and found
@@ -63,16 +68,20 @@ def score(
     if invalid not in INVALID:
         raise ValueError(f"invalid is {invalid!r}; choose one of {', '.join(INVALID)}")
     protein, texts = require_protein(sequence), _texts(variants)
-    offset, job = offset_for(offset, texts, protein), Job(protein, strategy, window, compat=compat)
-    checked = check(texts, protein, offset, job.refuse)
+    offset = offset_for(offset, texts, protein)
+    jobs = _jobs(protein, strategy, window, compat)
+    checked = [check(texts, protein, offset, job.refuse) for job in jobs]
     if report is not None:
-        report.update(checked.counts)
-    if checked.problems and invalid == "error":
-        raise ValueError(explain(checked.problems, texts, protein, offset))
+        report.update(reduce(or_, (each.counts for each in checked)))
+    for each in checked:
+        if each.problems and invalid == "error":
+            raise ValueError(explain(each.problems, texts, protein, offset))
+    asked = [Asked(job, each.variants) for job, each in zip(jobs, checked, strict=True)]
 
     def run(one, budget: int) -> np.ndarray:
-        scores = np.append(job.score(one, checked.variants, budget, on_batch), np.nan)
-        return scores[checked.of_row]  # the row of a problem has the last one
+        found = (np.append(scores, np.nan) for scores in scores_of(one, asked, budget, on_batch))
+        rows = [scores[each.of_row] for scores, each in zip(found, checked, strict=True)]  # a problem has the last one
+        return rows[0] if isinstance(strategy, str) else np.stack(rows)
 
     return _columns(model, run, combine, batch_tokens, load_options)
 
@@ -81,7 +90,7 @@ def scan(
     model,
     sequence: str,
     *,
-    strategy: str = "wt",
+    strategy: str | Sequence[str] = "wt",
     window: str = "auto",
     combine: str = "mean",
     batch_tokens: int | None = None,
@@ -93,10 +102,17 @@ def scan(
     Returns:
         float64 (residues, 20): columns ACDEFGHIKLMNPQRSTVWY, less the wild type's, which has 0. For "pll" and "pllr",
         which cost a pass or more a substitution, the difference of the log-likelihoods. For a list of models
-        (residues, 20, models + 1), or (residues, 20, models) for combine="none".
+        (residues, 20, models + 1), or (residues, 20, models) for combine="none"; for a list of strategies an array of
+        these, one each, in front.
     """
-    job = Job(require_protein(sequence), strategy, window)
-    return _columns(model, lambda one, budget: job.scan(one, budget, on_batch), combine, batch_tokens, load_options)
+    jobs = _jobs(require_protein(sequence), strategy, window)
+
+    def run(one, budget: int) -> np.ndarray:
+        known = Known()
+        found = [job.scan(one, budget, on_batch, known) for job in jobs]
+        return found[0] if isinstance(strategy, str) else np.stack(found)
+
+    return _columns(model, run, combine, batch_tokens, load_options)
 
 
 def log_probs(
@@ -134,12 +150,17 @@ def pseudo_perplexity(
     """exp(-mean log p(residue)) of each sequence, each residue masked in turn (Salazar et al. 2020): float64 (n,)."""
     if isinstance(sequences, str):
         raise TypeError("a single string is not a list of sequences: give [sequence]")
-    values, budget = [], token_budget(model, batch_tokens)
-    for sequence in sequences:
-        protein = require_protein(sequence)
-        (likelihood,) = Job(protein, "pll", window).score(model, [Bound(())], budget, on_batch)
-        values.append(np.exp(-likelihood / len(protein)))
+    asked = [Asked(Job(require_protein(sequence), "pll", window), [WILD_TYPE]) for sequence in sequences]
+    likelihoods = scores_of(model, asked, token_budget(model, batch_tokens), on_batch)
+    values = [np.exp(-likelihood[0] / len(job.text)) for likelihood, (job, _) in zip(likelihoods, asked, strict=True)]
     return np.array(values, dtype=np.float64)
+
+
+def _jobs(protein: str, strategy: str | Sequence[str], window: str, compat: bool = False) -> list[Job]:
+    names = [strategy] if isinstance(strategy, str) else list(strategy)
+    if not names:
+        raise ValueError("the list of strategies is empty")
+    return [Job(protein, name, window, compat=compat) for name in names]
 
 
 def _texts(variants: Iterable[str]) -> list[str]:

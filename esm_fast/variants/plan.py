@@ -1,7 +1,8 @@
 """Which rows of which contexts a job needs: each context once, whoever asks for it; then the job on a model."""
 
+import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -63,15 +64,94 @@ class Plan:
         self.sinks.append(Rows(self, count))
         return self.sinks[-1]
 
-    def run(self, model, batch_tokens: int, on_batch: Callable[[int], None] = lambda tokens: None) -> list[np.ndarray]:
-        """The result of each sink, on this model."""
+    def run(
+        self,
+        model,
+        batch_tokens: int,
+        on_batch: Callable[[int], None] = lambda tokens: None,
+        known: "Known | None" = None,
+    ) -> list[np.ndarray]:
+        """The result of each sink, on this model. known: what earlier plans computed on it; this one adds to it."""
         contexts = list(self._numbers)
         routes = [_Route(sink, len(contexts)) for sink in self.sinks]
-        wanted = _Wanted(routes)
-        for number, log_probs in log_probs_of(model, contexts, wanted, batch_tokens, on_batch):
+        for number, rows, log_probs in _log_probs(model, contexts, _Wanted(routes), batch_tokens, on_batch, known):
             for route in routes:
-                route.take(number, wanted[number], log_probs)
+                route.take(number, rows, log_probs)
         return [route.result() for route in routes]
+
+
+def _log_probs(
+    model, contexts: list[bytes], wanted: "_Wanted", batch_tokens: int, on_batch: Callable, known: "Known | None"
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number of a context, the rows wanted of it, their log-probabilities), computed where they are not known."""
+    left = list(range(len(contexts)))
+    if known is not None and len(known):
+        left = []
+        for number, context in enumerate(contexts):
+            if (found := known.get(context, rows := wanted[number])) is None:
+                left.append(number)
+            else:
+                yield number, rows, found
+    computed = log_probs_of(model, _Some(contexts, left), _Some(wanted, left), batch_tokens, on_batch)
+    for place, log_probs in computed:
+        number = left[place]
+        rows = wanted[number]
+        if known is not None:
+            known.put(contexts[number], rows, log_probs)
+        yield number, rows, log_probs
+
+
+class Known:
+    """What a model gave for contexts that were computed lately, for plans that want them again: bounded in rows.
+
+    A row does not depend on the batch it was computed in, so it is the same whether it is computed again or taken.
+    """
+
+    ROWS = 1 << 17  # of 33 numbers: 35 MB
+
+    def __init__(self):
+        self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}  # the oldest first
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, context: bytes, rows: np.ndarray) -> np.ndarray | None:
+        """The log-probabilities at these rows, ascending, where all of them are known."""
+        have, values = self._found.get(_digest(context), (rows[:0], None))
+        place = np.searchsorted(have, rows)
+        if place[-1] >= len(have) or (have[place] != rows).any():
+            return None
+        return values[place]
+
+    def put(self, context: bytes, rows: np.ndarray, log_probs: np.ndarray) -> None:
+        key = _digest(context)
+        self._drop(key)
+        self._found[key] = rows, log_probs.copy()  # not a part of its batch, which would stay with it
+        self._rows += len(rows)
+        while self._rows > self.ROWS and len(self._found) > 1:
+            self._drop(next(iter(self._found)))
+
+    def _drop(self, key: bytes) -> None:
+        rows, _ = self._found.pop(key, ((), None))
+        self._rows -= len(rows)
+
+
+def _digest(context: bytes) -> bytes:
+    return hashlib.blake2b(context, digest_size=16).digest()
+
+
+class _Some(Sequence):
+    """Those of a sequence with these numbers."""
+
+    def __init__(self, whole: Sequence, numbers: list[int]):
+        self._whole, self._numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: int):
+        return self._whole[self._numbers[place]]
 
 
 class _Sink:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .bind import Bound, Checked, Problem, between, check, explain, offset_for, require_protein
+from .bind import WILD_TYPE, Checked, Problem, between, check, explain, offset_for, require_protein
 from .formats import Layout
 from .parse import VariantError, parse
-from .scores import Job
+from .scores import Asked, Job
 
 _TRUSTED = ("seq_id", "uniprot_id")  # columns that name proteins also where there is one protein only
 
@@ -150,20 +150,26 @@ def _check_mutated(group: Group) -> Checked:
     return Checked(checked.variants, of_row, problems, counts)
 
 
-def scores_of(
-    groups: Iterable[Group], count: int, job_of: Callable[[str], Job], model, budget: int, on_batch
-) -> np.ndarray:
-    """float64 (rows,) on one model; NaN for problems."""
-    scores = np.full(count, np.nan)
-    for group in groups:
-        found = np.append(job_of(group.protein).score(model, group.checked.variants, budget, on_batch), np.nan)
-        scores[group.rows] = found[group.checked.of_row]
-    return scores
+def asked(collections: Iterable["Collection"], jobs: Iterable[Callable[[str], Job]]) -> list[Asked]:
+    """What the rows want, of each strategy's collection protein by protein, with the wild type last."""
+    return [
+        Asked(job_of(group.protein), [*group.checked.variants, WILD_TYPE])
+        for collection, job_of in zip(collections, jobs, strict=True)
+        for group in collection.groups.values()
+    ]
 
 
-def wild_types_of(groups: Iterable[Group], count: int, job_of: Callable, model, budget: int, on_batch) -> np.ndarray:
-    """float64 (rows,): the score of each row's wild type."""
-    scores = np.full(count, np.nan)
-    for group in groups:
-        (scores[group.rows],) = job_of(group.protein).score(model, [Bound(())], budget, on_batch)
-    return scores
+def by_row(collections: Iterable["Collection"], scores: Iterable[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores of what was `asked` -> float64 (rows,) scores and (rows,) of the wild types, of each collection.
+
+    NaN for problems.
+    """
+    columns, scores = [], iter(scores)
+    for collection in collections:
+        own, wild_type = (np.full(collection.count, np.nan) for _ in range(2))
+        for group in collection.groups.values():
+            *found, base = next(scores)
+            own[group.rows] = np.append(found, np.nan)[group.checked.of_row]
+            wild_type[group.rows] = np.where(group.checked.of_row < 0, np.nan, base)
+        columns.append((own, wild_type))
+    return columns

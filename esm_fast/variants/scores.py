@@ -1,14 +1,15 @@
 """One protein under one strategy: its variants' scores, its scan, its log-probabilities, on any model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from ..alphabet import TOKENS
 from .bind import WILD_TYPE, Bound, Change
 from .parse import STANDARD
-from .plan import Plan, Protein, Rows
+from .plan import Known, Plan, Protein, Rows
 from .strategies import strategy as strategy_named
 from .windows import RESIDUES, WINDOWS, rule
 
@@ -68,38 +69,6 @@ class Job:
         """For a model of the usual length; before a model is loaded, variants are checked against it."""
         return Proteins(self.text, self.window, None if self.window == "whole" else RESIDUES)
 
-    # ---- variants
-
-    def plans(self, model, variants: list[Bound]) -> Iterator[tuple[list[int], Plan]]:
-        """Numbers of variants, and the plan of their sums."""
-        proteins = self.proteins(model)
-        numbers, plan = [], Plan()
-        sums = plan.sums(len(variants))
-        for number, bound in enumerate(variants):
-            if bound.stop is not None:
-                continue
-            self.add(sums, len(numbers), bound, proteins)
-            numbers.append(number)
-            if plan.tokens > _PLAN_TOKENS or len(sums) > _PLAN_TERMS:
-                yield numbers, plan
-                numbers, plan = [], Plan()
-                sums = plan.sums(len(variants))
-        if numbers:
-            yield numbers, plan
-
-    def score(self, model, variants: list[Bound], budget: int, on_batch: Callable = lambda tokens: None) -> np.ndarray:
-        """float64 (variants,)"""
-        scores = np.zeros(len(variants))
-        for numbers, plan in self.plans(model, variants):
-            (found,) = plan.run(model, budget, on_batch)
-            scores[numbers] = found[: len(numbers)]
-        stops = [i for i, bound in enumerate(variants) if bound.stop is not None]
-        if stops:
-            ratios = ratios_of(self.log_probs(model, False, budget, on_batch), self.text)
-            for i in stops:
-                scores[i] = ratios[variants[i].stop + 1 :].min()
-        return scores
-
     # ---- whole proteins
 
     def rows_plan(self, model, masked: bool | tuple[int, ...]) -> Plan:
@@ -115,20 +84,109 @@ class Job:
             rows.add(first + at, protein, (at,) if masked is True else together, at)
 
     def log_probs(
-        self, model, masked: bool | tuple[int, ...], budget: int, on_batch: Callable = lambda tokens: None
+        self,
+        model,
+        masked: bool | tuple[int, ...],
+        budget: int,
+        on_batch: Callable = lambda tokens: None,
+        known: Known | None = None,
     ) -> np.ndarray:
         """float64 (residues, 33)"""
-        (found,) = self.rows_plan(model, masked).run(model, budget, on_batch)
+        (found,) = self.rows_plan(model, masked).run(model, budget, on_batch, known)
         return found
 
-    def scan(self, model, budget: int, on_batch: Callable = lambda tokens: None) -> np.ndarray:
+    def scan(
+        self, model, budget: int, on_batch: Callable = lambda tokens: None, known: Known | None = None
+    ) -> np.ndarray:
         """float64 (residues, 20): every substitution, less the wild type."""
         if not self.how.LENGTHS:
-            return ratios_of(self.log_probs(model, self.how.MASKED, budget, on_batch), self.text)
+            return ratios_of(self.log_probs(model, self.how.MASKED, budget, on_batch, known), self.text)
         variants = [Bound((Change(at, at + 1, new),)) for at in range(len(self.text)) for new in STANDARD]
         variants = [WILD_TYPE if self.text[v.changes[0].start] == v.changes[0].new else v for v in variants]
-        scores = self.score(model, [*variants, WILD_TYPE], budget, on_batch)
+        (scores,) = scores_of(model, [Asked(self, [*variants, WILD_TYPE])], budget, on_batch, known)
         return (scores[:-1] - scores[-1]).reshape(-1, len(STANDARD))
+
+
+# ---- variants
+
+
+class Asked(NamedTuple):
+    """Variants of a job's protein."""
+
+    job: Job
+    variants: list[Bound]
+
+
+class Part:
+    """What is planned together: sums of variants, and the scans of wild types that have stops."""
+
+    def __init__(self, count: int):
+        self.plan = Plan()
+        self.sums = self.plan.sums(count)
+        self.numbers: list[int] = []  # of the variants, counted through all that are asked for
+        self.stops: list[tuple[Job, list[tuple[int, int]]]] = []  # with their numbers, and where they stop
+
+    @property
+    def is_full(self) -> bool:
+        return self.plan.tokens > _PLAN_TOKENS or len(self.sums) > _PLAN_TERMS
+
+    def add(self, number: int, bound: Bound, job: Job, proteins: Proteins) -> None:
+        job.add(self.sums, len(self.numbers), bound, proteins)
+        self.numbers.append(number)
+
+    def add_stops(self, stops: list[tuple[int, int]], job: Job, model) -> None:
+        self.stops.append((job, stops))
+        job.add_rows(self.plan.rows(len(job.text)), 0, model, masked=False)
+
+    def run(self, model, scores: np.ndarray, budget: int, on_batch: Callable, known: Known | None) -> None:
+        """Writes the variants' scores to their numbers."""
+        sums, *rows = self.plan.run(model, budget, on_batch, known)
+        scores[self.numbers] = sums[: len(self.numbers)]
+        for (job, stops), log_probs in zip(self.stops, rows, strict=True):
+            ratios = ratios_of(log_probs, job.text)
+            for number, at in stops:
+                scores[number] = ratios[at + 1 :].min()
+
+
+def parts_of(model, asked: Sequence[Asked]) -> Iterator[Part]:
+    """All that is asked for, planned in parts that memory has room for; one after another, in order of positions.
+
+    So variants that share contexts stand together, whatever the order they are asked for in.
+    """
+    total, first = sum(len(variants) for _, variants in asked), 0
+    part = Part(total)
+    for job, variants in asked:
+        proteins = job.proteins(model)
+        stops = [(first + i, bound.stop) for i, bound in enumerate(variants) if bound.stop is not None]
+        if stops:
+            part.add_stops(stops, job, model)
+        for i in sorted(range(len(variants)), key=lambda i: variants[i].changes):
+            if variants[i].stop is None:
+                part.add(first + i, variants[i], job, proteins)
+            if part.is_full:
+                yield part
+                part = Part(total)
+        first += len(variants)
+    if part.numbers or part.stops:
+        yield part
+
+
+def scores_of(
+    model,
+    asked: Sequence[Asked],
+    budget: int,
+    on_batch: Callable = lambda tokens: None,
+    known: Known | None = None,
+) -> list[np.ndarray]:
+    """float64 (variants,) of each. Contexts that several want are computed once, and those of all share batches."""
+    known = Known() if known is None else known
+    scores = np.zeros(sum(len(variants) for _, variants in asked))
+    for part in parts_of(model, asked):
+        part.run(model, scores, budget, on_batch, known)
+    return np.split(scores, np.cumsum([len(variants) for _, variants in asked])[:-1])
+
+
+# ---- many proteins
 
 
 def scans(

@@ -187,6 +187,21 @@ def test_several_models_and_likelihoods_have_their_columns(command, fair_checkpo
     np.testing.assert_allclose(np.array(rows[2][1:], float), [pll, base, pll - base], atol=1e-6)
 
 
+def test_several_strategies_have_a_column_each(command, fair_checkpoint, ours):
+    with open("in.txt", "w") as file:
+        file.write("M1P:K2A\nK2A\np.Ala4del\n")
+    assert "row 3: p.Ala4del: wt has no score" in command("--variants", "in.txt", "--strategy", "wt,pllr").err
+    result = command("--variants", "in.txt", "--strategy", "pllr, wt,masked", "--invalid", "keep")
+    rows = read(result.path)
+    assert result.code == 3 and "3: 2 not for this" not in result.out and "1 not for this strategy" in result.out
+    assert rows[0] == ["mutant", "tiny_pllr", "tiny_wt", "tiny_masked", "not_scored_because"]
+    assert rows[3][1] and rows[3][2:4] == ["", ""] and "another length" in rows[3][4] and not rows[1][4]
+    expected = variants.score(ours, PROTEIN, ["M1P:K2A", "K2A"], strategy=["pllr", "wt", "masked"])
+    np.testing.assert_allclose(np.array([row[1:4] for row in rows[1:3]], float).T, expected, atol=1e-6)
+    assert "several are for --variants" in command("--strategy", "wt,masked").err
+    assert "choose one of" in command("--strategy", "wt,").err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 import esm_fast
 from esm_fast import _C, variants
-from esm_fast.variants.scores import Job, scans
+from esm_fast.variants.bind import bind
+from esm_fast.variants.parse import parse
+from esm_fast.variants.scores import Asked, Job, scans, scores_of
 from esm_fast.variants.strategies import strategies
 
 STRATEGIES = sorted(strategies())
@@ -49,12 +51,21 @@ def test_batches_order_neighbours_and_threads_do_not_change_a_bit(model, protein
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_plans_that_are_cut_into_parts_do_not_change_a_bit(model, protein, strategy, monkeypatch):
+def test_plans_that_are_cut_into_parts_change_no_bit_and_compute_nothing_twice(model, protein, strategy, monkeypatch):
     text = protein(23)
-    names = [*names_of(text, 9), "="]
-    whole = variants.score(model, text, names, strategy=strategy)
+    singles = names_of(text, 6)
+    names = [*singles, "=", f"{singles[0]}:{singles[1]}", *(f"{name[:-1]}Y" for name in singles if name[0] != "Y")]
+    names += [f"{text[4]}5*", f"{text[11]}12*"] if strategy == "pllr" else []
+
+    def computed():
+        done = []
+        return variants.score(model, text, names, strategy=strategy, on_batch=done.append), sum(done)
+
+    whole, cost = computed()
     monkeypatch.setattr("esm_fast.variants.scores._PLAN_TOKENS", 60)
-    np.testing.assert_array_equal(variants.score(model, text, names, strategy=strategy), whole)
+    parts, cost_of_parts = computed()
+    np.testing.assert_array_equal(parts, whole)
+    assert cost_of_parts == cost
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from("ACDEFGHIKLMNPQRSTVWY")), min_size=1, max_size=8))
@@ -94,6 +105,41 @@ def test_each_context_is_computed_once(ours, protein):
     assert cost([*every[:19], "="], strategy="pll") == (20 * 19 + 1) * 22
     assert cost(["=", "A1A" if text[0] == "A" else f"{text[0]}1{text[0]}"], strategy="wt") == 0
     assert tokens_computed(lambda note: variants.scan(ours, text, strategy="masked", on_batch=note)) == 20 * 22
+
+
+def test_contexts_are_shared_by_strategies_stops_and_proteins(ours, protein):
+    text, done = protein(20), []
+    names = names_of(text, 7)
+    strategies = ["masked", "masked-joint", "mutant", "wt"]
+    found = variants.score(ours, text, names, strategy=strategies, on_batch=done.append)
+    assert sum(done) == (7 + 1) * 22
+    for strategy, scores in zip(strategies, found, strict=True):
+        np.testing.assert_array_equal(scores, variants.score(ours, text, names, strategy=strategy))
+    scans_cost = tokens_computed(lambda note: variants.scan(ours, text, strategy=strategies, on_batch=note))
+    assert scans_cost == (20 + 1) * 22
+    stop = f"{text[8]}9*"  # the wild type's pass serves both
+    assert tokens_computed(
+        lambda note: variants.score(ours, text, [names[0], stop], strategy="pllr", on_batch=note)
+    ) == (2 * 22)
+    # Of many proteins, batches hold as many as they have room for, and the one that is there twice is computed once.
+    texts, done = [protein(10, seed=i) for i in (1, 2, 3, 1)], []
+    asked = [Asked(Job(t, "wt"), [bind(parse(f"{t[2]}3W"), t)]) for t in texts]
+    together = scores_of(ours, asked, 100, done.append)
+    assert done == [36]
+    np.testing.assert_array_equal(np.concatenate(together), [variants.score(ours, t, [f"{t[2]}3W"])[0] for t in texts])
+
+
+def test_what_is_known_is_bounded_and_right(monkeypatch):
+    from esm_fast.variants.plan import Known
+
+    monkeypatch.setattr(Known, "ROWS", 5)
+    known, rows = Known(), np.arange(2)
+    for i in range(4):
+        known.put(bytes([i]), rows, np.full((2, 33), i, float))
+    assert known.get(bytes([0]), rows) is None and known.get(bytes([1]), rows) is None and len(known) == 2
+    assert (known.get(bytes([3]), np.array([1])) == 3).all() and known.get(bytes([3]), np.array([0, 2])) is None
+    known.put(bytes([3]), np.arange(9), np.zeros((9, 33)))  # more than there is room for: it alone
+    assert len(known) == 1 and known.get(bytes([3]), np.arange(9)).shape == (9, 33)
 
 
 def test_a_long_protein_shares_its_windows(ours, protein):
