@@ -20,8 +20,8 @@ from .. import hub, ops, weights
 from ..alphabet import MASK, PAD, TOKENS
 from ..models.encoder import Encoder
 from ..models.family import of_config
+from ..models.padded import contact_tokens, pad_attentions, pad_contacts, pad_rows
 from ..models.results import Outputs
-from .fair_esm import contact_tokens, pad_attentions, pad_contacts, pad_rows
 from .hf_host import HEAD, LAYOUT, PackedInput, pack_input
 from .hf_tokenizer import EsmTokenizer
 from .shared import NotPackable, PackedEncoder, find, warn_not_packed

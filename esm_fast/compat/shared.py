@@ -19,7 +19,7 @@ from ..alphabet import MASK, PAD
 from ..models.attached import NotPackable, NotPackedWarning, is_plain, require_own, warn_not_packed
 from ..models.encoder import Encoder
 from ..models.family import Config, Family, LayoutError, of_config
-from .fair_esm import api_class
+from ..models.padded import api_class
 
 __all__ = ["Layout", "NotPackable", "NotPackedWarning", "PackedEncoder", "Part", "examine", "find", "warn_not_packed"]
 

@@ -3,7 +3,6 @@
 import torch
 
 from .. import hub, weights
-from ..compat.fair_esm import api_class
 from ..edits import lies_in_a_file
 from ..formats import formats, of_dtype
 from ..formats.format import Format
@@ -11,6 +10,7 @@ from ..formats.model import prepack_model, why_not
 from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import published
+from ..models.padded import api_class
 from ..ops.registry import require_backend
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,6 @@
 """What all families compute: a pre-LN transformer over packed batches, rows of all sequences one after the other.
 
-There is no padding; `compat` gives the models the APIs that fair-esm and Hugging Face users know.
+There is no padding; `padded` adds the call that fair-esm's users know, `compat` the APIs of other packages.
 """
 
 from dataclasses import replace

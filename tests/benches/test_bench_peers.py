@@ -86,7 +86,7 @@ from pathlib import Path
 import json, torch
 from esm_fast import weights
 from esm_fast.alphabet import TOKENS
-from esm_fast.compat.fair_esm import api_class
+from esm_fast.models.padded import api_class
 __version__, current_isa = "0", lambda: "made up"
 class Tokenizer:
     def encode(self, text): return [0, *map(TOKENS.index, text), 2]

@@ -91,7 +91,7 @@ ORDER = [
     *("alphabet", "console", "memory", "files", "sequences"),  # bytes, residues, batches
     *("ops", "formats", "packed", "quantized", "packed_file", "edits", "kernels"),  # what is computed, and by whom
     *("models", "weights", "download", "hub"),  # families, their files, and where those are
-    *("compat", "inference", "train"),  # `load` gives models with fair-esm's API
+    *("inference", "train", "compat"),  # other packages' APIs stand above what they offer
     *("dataset", "variants", "plots", "pretrained", "sklearn", "cli"),
 ]
 # The registry looks the backends up: the one place where what is below finds what is above, by name.

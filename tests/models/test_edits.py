@@ -15,7 +15,7 @@ PROTEIN = [("a", "MKTVRQERLKSIVRILERSKEPVSG")]
 
 
 def small():
-    from esm_fast.compat.fair_esm import api_class
+    from esm_fast.models.padded import api_class
 
     torch.manual_seed(0)
     config = Config(layers=2, embed_dim=48, ffn_embed_dim=96, attention_heads=4)
