@@ -220,6 +220,8 @@ def masked_lm_head_backward(
 ) -> None: ...
 def masked_softmax(*, scores: torch.Tensor, lengths: torch.Tensor, result: torch.Tensor) -> None: ...
 def pool(*, x: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None: ...
+def pool_max(*, x: torch.Tensor, cu_seqlens: torch.Tensor, counted: torch.Tensor, result: torch.Tensor) -> None: ...
+def pool_moments(*, x: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None: ...
 def pre_ln_attention(
     *,
     x: torch.Tensor,
@@ -278,9 +280,11 @@ def pre_ln_attention_output_backward(
     dresult: torch.Tensor | None,
 ) -> None: ...
 
-# A layer's ten vectors and six matrices in the order of `ops.LayerWeights`, the eps of its norms, and where its stream
-# is wanted too.
-_Layer = tuple[Sequence[torch.Tensor], Sequence[Weights], tuple[float, float], torch.Tensor | None]
+# An op that pools, what it takes for each row, and its result.
+_Pool = tuple[str, torch.Tensor, torch.Tensor]
+# A layer's ten vectors and six matrices in the order of `ops.LayerWeights`, the eps of its norms, where its stream is
+# wanted too, and what is pooled of it.
+_Layer = tuple[Sequence[torch.Tensor], Sequence[Weights], tuple[float, float], torch.Tensor | None, Sequence[_Pool]]
 
 def transformer_stack(
     *,

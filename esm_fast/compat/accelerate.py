@@ -42,15 +42,15 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> nn.Module:
         nothing was changed.
     """
     require_backend(backend)
-    faces = [(module, face) for module in model.modules() if (face := _face(type(module))) is not None]
-    encoders = [module for module, face in faces if issubclass(face, PackedEncoder)]
+    apis = [(module, api) for module in model.modules() if (api := _api(type(module))) is not None]
+    encoders = [module for module, api in apis if issubclass(api, PackedEncoder)]
     if not encoders:
         raise TypeError(_no_encoder(model))
-    for module, face in faces:
-        if issubclass(face, PackedEncoder):
-            examine(module, face.esm_fast_layout)
-    for module, face in faces:
-        module.__class__ = face
+    for module, api in apis:
+        if issubclass(api, PackedEncoder):
+            examine(module, api.esm_fast_layout)
+    for module, api in apis:
+        module.__class__ = api
     for module in encoders:
         module.esm_fast_backend = backend
     return model
@@ -73,7 +73,7 @@ def _is_ours(kind: type) -> bool:
     return _key(kind) in {(f"{__package__}.{module}", name) for module, name in _FACES.values()}
 
 
-def _face(kind: type) -> type | None:
+def _api(kind: type) -> type | None:
     """Our class for an original one, itself for ours, None for any other: a subclass may compute something else."""
     if _is_ours(kind):
         return kind

@@ -14,8 +14,15 @@ from esm_fast.ops.embedding import _case as embedding_case
 from esm_fast.ops.masked_lm_head import _case as head_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
 from esm_fast.ops.pool import _case as pool_case
+from esm_fast.ops.pool_max import _case as max_case
+from esm_fast.ops.pool_moments import _case as moments_case
 
-EMBEDDING, HEAD, SOFTMAX, POOL = (OPS[n] for n in ("embedding", "masked_lm_head", "masked_softmax", "pool"))
+EMBEDDING, HEAD, SOFTMAX = (OPS[n] for n in ("embedding", "masked_lm_head", "masked_softmax"))
+POOLINGS = {
+    "pool": pool_case,
+    "pool_max": max_case,
+    "pool_moments": lambda *sizes, **named: moments_case(pool_case(*sizes, **named)),
+}
 
 
 def check(op, case, dtype, seed=0):
@@ -50,7 +57,19 @@ def test_any_shape_of_maps(isa, lengths, heads, dtype, seed):
 @relaxed
 @given(lengths_, st.integers(1, 600), st.booleans(), seeds_)
 def test_any_shape_of_pool(isa, lengths, width, ends, seed):
-    check(POOL, pool_case("random", lengths, width, ends=ends), torch.float32, seed)
+    for name, case in POOLINGS.items():
+        check(OPS[name], case("random", lengths, width, ends=ends), torch.float32, seed)
+
+
+def test_the_largest_of_what_is_no_number_or_infinite(isa):
+    """NaN where one counts, wherever it stands; minus infinity where all are; 0 where no row counts."""
+    inf, nan = float("inf"), float("nan")
+    columns = [[nan, 1, 2], [1, nan, 2], [2, 1, nan], [-inf] * 3, [-inf, inf, 1], [-3, -1, -2]]
+    x = torch.tensor([*zip(*columns, strict=True), [9] * 6], dtype=torch.float32)
+    offsets = torch.tensor([0, 3, 3, 4], dtype=torch.int32)
+    found = run("pool_max", x=x, cu_seqlens=offsets, counted=torch.arange(4) < 3)[0]
+    expected = torch.tensor([[nan, nan, nan, -inf, inf, -1], [0] * 6, [0] * 6])
+    assert torch.equal(found.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
@@ -170,7 +189,9 @@ def test_the_same_bits_in_any_batch(isa, threads, dtype):
         logits, loss = run(
             "masked_lm_head", **{**head, "x": x, "rows": torch.arange(len(x)), "targets": part["tokens"].long()}
         )
-        return x, logits, run("pool", x=x, cu_seqlens=ends, weight=weight[first:last])[0], loss
+        taken = {"pool": weight, "pool_max": weight > 0.1, "pool_moments": weight}
+        pooled = [kernel(name).forward(x, ends, rows[first:last]) for name, rows in taken.items()]
+        return x, logits, *pooled, loss
 
     threads(1)
     together = through(0, ends[-1], ends)
@@ -178,9 +199,9 @@ def test_the_same_bits_in_any_batch(isa, threads, dtype):
         threads(n)
         assert all(torch.equal(a, b) for a, b in zip(through(0, ends[-1], ends), together, strict=True))
         for i, (start, end) in enumerate(itertools.pairwise(ends)):
-            x, logits, pooled, _ = through(start, end, [0, end - start])
+            x, logits, *pooled, _ = through(start, end, [0, end - start])
             assert torch.equal(x, together[0][start:end]) and torch.equal(logits, together[1][start:end])
-            assert torch.equal(pooled[0], together[2][i])
+            assert all(torch.equal(one[0], all_[i]) for one, all_ in zip(pooled, together[2:-1], strict=True))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

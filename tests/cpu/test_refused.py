@@ -11,7 +11,7 @@ from esm_fast import _C
 from esm_fast.ops import OPS, verify
 
 KERNELS = ("attention_varlen", "contact_map", "embedding", "gelu_ffn", "masked_lm_head", "masked_softmax", "pool",
-           "pre_ln_attention", "transformer_stack")  # fmt: skip
+           "pool_max", "pool_moments", "pre_ln_attention", "transformer_stack")  # fmt: skip
 
 
 class Recorder:
@@ -42,7 +42,8 @@ def recorded_calls(op_name, monkeypatch, gradients):
         monkeypatch.setattr(file, "_C", Recorder(calls))
     op = OPS[op_name]
     cases = op.cases()
-    case = next((c for c in cases if c.name in ("tiny", "rows_33", "masked_rows", "small")), cases[-1])
+    case = next((c for c in cases if c.name in ("pooled", "rows_33", "masked_rows", "small")), None)
+    case = case or next((c for c in cases if c.name == "tiny"), cases[-1])
     if gradients:
         verify.gradients(op, kernel(op_name), case, torch.float32, "cpu")
     else:

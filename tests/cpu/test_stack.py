@@ -30,7 +30,7 @@ def layer_by_layer(x, cu_seqlens, max_seqlen, layers, heads, return_layers, rota
         x = attention(x, cu_seqlens, max_seqlen, *layer.attention, heads, layer.attn_eps, rotary, False)
         x = kernel("gelu_ffn").forward(x, *layer.ffn, layer.ffn_eps)
         after.append(x)
-    pooled = (ops.POOLS[name](after[number - 1], cu_seqlens, rows) for number, name, rows in pools)
+    pooled = (kernel(name).forward(after[number - 1], cu_seqlens, rows) for number, name, rows in pools)
     return [x, *(after[number - 1] for number in return_layers), *pooled]
 
 
@@ -51,7 +51,8 @@ def test_the_bits_of_the_layers_one_by_one(isa, threads, dtype, rotary):  # noqa
         found = run("transformer_stack", **values)
         assert same(found, layer_by_layer(**values)), (lengths, n)
         rows = values["x"][:, 0].abs()
-        pools = [ops.StackPool(1, "pool", rows), ops.StackPool(3, "pool_max", rows > 0.1)]
+        taken = {"pool": rows, "pool_max": rows > 0.1, "pool_moments": rows}
+        pools = [ops.StackPool(number, name, taken[name]) for number in (3, 1) for name in taken]
         pooled = values | {"pools": pools}
         assert same(run("transformer_stack", **pooled), layer_by_layer(**pooled)), (lengths, n)
         # A stack that drops the positions is caught here and above: it is right without them.
@@ -71,13 +72,23 @@ def test_own_eps_and_a_width_of_its_own_for_every_layer():
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
 def test_a_protein_has_the_same_bits_in_any_batch(threads, dtype):  # noqa: F811
     values = arguments(dtype)
-    together = run("transformer_stack", **values)
+    counted = values["x"][:, 0] > -1
+    taken = {"pool": counted / 3, "pool_max": counted, "pool_moments": counted / 2}
+
+    def through(start, end, ends):
+        pools = [ops.StackPool(2, name, rows[start:end]) for name, rows in taken.items()]
+        ends = torch.tensor(ends, dtype=torch.int32)
+        part = {"x": values["x"][start:end], "cu_seqlens": ends, "max_seqlen": int(ends.diff().max()), "pools": pools}
+        found = run("transformer_stack", **values | part)
+        return found[:-3], found[-3:]
+
+    together, pooled = through(0, sum(LENGTHS), values["cu_seqlens"].tolist())
     for n in (1, 3):
         threads(n)
-        for start, end in itertools.pairwise(values["cu_seqlens"].tolist()):
-            ends = torch.tensor([0, end - start], dtype=torch.int32)
-            one = {**values, "x": values["x"][start:end], "cu_seqlens": ends, "max_seqlen": end - start}
-            assert same(run("transformer_stack", **one), [out[start:end] for out in together])
+        for i, (start, end) in enumerate(itertools.pairwise(values["cu_seqlens"].tolist())):
+            alone, pooled_alone = through(start, end, [0, end - start])
+            assert same(alone, [out[start:end] for out in together])
+            assert same(pooled_alone, [out[i : i + 1] for out in pooled])
 
 
 def test_callers_at_once_and_a_fork_get_the_same_bits():

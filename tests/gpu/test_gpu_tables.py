@@ -1,5 +1,6 @@
 """What is said of the GPU kernels: the tables, the matrix that is made of them, the estimates."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,23 @@ sys.path.append(str(Path(__file__).parents[2] / "benches"))  # last: there is a 
 
 import roofline  # noqa: E402
 
-# transformer_stack is those ops, one after the other; the others have no kernels of ours on GPUs: the reference runs.
-PROVEN = set(OPS) - {"transformer_stack", "pool_max", "pool_moments"}
+ROOT = Path(__file__).parents[2]
+
+
+def implemented(backend: str) -> set[str]:
+    """The ops that a backend has a kernel for, from its source: its library need not be installed."""
+    source = "".join(path.read_text() for path in (ROOT / "kernels" / backend).glob("*.py"))
+    return set(re.findall(r'@implements\(\s*"(\w+)"', source))
+
+
+PROVEN = implemented("triton")
+
+
+def test_ops_without_a_kernel_on_gpus_are_those_that_the_docs_name():
+    (told,) = re.findall(r"Ops without a kernel of ours on GPUs: (.*?)\n\n", (ROOT / "docs/gpu.md").read_text(), re.S)
+    named = set(re.findall(r"`(\w+)`", told)) & set(OPS)
+    assert PROVEN and implemented("cuda") and named
+    assert set(OPS) - PROVEN - implemented("cuda") == named
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------

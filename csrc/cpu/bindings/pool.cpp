@@ -1,17 +1,11 @@
-#include "bind.h"
+#include "pooling.h"
 
 namespace esm {
 namespace cpu {
 namespace {
 
 void pool(const Tensor& x, const Tensor& cu_seqlens, const Tensor& weight, const Tensor& result) {
-    const Arguments is("pool");
-    const int64_t n = x.size(0);
-    const int width = is.columns(x.size(1), "width");
-    const int32_t* ends = is.offsets(cu_seqlens, "cu_seqlens", n);
-    const int64_t sequences = cu_seqlens.size(0) - 1;
-    run(PoolCall{is.floats(x, "x", {n, width}), is.floats(weight, "weight", {n}), ends, sequences, width,
-                 is.floats_out(result, "result", {sequences, width})});
+    run_pooling<PoolCall>("pool", x, cu_seqlens, weight, result);
 }
 
 const Binding binding([](py::module_& module) {

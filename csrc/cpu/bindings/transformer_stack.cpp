@@ -1,15 +1,18 @@
 #include <array>
 #include <tuple>
 
-#include "bind.h"
+#include "pooling.h"
 
 namespace esm {
 namespace cpu {
 namespace {
 
-// A layer's vectors in the order of `ops.LayerWeights`, its matrices likewise, the eps of its norms, and where its
-// stream is wanted too.
-using Layer = std::tuple<std::array<Tensor, 10>, std::array<const Weights*, 6>, std::array<float, 2>, std::optional<Tensor>>;
+// An op that pools, what it takes for each row, and where its result goes.
+using Pool = std::tuple<std::string, Tensor, Tensor>;
+// A layer's vectors in the order of `ops.LayerWeights`, its matrices likewise, the eps of its norms, where its stream is
+// wanted too, and what is pooled of it.
+using Layer = std::tuple<std::array<Tensor, 10>, std::array<const Weights*, 6>, std::array<float, 2>,
+                         std::optional<Tensor>, std::vector<Pool>>;
 
 // What all layers of a call share.
 struct Stream {
@@ -24,7 +27,7 @@ struct Stream {
 };
 
 LayerCall layer_call(const Arguments& is, const Stream& stream, const Layer& layer, const float* from) {
-    const auto& [vectors, weights, eps, copy] = layer;
+    const auto& [vectors, weights, eps, copy, pools] = layer;
     for (const Weights* given : weights) is.require(given, "a layer has six matrices");
     const Element plain = layout_of(stream.type).plain;
     const int width = stream.width, hidden = weights[4]->prepacked().out;
@@ -40,7 +43,17 @@ LayerCall layer_call(const Arguments& is, const Stream& stream, const Layer& lay
             {stream.result, stream.result, stream.rows, eps[1], vector(6), vector(7), vector(8), vector(9),
              matrix(is, *weights[4], "fc1", stream.type, hidden, width),
              matrix(is, *weights[5], "fc2", stream.type, width, hidden)},
-            copy ? is.floats_out(*copy, "a layer's copy", {stream.rows, width}) : nullptr};
+            copy ? is.floats_out(*copy, "a layer's copy", {stream.rows, width}) : nullptr, nullptr, 0};
+}
+
+std::vector<StackPool> pools_of(const Arguments& is, const Stream& stream, const Layer& layer) {
+    std::vector<StackPool> made;
+    for (const auto& [name, rows, result] : std::get<4>(layer)) {
+        const Pooling op = pooling_named(is, name);
+        made.push_back({op, pooling_call(is, op, stream.result, {stream.rows, stream.width}, stream.cu_seqlens,
+                                         stream.sequences, rows, result)});
+    }
+    return made;
 }
 
 void transformer_stack(const Tensor& x, const Tensor& cu_seqlens, int64_t heads, const std::optional<Tensor>& rotary,
@@ -54,8 +67,13 @@ void transformer_stack(const Tensor& x, const Tensor& cu_seqlens, int64_t heads,
                         is.offsets(cu_seqlens, "cu_seqlens", n), cu_seqlens.size(0) - 1, int(heads), q.in, q.type,
                         rotary ? is.floats(*rotary, "rotary", {2, n, dim}) : nullptr};
     std::vector<LayerCall> calls;
-    for (const Layer& layer : layers)
+    std::vector<std::vector<StackPool>> pools;
+    for (const Layer& layer : layers) {
         calls.push_back(layer_call(is, stream, layer, calls.empty() ? stream.x : stream.result));
+        pools.push_back(pools_of(is, stream, layer));
+        calls.back().pools = pools.back().data();  // which stay where they are when the list of them moves
+        calls.back().pool_count = int64_t(pools.back().size());
+    }
     run_steps(TransformerStackCall{calls.data(), int64_t(calls.size())});
 }
 

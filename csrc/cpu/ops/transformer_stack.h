@@ -1,16 +1,24 @@
 // transformer_stack: the halves of all layers, one after the other.
 #pragma once
 
-#include "../types.h"
+#include "../pooling.h"
 
 namespace esm {
 namespace cpu {
+
+// What is pooled of the stream after a layer.
+struct StackPool {
+    Pooling op;
+    PoolingCall call;
+};
 
 // Layers of one shape over the same rows. The first reads the caller's x; every other reads the result, in place.
 struct LayerCall {
     PreLnAttentionCall attention;
     GeluFfnCall ffn;
     float* copy;  // where the stream after this layer goes too, or null
+    const StackPool* pools;
+    int64_t pool_count;
 };
 struct TransformerStackCall {
     const LayerCall* layers;
@@ -22,6 +30,9 @@ struct TransformerStackCall {
 
 #if defined(ESM_LEVEL)
 #include "gelu_ffn.h"
+#include "pool.h"
+#include "pool_max.h"
+#include "pool_moments.h"
 #include "pre_ln_attention.h"
 
 namespace esm {
@@ -31,6 +42,24 @@ namespace {
 void copy_stream(const LayerCall& layer, int64_t first, int64_t last) {
     const size_t width = size_t(layer.ffn.fc1.in), at = size_t(first) * width;
     if (layer.copy) std::memcpy(layer.copy + at, layer.ffn.result + at, size_t(last - first) * width * sizeof(float));
+}
+
+void pool_strip_of(const StackPool& pool, const Strip& strip) {
+    switch (pool.op) {
+#define X(op, rows, element, vectors) \
+    case Pooling::op:                 \
+        return op##_strip(pool.call, strip);
+        ESM_POOLINGS(X)
+#undef X
+    }
+}
+
+// The stream after a layer stays as it is until the next attention is added to it.
+void pool_stream(const LayerCall& layer) {
+    if (!layer.pool_count) return;
+    each_strip(layer.pools->call, [&](const Strip& strip) {
+        for (int64_t i = 0; i < layer.pool_count; ++i) pool_strip_of(layer.pools[i], strip);
+    });
 }
 
 // From one attention to the next a block of rows goes through all steps without meeting the others.
@@ -72,6 +101,7 @@ void transformer_stack_of(const TransformerStackCall& call) {
                 if (more) next.project(first, last);
             });
         }
+        pool_stream(layer);
         attention = next;
     }
 }

@@ -8,7 +8,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +30,13 @@ class Batch:
     segments: list[Segment]
     bounds: list[tuple[int, int]]
     dtype: torch.dtype
+    _made: dict = field(default_factory=dict)
+
+    def once(self, key, make: Callable[["Batch"], Any]) -> Any:
+        """make(batch), once for all outputs that name it by this key, such as those of different layers."""
+        if key not in self._made:
+            self._made[key] = make(self)
+        return self._made[key]
 
     def spans(self) -> Iterator[tuple[Segment, int, int]]:
         """Each segment with its tokens' bounds, <cls> and <eos> included."""

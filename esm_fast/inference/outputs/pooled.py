@@ -23,12 +23,15 @@ class _Pooled(Output):
     op: ClassVar[str] = "pool"
 
     def needs(self, batch: Batch) -> Needs:
+        return Needs(pools=(StackPool(self.layer, self.op, batch.once(type(self), self._rows)),))
+
+    def _rows(self, batch: Batch) -> torch.Tensor:
+        """What the op takes for each token: the same of every layer."""
         rows = np.zeros(batch.bounds[-1][1])
         for segment, start, end in batch.spans():
             self.weigh(rows[start:end], segment)
         rows = torch.from_numpy(rows).to(batch.packed.tokens.device, batch.dtype)
-        rows = rows != 0 if self.op == "pool_max" else rows
-        return Needs(pools=(StackPool(self.layer, self.op, rows),))
+        return rows != 0 if self.op == "pool_max" else rows
 
     def weigh(self, rows: np.ndarray, segment: Segment) -> None:
         """Sets the weights of a segment's tokens, which are 0."""

@@ -1,4 +1,4 @@
-"""The drop-in's own tests, with fair-esm's face, Hugging Face's and `esm_fast.embed`, on the Triton kernels."""
+"""The drop-in's own tests, with fair-esm's API, Hugging Face's and `esm_fast.embed`, on the Triton kernels."""
 
 import dataclasses
 import functools

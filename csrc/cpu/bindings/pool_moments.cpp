@@ -1,0 +1,17 @@
+#include "pooling.h"
+
+namespace esm {
+namespace cpu {
+namespace {
+
+void pool_moments(const Tensor& x, const Tensor& cu_seqlens, const Tensor& weight, const Tensor& result) {
+    run_pooling<PoolMomentsCall>("pool_moments", x, cu_seqlens, weight, result);
+}
+
+const Binding binding([](py::module_& module) {
+    module.def("pool_moments", &pool_moments, py::kw_only(), "x"_a, "cu_seqlens"_a, "weight"_a, "result"_a);
+});
+
+}  // namespace
+}  // namespace cpu
+}  // namespace esm
