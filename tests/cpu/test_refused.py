@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from cpu_levels import kernel
+from torch.utils import _pytree as pytree
 
 from esm_fast import _C
 from esm_fast.ops import OPS, verify
@@ -52,7 +53,7 @@ def recorded_calls(op_name, monkeypatch, gradients):
     return calls
 
 
-# Rows of these are looked up by numbers that the kernel checks, so that one fewer may do.
+# Rows of these are looked up by numbers that the kernel checks, so that one fewer may do: see the test at the end.
 LOOKED_UP = {("embedding", "token_table"), ("embedding", "position_table"), ("masked_lm_head", "x")}
 
 
@@ -111,3 +112,21 @@ def test_sizes_beyond_reason_are_refused(sizes):
             _C.prepacked_size(dtype, *sizes)
         with pytest.raises(ValueError):
             _C.view_weights(b"", dtype, *sizes)
+
+
+@pytest.mark.parametrize("op_name, argument", sorted(LOOKED_UP))
+def test_a_shorter_table_is_not_read_beyond_its_end(op_name, argument, monkeypatch):
+    """Behind the end stand NaN: with all numbers below it nothing of them is in the results, else it is refused."""
+    outcomes = set()
+    for name, arguments in recorded_calls(op_name, monkeypatch, False):
+        table = arguments.get(argument)
+        for rows in range(len(table) + 1) if (name, argument) in LOOKED_UP else ():
+            cut = torch.cat([table[:rows], table.new_full((len(table) + 1 - rows, *table.shape[1:]), float("nan"))])
+            leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+            try:
+                getattr(_C, name)(**arguments | {argument: cut[:rows]})
+                outcomes.add("computed")
+            except (IndexError, ValueError):
+                outcomes.add("refused")
+            assert all(leaf.isfinite().all() for leaf in leaves)
+    assert outcomes == {"computed", "refused"}
