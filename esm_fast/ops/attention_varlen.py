@@ -1,10 +1,14 @@
 """attention_varlen: softmax(scale q k^T) v within each packed sequence, all heads, no padding."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .common import AWKWARD_LENGTHS, Maker, spans
 from .contract import Contract, alike, factor, longest, offsets
+from .opaque import transformed
 from .registry import Case, Cost, op
 
 CONTRACT = Contract(
@@ -60,7 +64,8 @@ def attention_varlen(q, k, v, cu_seqlens, max_seqlen: int, scale: float):
     """
     lengths, out = cu_seqlens.diff().tolist(), []
     # Split, not sliced: the gradient of each slice would be as large as the whole batch.
-    for qkv in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        qkv = (t.transpose(0, 1).unsqueeze(0) for t in qkv)
-        out.append(F.scaled_dot_product_attention(*qkv, scale=scale)[0].transpose(0, 1))
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        for qkv in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            qkv = (t.transpose(0, 1).unsqueeze(0) for t in qkv)
+            out.append(F.scaled_dot_product_attention(*qkv, scale=scale)[0].transpose(0, 1))
     return torch.cat(out) if out else torch.zeros_like(q)

@@ -1,8 +1,10 @@
 """Kernels under autograd: an op's outputs with a graph behind them, whatever computed them."""
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 
@@ -12,6 +14,26 @@ def run_with_gradients(op, kernel, values: tuple):
         return kernel.differentiable(*values)
     leaves, structure = pytree.tree_flatten(values)
     return _WithBackward.apply(op, kernel, structure, *leaves)
+
+
+_SECOND = (
+    "kernels have no second derivatives, which create_graph=True asks for, and neither has torch's fused attention: "
+    "compute them by the original package's model (of one that was accelerated: esm_fast.unaccelerate)"
+)
+
+
+def first_order(backward: Callable) -> Callable:
+    """Decorates a backward that cannot be differentiated. torch's own `once_differentiable` notices by backward() only:
+    torch.autograd.grad passes its node by, and a second derivative would silently lack what goes through it."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx, *incoming):
+        if torch.is_grad_enabled():
+            raise RuntimeError(_SECOND)
+        return once(ctx, *incoming)
+
+    return checked
 
 
 class _WithBackward(torch.autograd.Function):
@@ -36,7 +58,7 @@ class _WithBackward(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *grad_outputs):
         saved = ctx.saved_tensors
         leaves = list(ctx.plain)

@@ -16,6 +16,11 @@ _TRACED = (
 )
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which torch's fused operations do not all know."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def why(tensors: Sequence[torch.Tensor]) -> str | None:
     """What keeps kernels from a call's tensors; None if nothing does.
 

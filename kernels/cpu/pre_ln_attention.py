@@ -2,10 +2,10 @@
 it with its own, too."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from esm_fast import _C
 from esm_fast.ops.attention_varlen import attention_varlen
+from esm_fast.ops.gradients import first_order
 from esm_fast.ops.pre_ln_attention import rotate
 from esm_fast.ops.registry import implements
 
@@ -25,7 +25,7 @@ class _Inputs(torch.autograd.Function):
         return x, *results
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, beside, *gradients):
         x, *tensors = ctx.saved_tensors
         stream, width = stream_of(x), x.shape[1]
@@ -74,7 +74,7 @@ class _Output(torch.autograd.Function):
         return result.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, incoming):
         follow_torch()
         mixed, weight, bias = ctx.saved_tensors
