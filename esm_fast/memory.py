@@ -1,4 +1,4 @@
-"""Loading in little more memory than the weights take: models without values, and pages handed back."""
+"""Memory: models without values, pages handed back, and what is refused because it would not fit."""
 
 import ctypes
 import mmap
@@ -50,15 +50,65 @@ class MappedFiles:
         Only for tensors as they were read: what was written into one since is lost. For tensors in ordinary memory
         nothing happens.
         """
-        if not self.hold(tensor):
+        self.forget_bytes(torch._C._data_address(tensor), tensor.nbytes)
+
+    def forget_bytes(self, start: int, size: int) -> None:
+        """The same by address."""
+        end = start + size
+        if not any(low <= start and end <= high for low, high in self._ranges):
             return
-        start = torch._C._data_address(tensor)
-        end = start + tensor.nbytes
         page = mmap.PAGESIZE
         first, last = -(-start // page) * page, end // page * page  # only pages that hold nothing else
         if first < last:
             # The result does not matter: this is advice, and without it the pages only stay a little longer.
             _MADVISE(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def hand_back() -> None:
+    """Gives the pages of freed tensors back that the C library keeps for later ones, where it is glibc."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class NotEnoughMemory(MemoryError):
+    """What was asked for would not fit; the message says what it takes and what there is."""
+
+
+_WORTH_ASKING = 1 << 30  # bytes; asking takes longer than small things do
+
+
+def require_room(size: int, what: str, device: torch.device) -> None:
+    """Raises NotEnoughMemory where so many bytes more would not fit into the memory of the CPU.
+
+    Linux promises memory that it does not have, and kills who uses it. A GPU's allocator refuses by itself.
+    """
+    if size < _WORTH_ASKING or device.type != "cpu":
+        return
+    room = available()
+    if room is not None and size > room:
+        raise NotEnoughMemory(
+            f"{what} takes {size / 2**30:.1f} GiB of memory, of which {room / 2**30:.1f} GiB are free"
+        )
+
+
+def available() -> int | None:
+    """Bytes that this process could still use, its control group's limit counted; None where nobody tells."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        room = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        group = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        used = int((folder / "memory.current").read_text())
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+        return min(room, int((folder / "memory.max").read_text()) - used + int(cached))
+    except (OSError, StopIteration, KeyError, ValueError):  # no group, or one without a limit
+        return room
 
 
 _MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None

@@ -112,6 +112,8 @@ def _memory(error: BaseException, args: Namespace) -> str | None:
     """Libraries say in many ways that memory is full."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would slow every start
         return f"the GPU's memory is full; {_smaller(args)}"
+    if type(error).__name__ == "NotEnoughMemory":  # ours, which says what does not fit
+        return f"{error}; {_smaller(args)}, or take a machine with more"
     said = str(error).lower()
     by_words = isinstance(error, (RuntimeError, ImportError, OSError)) and any(w.lower() in said for w in _MEMORY_WORDS)
     by_number = isinstance(error, OSError) and error.errno == errno.ENOMEM

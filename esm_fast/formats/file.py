@@ -8,6 +8,7 @@ format allows. Any reader of safetensors opens the file; which processes map it 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import _C
@@ -42,6 +43,11 @@ def content(tensor: torch.Tensor) -> memoryview:
     if isinstance(tensor, PrepackedWeight):
         return memoryview(tensor.weights)
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def address(view: memoryview) -> int:
+    """Where the bytes of a tensor's `content` lie."""
+    return np.frombuffer(view, np.uint8).ctypes.data
 
 
 def view(stored: dict[str, torch.Tensor], config, kind: str) -> dict[str, torch.Tensor]:

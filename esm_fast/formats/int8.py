@@ -13,6 +13,8 @@ from ..ops.quantize import Quantized, int8_linear, quantize
 from .format import Format
 from .weight import MATRICES, PrepackedWeight
 
+_AT_ONCE = 1 << 18  # elements of a matrix that are quantised together
+
 
 class Int8Weight(PrepackedWeight):
     """A prepacked matrix of 8 bits. Its dtype is that of the arithmetic around it: to() changes nothing else."""
@@ -25,9 +27,10 @@ class Int8Weight(PrepackedWeight):
 
     @classmethod
     def pack(cls, matrix: torch.Tensor) -> "Int8Weight":
-        """A floating-point matrix on the CPU, quantised in fp32."""
-        numbers, scales = quantize(matrix.detach().float())
-        return cls(_C.prepack([numbers, scales.contiguous()], "int8"))
+        """A floating-point matrix on the CPU, quantised in fp32, some rows at a time: it takes copies of them."""
+        rows = max(1, _AT_ONCE // matrix.shape[1])
+        numbers, scales = zip(*(quantize(part.float()) for part in matrix.detach().split(rows)), strict=True)
+        return cls(_C.prepack([torch.cat(numbers), torch.cat(scales)], "int8"))
 
     @property
     def beside(self) -> torch.dtype:
@@ -100,7 +103,8 @@ def _balance(norm: nn.LayerNorm, matrices: list[torch.Tensor]) -> torch.Tensor:
     2023, the gain standing in for measured activations). Powers of two: bf16 holds the results exactly.
     """
     gain = norm.weight.abs().double()
-    largest = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0).double()
+    bounds = [bound.abs() for matrix in matrices for bound in torch.aminmax(matrix, dim=0)]  # without a copy of them
+    largest = torch.stack(bounds).amax(0).double()
     exponent = (torch.log2(gain / largest) / 2).round().nan_to_num(0, 0, 0).clamp(-30, 30)
     factor = torch.exp2(exponent).to(norm.weight.dtype)
     for parameter in (norm.weight, norm.bias):

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..memory import hand_back
 from ..ops.registry import BackendError, explain, request_of, select
 from . import of_dtype
 from .format import Format
@@ -24,29 +25,53 @@ def why_not(model) -> str | None:
     return None
 
 
-def prepack_model(model, form: Format | None = None, forget=lambda tensor: None) -> None:
-    """Makes an ESM1 one for inference on the CPU kernels: its layers' matrices are prepacked, one by one, each original
-    dropped, and no parameter takes gradients.
+class Prepacking:
+    """Prepacks the layers of a model one by one, each original dropped: for inference on the CPU kernels alone.
+
+    `weights.build` takes one and calls it with each layer as it is read, `prepack_model` with those of a whole model.
 
     Args:
-        form: the format; None for the model's own dtype.
+        form: the format, which is not asked again whether it runs here (see `Format.require`); None for the model's
+            own dtype.
+        insist: whether a model that would not run prepacked here is an error, or keeps its ordinary tensors.
         forget: is given each original when it is prepacked.
-
-    Raises:
-        ValueError: saying why the model would not run on prepacked weights here; nothing was changed. A format that is
-            given is not asked again: see `Format.require`.
     """
-    if form is None:
-        if (reason := why_not(model)) is not None:
+
+    def __init__(self, form: Format | None = None, *, insist: bool = True, forget=lambda tensor: None):
+        self.form, self.insist, self.forget = form, insist, forget
+        self.decided = False
+
+    def __call__(self, model, layer) -> None:
+        """Raises ValueError, at a model's first layer and before anything is changed, saying why it would not run."""
+        if not self.decided:
+            self._decide(model)
+        if self.form is not None:
+            prepack_layer(layer, self.form, self.forget)
+            hand_back()  # or the originals of small layers would stay in the heap between what is kept
+
+    def _decide(self, model) -> None:
+        self.decided = True
+        if self.form is None and (reason := why_not(model)) is None:
+            self.form = of_dtype(model.dtype)
+        elif self.form is None and self.insist:
             raise ValueError(f"the weights cannot be prepacked: {reason}")
-        form = of_dtype(model.dtype)
-    model.requires_grad_(False)
+        if self.form is not None:
+            model.requires_grad_(False)
+
+
+def prepack_layer(layer, form: Format, forget=lambda tensor: None) -> None:
+    factors = form.factors(layer)
+    for name in MATRICES:
+        linear = layer.get_submodule(name)
+        original = linear.weight
+        if not isinstance(original, form.weight):
+            matrix = original * factors[name] if name in factors else original
+            linear.weight = nn.Parameter(form.weight.pack(matrix), requires_grad=False)
+            forget(original)
+
+
+def prepack_model(model, form: Format | None = None, forget=lambda tensor: None) -> None:
+    """`Prepacking` of all layers of a model that has its tensors. Raises ValueError; nothing was changed then."""
+    prepack = Prepacking(form, forget=forget)
     for layer in model.layers:
-        factors = form.factors(layer)
-        for name in MATRICES:
-            linear = layer.get_submodule(name)
-            original = linear.weight
-            if not isinstance(original, form.weight):
-                matrix = original * factors[name] if name in factors else original
-                linear.weight = nn.Parameter(form.weight.pack(matrix), requires_grad=False)
-                forget(original)
+        prepack(model, layer)

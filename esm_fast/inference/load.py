@@ -6,7 +6,7 @@ from .. import hub, weights
 from ..edits import lies_in_a_file
 from ..formats import formats, of_dtype
 from ..formats.format import Format
-from ..formats.model import prepack_model, why_not
+from ..formats.model import Prepacking
 from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import published
@@ -44,32 +44,36 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     form = _quantised(wanted)
     if form is not None:
         form.require(device, backend, packed)
-    if name.startswith("random:"):
+    checkpoint = None if name.startswith("random:") else weights.read(hub.resolve(name_or_path))
+    if checkpoint is not None and packed is False:
+        checkpoint = checkpoint.unpacked()
+    elif checkpoint is not None and checkpoint.packed:
+        packed = True
+        _require_own_dtype(checkpoint, wanted)
+        wanted = checkpoint.dtype
+        form = _quantised(wanted)
+    device = _device(device, packed is True or form is not None)
+    prepack = None
+    if form is not None or packed is True or (packed == "auto" and device.type == "cpu"):
+        prepack = Prepacking(form, insist=packed is True, forget=MappedFiles().forget)
+    if checkpoint is None:
         model = random_model(name, backend=backend).to(_around(wanted))
+        for layer in model.layers if prepack else ():
+            prepack(model, layer)
     else:
-        checkpoint = weights.read(hub.resolve(name_or_path))
-        if packed is False:
-            checkpoint = checkpoint.unpacked()
-        elif checkpoint.packed:
-            packed = True
-            _require_own_dtype(checkpoint, wanted)
-            wanted = checkpoint.dtype
-            form = _quantised(wanted)
-        model = weights.build(checkpoint, api_class(checkpoint.config), dtype=_around(wanted), backend=backend)
-        del checkpoint  # or it would keep what packing drops
-    if device == "auto":
-        anywhere = packed is not True and form is None
-        device = "cuda" if torch.cuda.is_available() and anywhere else "cpu"
-    on_cpu = torch.device(device).type == "cpu"
-    if packed is True and not on_cpu:
-        raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
-    if form is not None:
-        prepack_model(model, form, forget=MappedFiles().forget)
-    elif packed is True or (packed == "auto" and on_cpu and why_not(model) is None):
-        prepack_model(model, forget=MappedFiles().forget)
-    elif on_cpu:
+        model_class, dtype = api_class(checkpoint.config), _around(wanted)
+        model = weights.build(checkpoint, model_class, dtype=dtype, backend=backend, prepack=prepack)
+    if device.type == "cpu" and (prepack is None or prepack.form is None):
         lies_in_a_file(model)
     return model.eval().to(device), model.alphabet
+
+
+def _device(device, packed: bool) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and not packed else "cpu"
+    if packed and torch.device(device).type != "cpu":
+        raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
+    return torch.device(device)
 
 
 def _around(wanted: torch.dtype | None) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import ops
 from ..alphabet import EOS, MASK, PAD, TOKENS
+from ..memory import require_room
 from ..ops.common import accumulate_dtype
 from ..ops.embedding import token_dropout_scale
 from ..sequences.batching import PackedBatch
@@ -315,7 +316,7 @@ class _Maps:
         self.model, self.batch = model, batch
         self.scale = (model.config.embed_dim // model.config.attention_heads) ** -0.5
         self.attentions = [[] for _ in range(len(batch))] if attentions else None
-        self.contacts = 0.0 if contacts else None
+        self.wants_contacts, self.contacts = contacts, None
         if contacts and keep is None:
             first = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=batch.tokens.device)
             first[batch.cu_seqlens[:-1].long()] = True  # an empty sequence at the end begins behind the tokens
@@ -323,6 +324,13 @@ class _Maps:
         self.keep = keep
         self.lengths = batch.lengths.tolist() if attentions or contacts else []  # waits for a GPU, once a batch
         self.size = sum(length**2 for length in self.lengths)
+        if self.attentions is not None:
+            what = f"a map of each pair of {sum(self.lengths):,} tokens in each of {model.config.layers} layers"
+            numbers = model.config.layers * model.config.attention_heads * self.size
+            require_room(numbers * model.dtype.itemsize, what, model.device)
+        if contacts:  # a sum, and what a layer adds to it
+            what = f"a contact of each pair of {sum(self.lengths):,} tokens"
+            require_room(2 * self.size * accumulate_dtype(model.dtype).itemsize, what, model.device)
 
     def add(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
         backend, heads = self.model.backend, q.shape[1]
@@ -332,18 +340,18 @@ class _Maps:
                 scores = (q_part * self.scale).transpose(0, 1) @ k_part.permute(1, 2, 0)
                 lengths = torch.tensor([len(q_part)], device=q.device)
                 maps.append(ops.masked_softmax(scores[None], lengths, backend=backend)[0])
-        if self.contacts is not None:
+        if self.wants_contacts:
             weight = self.model.contact_head.regression.weight[0, layer * heads : (layer + 1) * heads]
             ends = self.batch.cu_seqlens, self.batch.max_seqlen, self.size
             share = ops.contact_map(q, k, *ends, self.keep, weight, self.scale, backend=backend)
-            self.contacts = self.contacts + share
+            self.contacts = share if self.contacts is None else self.contacts.add_(share)
 
     def finish(self):
         attentions = contacts = None
         if self.attentions is not None:
             attentions = [torch.stack(maps) for maps in self.attentions]
-        if self.contacts is not None:
+        if self.wants_contacts:
             bias = self.model.contact_head.regression.bias.to(self.contacts.dtype)
-            flat = torch.sigmoid(self.contacts + bias).split([length**2 for length in self.lengths])
+            flat = self.contacts.add_(bias).sigmoid_().split([length**2 for length in self.lengths])
             contacts = [piece.view(length, length) for piece, length in zip(flat, self.lengths, strict=True)]
         return attentions, contacts

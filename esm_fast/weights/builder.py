@@ -3,6 +3,8 @@
 import math
 import re
 import warnings
+from bisect import bisect
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,16 +13,29 @@ from ..formats.weight import PrepackedWeight
 from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import of_config
+from ..models.layers import TransformerLayer
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError, raise_problems, shown
 from .safe import require_dense
 
 
 def build(
-    checkpoint: Checkpoint, model_class: type[Encoder] | None = None, *, dtype=torch.float32, backend=None
+    checkpoint: Checkpoint,
+    model_class: type[Encoder] | None = None,
+    *,
+    dtype=torch.float32,
+    backend=None,
+    prepack: Callable[[Encoder, TransformerLayer], None] | None = None,
 ) -> Encoder:
     """A model holding a checkpoint's tensors: the very same memory where dtype needs no conversion.
 
-    model_class: of the checkpoint's family; None for the one that knows packed batches only.
+    Tensors are read, converted and let go one by one, a layer after the other, so that loading takes little more memory
+    than what is kept.
+
+    Args:
+        model_class: of the checkpoint's family; None for the one that knows packed batches only.
+        prepack: is given the model and each layer in turn, as soon as that holds its tensors and before the next one
+            is read; what it puts in their place is what is kept.
+
     A missing, extra, mis-shaped or non-finite tensor is a CheckpointError naming it. Without contact regression or
     language-model head the model loads, with a warning unless we wrote the file, and says so when these are asked for.
     """
@@ -40,12 +55,27 @@ def build(
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)
-    fixed = {key for key, _ in model.named_buffers(remove_duplicate=False)}  # fp32 in a model of any dtype
-    converted = _converted(checkpoint.source, tensors, dtype, fixed)
-    model.load_state_dict(_apart(converted, model.tied()), assign=True)
-    if model.lm_head is not None:
-        model.lm_head.weight = model.embed_tokens.weight
+    _fill(model, checkpoint.source, tensors, dtype, prepack)
     return model
+
+
+def _fill(model: Encoder, source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, prepack) -> None:
+    """Puts the tensors into a model without values, those outside the layers first. Raises CheckpointError."""
+    fixed = {key for key, _ in model.named_buffers(remove_duplicate=False)}  # fp32 in a model of any dtype
+    groups: dict[str, list[str]] = {"": []} | {f"layers.{number}.": [] for number in range(len(model.layers))}
+    for key in tensors:
+        groups[".".join(key.split(".")[:2]) + "." if key.startswith("layers.") else ""].append(key)
+    convert = _Conversion(dtype, fixed, model.tied())
+    for prefix, keys in groups.items():
+        converted = {key.removeprefix(prefix): convert(key, tensors[key]) for key in keys}
+        part = model.get_submodule(prefix.removesuffix("."))
+        part.load_state_dict(converted, assign=True, strict=bool(prefix))
+        del converted  # or it would keep what prepacking drops
+        if not prefix and model.lm_head is not None:
+            model.lm_head.weight = model.embed_tokens.weight
+        if prefix and prepack is not None and not convert.problems:
+            prepack(model, part)
+    raise_problems(source, convert.problems)
 
 
 def _check_depth(checkpoint: Checkpoint) -> None:
@@ -77,32 +107,41 @@ def _check_tensors(source: Path, tensors: dict[str, torch.Tensor], expected: dic
     raise_problems(source, problems)
 
 
-def _converted(source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, fixed: set[str]):
-    """The tensors in dtype, those of `fixed` in fp32, each checked to be finite; in little more memory than they take.
+class _Conversion:
+    """Tensors of a checkpoint one by one in dtype, those of `fixed` in fp32; in little more memory than they take.
 
-    Packed ones were checked when they were packed, and keep their type.
+    problems: those that are not finite. Prepacked ones were checked when they were prepacked, and keep their type.
+    tied: of what a model holds once under several names, all names but one.
     """
-    mapped, problems, converted = MappedFiles(), [], {}
-    for key, tensor in tensors.items():
+
+    def __init__(self, dtype: torch.dtype, fixed: set[str], tied: dict[str, str]):
+        self.dtype, self.fixed, self.tied = dtype, fixed, tied
+        self.mapped, self.problems = MappedFiles(), []
+        self.starts: list[int] = []  # of the checkpoint's own memory that the model has so far, ascending, with ends
+        self.ends: list[int] = []
+
+    def __call__(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, PrepackedWeight):
-            converted[key] = tensor
-            continue
-        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN propagates; no copy is made
-            problems.append(f"{key} holds NaN or infinity")
-        converted[key] = tensor.to(torch.float32 if key in fixed else dtype).resolve_neg().contiguous()
-        if converted[key] is not tensor:
-            mapped.forget(tensor)
-    raise_problems(source, problems)
-    return converted
+            return tensor
+        dtype, bounds = torch.float32 if key in self.fixed else self.dtype, tensor.aminmax()  # no copy is made
+        if not all(math.isfinite(bound) for bound in bounds):  # NaN propagates
+            self.problems.append(f"{key} holds NaN or infinity")
+        elif not all(math.isfinite(bound.to(dtype)) for bound in bounds):
+            name = str(dtype).removeprefix("torch.")
+            self.problems.append(f"{key} holds numbers too large for {name}; choose bfloat16 or float32")
+        converted = tensor.to(dtype).resolve_neg().contiguous()
+        if converted is not tensor:
+            self.mapped.forget(tensor)
+            return converted
+        return tensor if key in self.tied else self._apart(tensor)
 
-
-def _apart(tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> dict[str, torch.Tensor]:
-    """With a copy of each tensor that shares memory with another, as a file may have it: training would change both."""
-    ordinary = [key for key, t in tensors.items() if not isinstance(t, PrepackedWeight) and key not in tied]
-    end = 0
-    for key in sorted(ordinary, key=lambda key: tensors[key].data_ptr()):
-        tensor = tensors[key]
-        if tensor.data_ptr() < end:
-            tensors[key] = tensor.clone()
-        end = max(end, tensor.data_ptr() + tensor.nbytes)
-    return tensors
+    def _apart(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy if it shares memory with an earlier one, as a file may have it: training would change both."""
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        at = bisect(self.starts, start)
+        if (at and self.ends[at - 1] > start) or (at < len(self.starts) and self.starts[at] < end):
+            return tensor.clone()
+        self.starts.insert(at, start)
+        self.ends.insert(at, end)
+        return tensor

@@ -46,14 +46,15 @@ def save(model: Encoder, path: str | Path) -> str:
     return metadata["sha256"]
 
 
-def checksum(tensors: dict[str, torch.Tensor], after: Callable[[torch.Tensor], None] = lambda tensor: None) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of the names; `after` gets each in turn."""
+def checksum(tensors: dict[str, torch.Tensor], after: Callable[[memoryview], None] = lambda view: None) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of the names; `after` gets its bytes."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(prepacked_file.content(tensor))
-        after(tensor)
+        view = prepacked_file.content(tensor)
+        digest.update(view)
+        after(view)
     return digest.hexdigest()
 
 
@@ -81,9 +82,13 @@ def read_file(path: Path, verify: bool) -> Checkpoint:
             return read_beside_config(path)
         raise CheckpointError(f"{path} was not written by 'esm-fast convert' and has no config.json beside it")
     config = _config(path, metadata)
-    tensors, forget = read_safetensors(path), MappedFiles().forget
+    tensors, mapped = read_safetensors(path), MappedFiles()
     if "packed" in metadata:
-        tensors, forget = _packed(path, config, tensors, metadata), lambda tensor: None
+        tensors = _packed(path, config, tensors, metadata)
+
+    def forget(view: memoryview) -> None:
+        mapped.forget_bytes(prepacked_file.address(view), view.nbytes)
+
     if ("packed" not in metadata or verify) and checksum(tensors, after=forget) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
     return Checkpoint(path, "esm_fast", config, tensors, metadata.get("sha256"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import esm_fast
-from esm_fast import ops, weights
+from esm_fast import hub, ops, weights
 from esm_fast.models import family
 from esm_fast.models.esm2 import CONFIGS, Config
 from esm_fast.sequences.batching import pack
@@ -129,8 +129,9 @@ def test_padding_on_the_left_and_in_the_middle_is_as_there(tmp_path):
         close(ours(tokens)["logits"][real], theirs(tokens)["logits"][real])
 
 
-def test_gradients_are_fair_esms(tmp_path):
-    theirs = fair_esm(64, 4)
+@pytest.mark.parametrize("head_dim", SHAPES)
+def test_gradients_are_fair_esms(head_dim, tmp_path):
+    theirs = fair_esm(*SHAPES[head_dim])
     ours, _ = esm_fast.load(save_fair_esm(theirs, tmp_path / "a.pt"))
     tokens = tokens_of(PROTEINS[:2] + [("c", protein(70))])
     real = tokens != 1
@@ -285,9 +286,17 @@ def relative(got, truth) -> float:
     return float((got.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2.3e-2), (torch.float16, 4e-3)])
-def test_half_precision_is_as_right_at_four_thousand_tokens_as_at_64(dtype, bound, tmp_path):
-    path = save_fair_esm(fair_esm(128, 2), tmp_path / "a.pt")
+HALVES = [
+    (64, torch.bfloat16, 2.3e-2),
+    (64, torch.float16, 4e-3),
+    (16, torch.bfloat16, 2.3e-2),
+    (24, torch.bfloat16, 2.3e-2),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "bound"), HALVES)
+def test_half_precision_is_as_right_at_four_thousand_tokens_as_at_64(head_dim, dtype, bound, tmp_path):
+    path = save_fair_esm(fair_esm(*SHAPES[head_dim]), tmp_path / "a.pt")
     half, truth = (esm_fast.load(path, dtype=kind)[0] for kind in (dtype, torch.float64))
     assert half.layers[0].self_attn.rot_emb.inv_freq.dtype == torch.float32
     errors = {}
@@ -350,6 +359,31 @@ def test_long_proteins_run_whole_and_are_cut_on_request():
     first = next(iter(esm_fast.embed(model, [text[:1022]])))[1][-1]
     assert np.array_equal(cut, first)
     assert not np.array_equal(found["error"], found["window"]) and not np.array_equal(found["error"], cut)
+
+
+GOLDEN = [[8.9215, -10.5898, -6.4671], [-6.3967, -13.9114, -1.1212], [-7.7812, -13.9516, -3.7406]]
+
+
+def test_without_a_mask_padding_is_a_token_as_in_transformers():
+    """As the golden numbers below were made: <pad> is in the input and no mask is given."""
+    theirs = hugging_face("EsmForMaskedLM", 64, 4)
+    with torch.no_grad():
+        wanted = theirs(torch.arange(6)[None]).logits
+        got = esm_fast.accelerate(theirs)(torch.arange(6)[None]).logits
+    close(got, wanted)
+
+
+@pytest.mark.weights
+def test_golden_logits_of_the_published_weights():
+    """Those that transformers tests its own ESM-2 with, from facebook/esm2_t6_8M_UR50D."""
+    pytest.importorskip("transformers")
+    path = hub.cached("esm2_t6_8M_UR50D")
+    if path is None or not path.is_dir():
+        pytest.skip("facebook/esm2_t6_8M_UR50D is not in Hugging Face's cache: its golden logits were not compared")
+    model = esm_fast.EsmForMaskedLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        logits = model(torch.arange(6)[None]).logits
+    np.testing.assert_allclose(logits[0, :3, :3].numpy(), GOLDEN, atol=1e-3)
 
 
 # ---- our own files, names
