@@ -8,6 +8,7 @@ The process behind it runs nothing itself, so that no thread is lost in a fork.
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -23,7 +24,10 @@ class Forks:
         self.process.wait()
 
     def start(self, arguments, **how) -> int:
-        """patch: a function of os; at: which of its calls, from 1; how: "kill before", "kill after". Returns a pid."""
+        """patch: a function of os; at: which of its calls, from 1; how: "kill before", "kill after". Returns a pid.
+
+        streams: {name: how `_break` breaks it}; room: MiB of memory it may take beside what it has.
+        """
         how = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in how.items()}
         return self._ask({"arguments": [str(a) for a in arguments]} | how)
 
@@ -53,7 +57,7 @@ def _serve() -> None:
         print(answer, flush=True)
 
 
-def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull, streams=None) -> int:
+def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull, streams=None, room=0) -> int:
     from esm_fast.cli import main
 
     os.environ.update(environ or {})
@@ -65,6 +69,9 @@ def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os
     os.close(out)
     for name, how_it_is in (streams or {}).items():
         _break(name, how_it_is)
+    if room:
+        used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # noqa: SIM115
+        resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20),) * 2)
     if patch:
         setattr(os, patch, _killing(getattr(os, patch), at, how))
     try:
