@@ -3,23 +3,24 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..alphabet import TOKENS
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
 def table(path: Path, name: str, targets, more: Sequence[str] = ()):
     """Yields what takes a protein: (the cells of its first columns, its residues' ids or None, the head's outputs,
     the cells of the columns `more`, or a list of such, one a residue). The form is that of `name`'s ending."""
+    from ..alphabet import TOKENS
     from ..variants.tables import writer
 
     first = ["id", *(["position", "residue"] if targets.level == "residue" else [])]
     names, numbers = columns_of(targets)
     parquet = name.lower().endswith(".parquet")
 
-    def add(name: str, ids: np.ndarray | None, outputs: np.ndarray, extra: Iterator[list]) -> None:
+    def add(name: str, ids: "np.ndarray | None", outputs: "np.ndarray", extra: Iterator[list]) -> None:
         for at, (values, other) in enumerate(zip(values_of(targets, outputs), extra, strict=True)):
             place = [name] if ids is None else [name, float(at + 1) if parquet else str(at + 1), TOKENS[ids[at]]]
             write([*place, *(values if parquet else map(_text, values)), *other])
@@ -50,7 +51,7 @@ def columns_of(targets) -> tuple[list[str], set[str]]:
     return names, numbers
 
 
-def values_of(targets, outputs: np.ndarray) -> Iterator[list]:
+def values_of(targets, outputs: "np.ndarray") -> Iterator[list]:
     """The cells of each row of (rows, targets.outputs)."""
     parts = []
     for column, numbers, labels in zip(targets.columns, targets.numbers(outputs), targets.labels(outputs), strict=True):
