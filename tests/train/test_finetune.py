@@ -23,6 +23,7 @@ from esm_fast.sequences.fasta import FastaError
 from esm_fast.train import adapters, metrics
 from esm_fast.train.examples import Columns, Example, ExamplesError, labelled, read_examples
 from esm_fast.train.finetune import Settings, finetune
+from esm_fast.train.head import Part, _numbers, moments
 from esm_fast.train.model import new_model
 from esm_fast.train.predictor import Predictor, load_predictor
 from esm_fast.train.splits import folds, warnings_of, with_splits
@@ -198,6 +199,20 @@ def test_the_solved_head_is_scikit_learns(esm):
             )
             expected = model.fit(x["train"], wanted).predict_proba(x["test"])
             np.testing.assert_allclose(predictor.predict_proba(tested), expected, atol=2e-2)
+
+
+def test_leave_one_out_is_that_of_as_many_fits():
+    from sklearn.linear_model import Ridge
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 6)).astype(np.float32) * 3 + 1
+    y = (x[:, 0] + generator.normal(size=40)).astype(np.float32)
+    mean, spread = moments(x)
+    z = (x - mean) / spread
+    for *_, penalty, left_out in list(_numbers(Part(x, y), mean, spread))[::4]:
+        fits = [Ridge(penalty * 40).fit(np.delete(z, i, 0), np.delete(y, i)) for i in range(40)]
+        errors = [y[i] - fit.predict(z[i : i + 1])[0] for i, fit in enumerate(fits)]
+        assert left_out == pytest.approx(sum(e * e for e in errors), rel=1e-6)
 
 
 def test_each_label_counts_alike_whatever_the_batches(esm):
