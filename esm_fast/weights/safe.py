@@ -18,6 +18,7 @@ _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"  # torch's format before 1.6 is a row of pickles
 _LONGEST_JSON = 64 << 20  # of configurations and indices, which have a few hundred kB
 _MODEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_LARGEST_TENSOR = 1 << 36  # numbers
 _INTEGERS = (torch.int64, torch.int32)
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run 'git lfs pull', or download the file"),
@@ -147,5 +148,7 @@ def require_dense(source: Path, tensors: dict) -> dict[str, torch.Tensor]:
             problems.append(f"{shown(key)} is no floating-point tensor")
         elif tensor.layout != torch.strided or tensor.device.type != "cpu":
             problems.append(f"{shown(key)} has no values in memory ({tensor.layout}, {tensor.device})")
+        elif tensor.numel() > _LARGEST_TENSOR:  # one number, repeated by strides of 0
+            problems.append(f"{shown(key)} has shape {tuple(tensor.shape)}, larger than any model's")
     raise_problems(source, problems)
     return tensors

@@ -312,6 +312,7 @@ EDITS = {
     "table_short": edit_model(lambda model: model.update({TABLE: torch.zeros(3, 32)})),
     "table_scalar": edit_model(lambda model: model.update({TABLE: torch.tensor(1.0)})),
     "table_empty": edit_model(lambda model: model.update({TABLE: torch.zeros(0, 32)})),
+    "table_huge": edit_model(lambda model: model.update({TABLE: torch.ones(1).expand(2**31, 2**31)})),
     "table_list": edit_model(lambda model: model.update({TABLE: [1.0]})),
     "float8": edit_model(lambda model: model.update({FC1: model[FC1].to(torch.float8_e4m3fn)})),
     "complex": edit_model(lambda model: model.update({FC1: model[FC1].to(torch.complex64)})),
