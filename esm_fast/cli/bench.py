@@ -11,7 +11,7 @@ from .info import machine_lines
 from .numbers import above_0, positive
 
 NAME = "bench"
-ORDER = 51
+ORDER = 53
 HELP = "this machine's residues/s by type and backend; how long a file would take"
 DESCRIPTION = """\
 Embeds proteins in each type that this machine computes, by the kernels chosen here and by plain

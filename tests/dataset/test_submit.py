@@ -133,7 +133,6 @@ def test_what_a_job_does_with_an_exit_code(monkeypatch, code):
         (["--nodes", "2", "embed", "x", "-o", "o/", "--shard", "0/2"], "leave it out"),
         (["--nodes", "2", "embed", "-", "-o", "o/"], "standard input does not reach the jobs"),
         (["--nodes", "2", "--slurm", "qos", "embed", "x", "-o", "o/"], "give KEY=VALUE"),
-        (["--nodes", "2", "--hours", "0", "embed", "x", "-o", "o/"], "more than 0"),
         (["--nodes", "2", "embed", "x", "-o", "o/"], "has no sbatch"),
     ],
 )
@@ -143,6 +142,12 @@ def test_refusals(monkeypatch, tmp_path, capsys, options, message):
     assert main(["submit", *options]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_hours_are_wrong_arguments(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["submit", "--nodes", "2", "--hours", "0", "embed", "x", "-o", "o/"])
+    assert "'0' is not a number above 0" in capsys.readouterr().err
 
 
 def test_a_job_that_fails_is_named_with_its_log(tmp_path, source, capsys, monkeypatch):

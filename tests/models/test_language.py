@@ -104,4 +104,4 @@ def test_contacts_are_refused(tmp_path, capsys):
     fasta = tmp_path / "a.fasta"
     fasta.write_text(">a\nMKTAYIAK\n")
     assert main(["contacts", str(fasta), "-o", str(tmp_path / "maps")]) == 1
-    assert "no contact regression" in capsys.readouterr().err
+    assert "without a contact regression" in capsys.readouterr().err
