@@ -83,8 +83,8 @@ _WORTH_ASKING = 1 << 30  # bytes; asking takes longer than small things do
 def require_room(size: int, what: str, device: torch.device) -> None:
     """Raises NotEnoughMemory where so many bytes more would not fit into the memory of the CPU.
 
-    Linux promises memory that it does not have, and kills who uses it. A GPU's allocator refuses by itself. A graph that
-    is compiled does not ask: it is one for every size.
+    Linux promises memory that it does not have, and kills who uses it. A GPU's allocator refuses by itself. A compiled
+    graph does not ask: it is one for every size.
     """
     if torch.compiler.is_compiling() or size < _WORTH_ASKING or device.type != "cpu":
         return
