@@ -9,7 +9,7 @@ import torch
 
 from ..models.encoder import Encoder
 from ..ops.common import accumulate_dtype, spans
-from ..sequences.batching import PackedBatch, pack, plan
+from ..sequences.batching import PackedBatch, consecutive, pack, plan
 from ..sequences.tokenize import Tokens
 from .outputs import Batch, Given, Output
 from .windows import Segment, segments
@@ -42,24 +42,11 @@ def run(
     input order, wait for each other.
     """
     joined = _Joiner(outputs)
-    for group in _groups(segments(tokens, window or model.config.limit("error")), _BATCHES_AHEAD * budget):
+    cut = segments(tokens, window or model.config.limit("error"))
+    for group in consecutive(cut, lambda segment: segment.length + _SPECIAL, _BATCHES_AHEAD * budget):
         for segment, parts in zip(group, _run(model, group, outputs, budget, on_batch), strict=True):
             if (complete := joined.add(segment, parts)) is not None:
                 yield Protein(segment.label, complete)
-
-
-def _groups(segments: Iterable[Segment], limit: int) -> Iterator[list[Segment]]:
-    """Consecutive segments of at most `limit` tokens together (or a single one)."""
-    group, size = [], 0
-    for segment in segments:
-        length = segment.length + _SPECIAL
-        if group and size + length > limit:
-            yield group
-            group, size = [], 0
-        group.append(segment)
-        size += length
-    if group:
-        yield group
 
 
 def _run(model: Encoder, group: list[Segment], outputs: list[Output], budget: int, on_batch) -> list[list]:

@@ -1,7 +1,8 @@
 """Sequences end to end instead of padded: the plan of batches under a token budget, and `PackedBatch`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from esm_fast import _C
 from esm_fast.alphabet import PAD
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,25 @@ def plan(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndar
     return _C.plan(lengths, batch_tokens)
 
 
+def consecutive(items: Iterable[T], tokens_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items in their order, in groups of at most `limit` tokens together, or of a single item."""
+    group, total = [], 0
+    for item in items:
+        tokens = tokens_of(item)
+        if group and total + tokens > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += tokens
+    if group:
+        yield group
+
+
 def plan_definition(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """What `plan` computes, in Python; the tests compare the two."""
     lengths = _checked(lengths, batch_tokens)
-    batches, total = [], 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or total + lengths[index] > batch_tokens:
-            batches.append([])
-            total = 0
-        batches[-1].append(index)
-        total += lengths[index]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = consecutive(longest_first, lengths.__getitem__, batch_tokens)
     return [np.array(batch, dtype=np.int64) for batch in batches]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..sequences.batching import PackedBatch, pack
+from ..sequences.batching import PackedBatch, consecutive, pack
 from . import metrics
 from .head import moments
 from .labelled import Labelled
@@ -170,16 +170,7 @@ class Descent:
 
 def batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
     """Consecutive examples of at most `batch_tokens` together, or a single one; lengths: residues."""
-    batch, size = [], 0
-    for number in order.tolist():
-        tokens = int(lengths[number]) + 2
-        if batch and size + tokens > batch_tokens:
-            yield batch
-            batch, size = [], 0
-        batch.append(number)
-        size += tokens
-    if batch:
-        yield batch
+    return consecutive(order.tolist(), lambda number: int(lengths[number]) + 2, batch_tokens)
 
 
 def packed_of(data: Labelled, chosen: list[int]) -> PackedBatch:
