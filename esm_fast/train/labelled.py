@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Labelled:
     warnings: list[str]
     left_out: int  # without a label
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """int64 (examples + 1,): where each one's rows begin in the features of all."""
         return np.cumsum([0, *map(len, self.wanted)])
