@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import TINY, Proteins, Size
+from common import TINY, Proteins, Size, parser_of
 from families import with_relatives
 from machine import machine
 from peers import int8_missing, our_model
@@ -118,10 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv) -> argparse.Namespace:
-    summary, examples = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--fasta", type=Path, default=SAMPLE, help="proteins (default: the sample in examples/)")
     add("--proteins", type=int, default=4, help="so many against fp64, of mixed lengths (default 4)")

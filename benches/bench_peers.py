@@ -23,7 +23,7 @@ import levels
 import memory_use
 import report
 import torch
-from common import TINY, Job, Proteins, Setup, Size, token_counts
+from common import TINY, Job, Proteins, Setup, Size, parser_of, token_counts
 from machine import machine
 from peers import PEERS
 from proteins import choose, padding, read, single
@@ -64,10 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv) -> argparse.Namespace:
-    summary, examples = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     names = [peer.name for peer in PEERS]
     add = parser.add_argument
     add(

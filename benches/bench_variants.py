@@ -22,7 +22,7 @@ from statistics import median
 
 import numpy as np
 from bench_peers import SAMPLE
-from common import TINY, Setup, Size, token_counts
+from common import TINY, Setup, Size, parser_of, token_counts
 from machine import machine
 from proteins import choose, read
 from random_weights import random_state
@@ -63,10 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv) -> argparse.Namespace:
-    summary, examples = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     names = [peer.name for peer in PEERS]
     add = parser.add_argument
     add("--peers", nargs="+", choices=names, default=names, metavar="PEER", help=f"of {', '.join(names)}")

@@ -5,6 +5,7 @@ order of the job's proteins, tokenising included. Ours starts from the job's FAS
 Nothing is imported from a peer before its builder runs: one that is not installed costs the others nothing.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -14,6 +15,14 @@ import numpy as np
 import torch
 
 Proteins = list[tuple[str, str]]  # (label, residues), at most 1,022 residues each
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """Of a bench, whose docstring is a summary and, below it, examples."""
+    summary, examples = doc.split("\n\n", 1)
+    return argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The accuracy report, on a toy model: that it measures what it says."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def accuracy(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
+def accuracy():
     import accuracy
 
     return accuracy

@@ -1,7 +1,6 @@
 """The benchmark of data sets, on a toy model: that it makes one, and times the model on the same batches."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
+def bench():
     import bench_dataset
 
     return bench_dataset

@@ -28,7 +28,6 @@ def threads():
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
     import bench_peers
     import rounds
 

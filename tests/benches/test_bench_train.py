@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,6 @@ pytest.importorskip("transformers")
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
     import bench_train
 
     monkeypatch.setattr(bench_train, "in_a_process", bench_train.run)  # quicker; only the memory means nothing then

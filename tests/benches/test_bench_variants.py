@@ -1,7 +1,6 @@
 """The benchmark of variant effects, on a toy model: the peers score the same, and one that does not is told."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,7 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
+def bench():
     import bench_variants
 
     return bench_variants
