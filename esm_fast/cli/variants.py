@@ -69,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "optimal", "brandes", "proteingym", "error", "whole"),
         help="for proteins over 1,022 residues (default: %(default)s, what the strategy was published with)",
     )
+    _add_rules(parser)
+    _add_tables(parser)
+    add_batch_tokens(parser)
+    add_model(parser, several=True)
+    add_policies(parser, overlength=("window",))
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    """How scores are read and put together."""
     parser.add_argument(
         "--combine",
         default="mean",
@@ -92,6 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compat", action="store_true", help="reproduce the published scripts' errors (pll: off by one)"
     )
+
+
+def _add_tables(parser: argparse.ArgumentParser) -> None:
+    """How what is written looks."""
     parser.add_argument(
         "--format",
         choices=("long", "matrix", "proteingym", "mavedb", "alphamissense"),
@@ -103,9 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unit-residues", type=positive, metavar="N", help="of a data set: residues in a unit")
     parser.add_argument("--log-json", metavar="FILE", help="of a data set: add a JSON line for each unit")
     parser.add_argument("--png", action="store_true", help="also draw each protein's heat map, in the folder OUT.maps")
-    add_batch_tokens(parser)
-    add_model(parser, several=True)
-    add_policies(parser, overlength=("window",))
 
 
 def _offset(text: str) -> int | str:
