@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "checksum.h"
 #include "esm.h"
 #include "threads.h"
 
@@ -37,10 +38,15 @@ py::array_t<int64_t> to_offsets(const std::vector<int64_t>& ends) {
     return offsets;
 }
 
-void feed(esm::FastaParser& parser, const py::buffer& data) {
-    const py::buffer_info info = data.request();
+py::buffer_info contiguous_bytes(const py::buffer& data, const char* function) {
+    py::buffer_info info = data.request();
     if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1))
-        throw py::type_error("feed() takes contiguous bytes");
+        throw py::type_error(std::string(function) + " takes contiguous bytes");
+    return info;
+}
+
+void feed(esm::FastaParser& parser, const py::buffer& data) {
+    const py::buffer_info info = contiguous_bytes(data, "feed()");
     py::gil_scoped_release release;
     parser.feed(static_cast<const uint8_t*>(info.ptr), size_t(info.size));
 }
@@ -162,6 +168,23 @@ py::tuple pack(const Array<uint8_t>& ids, const Array<int64_t>& starts, const Ar
     return py::make_tuple(tokens, positions, cu_seqlens, longest);
 }
 
+// One checksum a piece: bytes bounds[i] to bounds[i + 1].
+py::array_t<uint64_t> piece_checksums(const py::buffer& data, const Array<int64_t>& bounds) {
+    const py::buffer_info info = contiguous_bytes(data, "piece_checksums()");
+    const int64_t* at = bounds.data();
+    const size_t n = size_t(bounds.size()) - 1;
+    if (bounds.ndim() != 1 || bounds.size() < 1 || at[0] < 0 || at[n] > info.size || !std::is_sorted(at, at + n + 1))
+        throw py::value_error("bounds must rise and lie within the data");
+    py::array_t<uint64_t> sums(n);
+    uint64_t* out = sums.mutable_data();
+    {
+        const char* bytes = static_cast<const char*>(info.ptr);
+        py::gil_scoped_release release;
+        for (size_t i = 0; i < n; ++i) out[i] = esm::checksum(bytes + at[i], size_t(at[i + 1] - at[i]));
+    }
+    return sums;
+}
+
 void set_threads(int n) {
     if (n < 1 || n > 4096) throw py::value_error("the number of threads is from 1 to 4096");
     py::gil_scoped_release release;
@@ -185,5 +208,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("encode_records", &encode_records, "residues"_a, "offsets"_a);
     module.def("plan", &plan, "lengths"_a, "budget"_a);
     module.def("pack", &pack, "ids"_a, "starts"_a, "lengths"_a, "order"_a);
+    module.def("piece_checksums", &piece_checksums, "data"_a, "bounds"_a);
     esm::cpu::bind(module);
 }

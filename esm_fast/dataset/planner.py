@@ -5,8 +5,9 @@ that workers need the input no more than to see that it is still the same.
 """
 
 import hashlib
-from collections.abc import Callable
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -45,9 +46,8 @@ def make_or_resume(
     Raises DatasetError for another plan, naming the fields that differ; FastaError for input that the settings do not
     allow.
     """
-    folder.mkdir(exist_ok=True)
     maker = _Maker(folder, settings, info, max_record)
-    with alone(folder / layout.LOCK) as held:
+    with _alone_in(folder) as held:
         if not (folder / layout.PLAN).exists():
             _require_own(folder)
             remove_leftovers(folder)
@@ -60,6 +60,29 @@ def make_or_resume(
         if not all((folder / name).exists() for name in layout.TABLES):  # a damaged one was removed
             maker.make(inputs, on_read, replace=True)
     return plan
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Makes the folder where it is not there, and is alone in it; see `alone`.
+
+    Where that ends in an error before anything is in the folder, it is as it was before, or not there.
+    """
+    with ExitStack() as stack:
+        while True:
+            made = not folder.exists()
+            folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):  # another process failed, and removed the folder that it had made
+                held = stack.enter_context(alone(folder / layout.LOCK))
+                break
+        try:
+            yield held
+        except BaseException:
+            if held and os.listdir(folder) == [layout.LOCK]:
+                (folder / layout.LOCK).unlink()
+                if made:
+                    folder.rmdir()
+            raise
 
 
 def require_same(plan: Plan, settings: Settings) -> None:

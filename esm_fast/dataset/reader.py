@@ -29,7 +29,9 @@ class _Pooled(NamedTuple):
 
     status: list[str]
     layers: dict[int, np.ndarray]  # (sequences, width)
+    ends: np.ndarray  # (sequences + 1,): where each one's residues end, from 0
     residues_sha256: str  # of the unit's file of residues, where there is one
+    checksums: units.Checksums | None  # of each sequence's residues; None in data sets made before there were any
 
 
 class Dataset:
@@ -118,17 +120,26 @@ class Dataset:
     def residues(self, key: int | str, layer: int = -1) -> np.ndarray:
         """(residues, width), read from the disk at each call; data sets made with --residues have them.
 
-        A unit's file is compared with its SHA-256 when it is read first, and again when it has changed.
+        They are compared with the checksum that they were written with. Of data sets made before there was one a
+        protein, a unit's whole file is compared with its SHA-256 when it is read first, and when it has changed.
         """
         if not self.plan.settings.residues:
             raise DatasetError(f"{self.folder} has no residues: it was made without --residues")
         unit, at = self._with_numbers(key)
+        pooled, number = self._pooled(unit), self._layer(layer)
         path = layout.residues_path(self.folder, unit)
         with units.reading(path):
-            self._verify_residues(path, unit)
-        with units.reading(path), safe_open(path, "numpy") as file:
-            start, end = file.get_slice("offsets")[at : at + 2].tolist()
-            return file.get_slice(f"layer_{self._layer(layer)}")[start:end]
+            if pooled.checksums is None:
+                self._verify_residues(path, unit)
+            with safe_open(path, "numpy") as file:
+                rows = file.get_slice(f"layer_{number}")[int(pooled.ends[at]) : int(pooled.ends[at + 1])]
+            shape, dtype = (pooled.ends[at + 1] - pooled.ends[at], self.plan.settings.width), self.plan.settings.store
+            right = rows.shape == shape and rows.dtype == dtype
+            if right and pooled.checksums is not None:
+                right = pooled.checksums.fits(self.layers.index(number), at, rows)
+        if not right:
+            raise DatasetError(f"{path} is damaged: the residues of {key!r} are not those that were written")
+        return rows
 
     def sequence(self, key: int | str) -> str:
         """As it was computed: upper-case, cut where --overlength truncate cut it."""
@@ -153,10 +164,15 @@ class Dataset:
         return torch.from_numpy(self.matrix(layer))
 
     def arrow(self):
-        """The distinct sequences' tables as one pyarrow.dataset.Dataset, unread: for scans, filters, pandas, DuckDB."""
-        import pyarrow.dataset
+        """The distinct sequences' tables as one pyarrow.dataset.Dataset, unread: for scans, filters, pandas, DuckDB.
 
-        return pyarrow.dataset.dataset([str(layout.pooled_path(self.folder, unit)) for unit in range(self.plan.units)])
+        Pages are compared with their checksums when they are scanned.
+        """
+        from pyarrow import dataset
+
+        paths = [str(layout.pooled_path(self.folder, unit)) for unit in range(self.plan.units)]
+        checked = dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+        return dataset.dataset(paths, format=dataset.ParquetFileFormat(default_fragment_scan_options=checked))
 
     def blocks(self, layer: int = -1) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, (rows, width)) of the distinct sequences, a shard at a time; NaN where there are no numbers."""
@@ -197,8 +213,13 @@ class Dataset:
         with units.open_pooled(self.plan, unit) as file:
             group = layout.read_group(file, path, 0)
         layers = {layer: units.matrix(group[f"layer_{layer}"], width) for layer in self.layers}
-        digest = (group.schema.metadata or {}).get(b"residues_sha256", b"").decode()
-        return _Pooled(group["status"].to_pylist(), layers, digest)
+        metadata = group.schema.metadata or {}
+        with units.reading(path):
+            text = metadata.get(b"residues_checksums")
+            checksums = None if text is None else units.Checksums.read(text, len(self.layers))
+        ends = np.concatenate([[0], np.cumsum(group["length"].to_numpy())])
+        digest = metadata.get(b"residues_sha256", b"").decode()
+        return _Pooled(group["status"].to_pylist(), layers, ends, digest, checksums)
 
 
 def open(folder: str | Path) -> Dataset:

@@ -1,14 +1,17 @@
 """One unit's files: per-residue numbers first, then the pooled table, whose name says that the unit is done."""
 
+import base64
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from .. import _C
 from ..files.atomic import committed
 from . import layout
 from .errors import DatasetError
@@ -36,6 +39,34 @@ class Results:
     residues: dict[int, np.ndarray] = field(default_factory=dict)  # layer -> (all residues, width)
 
 
+class Checksums(NamedTuple):
+    """Of each sequence's residues: what one lookup compares, which a SHA-256 of the whole file cannot tell it."""
+
+    sums: np.ndarray  # uint64 (layers, sequences), little-endian in files
+
+    @classmethod
+    def of(cls, results: Results) -> "Checksums":
+        bounds = np.concatenate([[0], np.cumsum(results.unit.lengths)])
+        sums = [
+            _C.piece_checksums(memoryview(np.ascontiguousarray(rows)).cast("B"), bounds * rows[:1].nbytes)
+            for rows in results.residues.values()
+        ]
+        return cls(np.stack(sums))
+
+    @classmethod
+    def read(cls, text: bytes, layers: int) -> "Checksums":
+        """Raises ValueError where it is not what `text` gave."""
+        return cls(np.frombuffer(base64.b64decode(text, validate=True), "<u8").reshape(layers, -1))
+
+    def text(self) -> str:
+        return base64.b64encode(self.sums.astype("<u8").tobytes()).decode()
+
+    def fits(self, layer: int, at: int, rows: np.ndarray) -> bool:
+        """layer, at: their places among those stored."""
+        (found,) = _C.piece_checksums(memoryview(rows).cast("B"), np.array([0, rows.nbytes]))
+        return found == self.sums[layer, at]
+
+
 class Sequences:
     """The sequences of a plan, unit by unit."""
 
@@ -61,6 +92,7 @@ def write(plan: Plan, results: Results) -> int:
             output.write(save(arrays, metadata={"plan": plan.id}))  # one entry: safetensors has no order among several
         size = output.tell()
         metadata |= {"residues_sha256": output.sha256, "residues_bytes": str(size)}
+        metadata["residues_checksums"] = Checksums.of(results).text()
     path = layout.pooled_path(plan.folder, unit.number)
     columns = [unit.digests, unit.lengths, results.status]
     columns += [_column(rows, results.status) for rows in results.pooled.values()]

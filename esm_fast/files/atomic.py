@@ -152,14 +152,25 @@ def alone(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
     Raises BlockingIOError, without `wait`, where another process has it.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         held = partial.locked(handle, wait=wait)
+        if not held or _is_still(path, handle):
+            break
+        os.close(handle)  # who had it has removed it: it is nobody's lock any more
+    try:
         if held is False:
             raise BlockingIOError(f"{path} is locked by another process")
         yield bool(held)
     finally:
         os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

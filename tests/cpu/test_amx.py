@@ -8,17 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-import torch
+from building import ROOT, at_once, package
 from cpu_levels import FLAGS
 
 from esm_fast import _C
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
 NATIVE = ROOT / "tests" / "proof" / "native"
 COMPILE = ["g++", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
@@ -36,12 +32,6 @@ def compiled(output, *arguments):
     done = subprocess.run([*COMPILE, *map(str, arguments), "-o", str(output)], capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return output
-
-
-def at_once(jobs):
-    """Runs functions on two threads; each starts a compiler or a program."""
-    with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
 # --- on the emulator -------------------------------------------------------------------------------------------------
@@ -139,7 +129,7 @@ def test_the_checks_bite(tmp_path):
 
     names = list(MUTANTS)
     survivors = [
-        name for name, alive in zip(names, at_once([lambda n=n: survives(n) for n in names]), strict=True) if alive
+        name for name, alive in zip(names, at_once(*(lambda n=n: survives(n) for n in names)), strict=True) if alive
     ]
     assert not survivors
 
@@ -147,21 +137,7 @@ def test_the_checks_bite(tmp_path):
 @needs_avx512
 def test_the_level_passes_the_tests_of_every_level(tmp_path):
     """An extension with this level alone, emulated, in a copy of the package; then the kernels' own tests on it."""
-    package = tmp_path / "esm_fast"
-    shutil.copytree(ROOT / "esm_fast", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    headers = [Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
-    common = ["-c", "-O1", "-fPIC", "-fvisibility=hidden", "-DESM_EMULATE_AMX", *(f"-I{path}" for path in headers)]
-
-    def built(source):
-        flags = ["-DESM_LEVEL=amx", *AMX] if source.name == "kernels.cpp" else ["-DESM_LEVELS=X(amx)"]
-        name = "_".join(source.relative_to(ROOT).parts) + ".o"
-        return compiled(tmp_path / name, *common, *flags, source)
-
-    sources = sorted((ROOT / "csrc").rglob("*.cpp"), key=lambda path: -path.stat().st_size)
-    objects = at_once([lambda source=source: built(source) for source in sources])
-    compiled(package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", "-pthread", *objects)
-
+    copy = package(tmp_path, {"amx": FLAGS["amx"]}, "-O1", "-DESM_EMULATE_AMX")
     other_levels = ("leaks_no_symbol", "environment_forces", "impossible_level", "where_8_bits_do_not_run")
     others = " and ".join(f"not {name}" for name in other_levels)
     options = ["-q", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider", "-k", others]
@@ -186,7 +162,7 @@ def test_the_level_passes_the_tests_of_every_level(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert where.stdout.split(maxsplit=1) == [str(next(package.glob("_C*"))), "['amx'] amx\n"]
+    assert where.stdout.split(maxsplit=1) == [str(next(copy.glob("_C*"))), "['amx'] amx\n"]
 
 
 # --- compiled code ---------------------------------------------------------------------------------------------------
@@ -210,7 +186,7 @@ def test_tile_instructions_are_where_they_belong(tmp_path):
         return found
 
     tiles = {"tdpbf16ps", "tileloadd", "tileloaddt1", "tilestored", "tilezero", "ldtilecfg", "tilerelease"}
-    level, below = at_once([lambda: functions("amx"), lambda: functions("avx512bf16")])
+    level, below = at_once(lambda: functions("amx"), lambda: functions("avx512bf16"))
     assert not any(tiles & set(body) for body in below.values())
     users = {name: body for name, body in level.items() if "tdpbf16ps" in body}
     for product in (

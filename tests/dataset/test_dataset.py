@@ -461,3 +461,37 @@ def test_ids_are_given_one_by_one_as_they_are_together():
     assert given == [alone.give([text], rename=True)[0] for text in wanted]
     assert len(set(given)) == len(given)
     assert Ids().give(["a", "b", "a"], rename=False) == ["a", "b", None]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "an empty folder"])
+def test_what_fails_before_there_is_a_plan_leaves_nothing(tmp_path, fair_checkpoint, there):
+    (tmp_path / "in.fasta").write_text(">a\nMK1\n")
+    if there:
+        (tmp_path / "o").mkdir()
+    assert main(["embed", str(tmp_path / "in.fasta"), "-o", f"{tmp_path}/o/", "--model", str(fair_checkpoint)]) == 1
+    assert (tmp_path / "o").exists() == there and not list(tmp_path.glob("o/*")) and not list(tmp_path.glob("o/.*"))
+
+
+def test_who_waited_for_one_that_failed_has_a_folder_of_its_own(tmp_path):
+    """The folder and the lock that it waited for are gone by then."""
+    from esm_fast.dataset import layout
+    from esm_fast.dataset.planner import _alone_in
+    from esm_fast.files.atomic import alone
+
+    folder, entered = tmp_path / "o", []
+
+    def second():
+        with _alone_in(folder) as held:
+            entered.append((held, folder.is_dir(), (folder / layout.LOCK).exists()))
+            with pytest.raises(BlockingIOError), alone(folder / layout.LOCK, wait=False):
+                pass
+            (folder / layout.PLAN).write_text("")
+
+    with pytest.raises(ZeroDivisionError), _alone_in(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        assert not entered
+        raise ZeroDivisionError
+    thread.join(20)
+    assert entered == [(True, True, True)] and {path.name for path in folder.iterdir()} == {layout.PLAN, layout.LOCK}

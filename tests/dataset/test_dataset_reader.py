@@ -87,28 +87,110 @@ def test_nothing_is_read_before_it_is_asked_for(folder, tmp_path):
         data[first]
 
 
-def test_residues_that_are_not_as_they_were_written_are_never_given(folder, tmp_path):
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+
+
+def without_checksums(path):
+    """A unit's table as it was before there was a checksum for each protein."""
+    from esm_fast.dataset import layout
+
+    table = layout.pq.read_table(path)
+    fields = [(field.name, field.type) for field in table.schema]
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    del metadata["residues_checksums"]
+    with layout.table(path, fields, metadata, compression="none") as written:
+        written.add(table.columns)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_residues_are_as_they_were_written_or_refused(folder, tmp_path, old):
+    """Wherever a bit is flipped; where there is a checksum a protein, only those that it touches are refused."""
     import shutil
 
     out = tmp_path / "o"
     shutil.copytree(folder, out)
+    if old:
+        without_checksums(out / "pooled/part-000000.parquet")
+    right = esm_fast.open(folder)
+    here = [number for number in range(len(right)) if right._place(right.rows[number])[0] == 0]
+    asked = [(number, layer) for number in here for layer in right.layers]
+    wanted = {ask: right.residues(*ask) for ask in asked}
     first, second = sorted((out / "residues").iterdir())[:2]
-    whole = first.read_bytes()
-    for at in range(8, len(whole), len(whole) // 40):
-        data = bytearray(whole)
-        data[at] ^= 1 << at % 8
-        first.write_bytes(data)
-        with pytest.raises(DatasetError, match="part-000000.safetensors is damaged"):
-            esm_fast.open(out).residues(0)
+    whole, refused = first.read_bytes(), []
+
+    def given() -> int:
+        """How many are given; the others are refused."""
+        data, count = esm_fast.open(out), 0
+        for ask in asked:
+            try:
+                rows = data.residues(*ask)
+            except DatasetError as error:
+                assert "part-000000.safetensors is damaged" in str(error)
+            else:
+                count += 1
+                assert rows.dtype == wanted[ask].dtype and np.array_equal(rows, wanted[ask])
+        return count
+
+    assert given() == len(asked) > 6
+    start = 8 + int.from_bytes(whole[:8], "little")
+    numbers = start + 8 * (right._pooled(0).ends.size)  # safetensors sorts: int64 before float32
+    for at in [*range(8, len(whole), len(whole) // 40), *range(8, start, 7)]:
+        first.write_bytes(flipped(whole, at))
+        refused.append(len(asked) - given())
+        assert refused[-1] == len(asked) if old else refused[-1] == 1 or at < numbers
     first.write_bytes(second.read_bytes())
-    with pytest.raises(DatasetError, match="part-000000.safetensors is damaged"):
-        esm_fast.open(out).residues(0)
+    assert given() == 0
     first.write_bytes(whole)
     data = esm_fast.open(out)
-    assert np.array_equal(data.residues(0), esm_fast.open(folder).residues(0))
-    first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # while it is open
-    with pytest.raises(DatasetError, match="is damaged"):
+    assert np.array_equal(data.residues(0), wanted[0, right.layers[-1]])
+    first.write_bytes(flipped(whole, numbers + 1 + whole[numbers:].index(wanted[0, right.layers[-1]].tobytes())))
+    with pytest.raises(DatasetError, match="is damaged"):  # while it is open
         data.residues(0)
+
+
+def test_the_checksum_is_one_for_all_times():
+    """Data sets hold it: its definition, in Python."""
+    from esm_fast import _C
+
+    odd, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def checksum(data: bytes) -> int:
+        chains = [(i + 1) * odd & mask for i in range(8)]
+        padded = data + bytes(-len(data) % 64)
+        for i, word in enumerate(np.frombuffer(padded, "<u8").tolist()):
+            chain = (chains[i % 8] ^ word) * odd & mask
+            chains[i % 8] = chain ^ chain >> 32
+        whole = len(data) % 64
+        for chain in chains:
+            whole = (whole ^ chain) * odd & mask
+            whole ^= whole >> 29
+        return whole
+
+    data = np.random.default_rng(0).bytes(1000)
+    bounds = np.array([0, 0, 1, 64, 129, 500, 1000])
+    wanted = [checksum(data[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert _C.piece_checksums(data, bounds).tolist() == wanted
+    for wrong in ([], [0, 1001], [-1, 5], [5, 0], [[0, 1]]):
+        with pytest.raises(ValueError, match="bounds must rise"):
+            _C.piece_checksums(data, np.array(wrong, dtype=np.int64))
+    with pytest.raises(TypeError, match="contiguous bytes"):
+        _C.piece_checksums(np.zeros((2, 2), np.uint8), bounds)
+
+
+def test_a_scan_compares_pages_with_their_checksums(folder, tmp_path):
+    import shutil
+
+    from pyarrow import ArrowException
+
+    out = tmp_path / "o"
+    shutil.copytree(folder, out)
+    path, embedding = out / "pooled/part-000000.parquet", esm_fast.open(folder)[0].tobytes()
+    path.write_bytes(flipped(path.read_bytes(), path.read_bytes().index(embedding) + 5))
+    with pytest.raises((OSError, ArrowException), match="(?i)crc|checksum"):
+        esm_fast.open(out).arrow().to_table()
+    with pytest.raises(DatasetError, match="part-000000.parquet is damaged"):
+        esm_fast.open(out)[0]
 
 
 def test_what_is_not_there(folder, tmp_path, fair_checkpoint, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "cpu" / "kernels.cpp"
+BINDINGS = ROOT / "csrc" / "cpu" / "bindings"
 
 
 def compiled(output: Path, *arguments) -> Path:
@@ -43,12 +44,23 @@ def package(folder: Path, levels: dict[str, str], *flags: str) -> Path:
         return compiled(folder / f"{level}.o", *common, *kernel, KERNELS)
 
     def of_file(source):
-        quick = ["-O0"] * (
-            "bindings" in (source.stem, source.parent.name)
-        )  # pybind11 is much to compile, and does no work
+        quick = ["-O0"] * (source.stem == "bindings")  # pybind11 is much to compile, and does no work
         return compiled(folder / f"{source.parent.name}_{source.stem}.o", *common, *quick, built_in, source)
 
-    sources = sorted({*(ROOT / "csrc").rglob("*.cpp")} - {KERNELS})
-    jobs = [lambda i=level: of_level(i) for level in levels] + [lambda i=source: of_file(i) for source in sources]
+    # What is compiled for longest comes first.
+    sources = sorted({*(ROOT / "csrc").rglob("*.cpp")} - {KERNELS, *BINDINGS.glob("*.cpp")})
+    sources = [_ops_bindings(folder), *sorted(sources, key=lambda source: source.stem != "bindings")]
+    jobs = [lambda i=level: of_level(i) for level in reversed(levels)]
+    jobs += [lambda i=source: of_file(i) for source in sources]
     compiled(copy / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", *flags, *at_once(*jobs))
     return copy
+
+
+def _ops_bindings(folder: Path) -> Path:
+    """The ops' bindings as one source: each alone would compile pybind11 once more, for minutes in all."""
+    source = folder / "ops" / "bindings.cpp"
+    source.parent.mkdir()
+    files = sorted(BINDINGS.glob("*.cpp"))
+    named = (f'#define binding binding_{file.stem}\n#include "{file}"\n#undef binding\n' for file in files)
+    source.write_text("".join(named))
+    return source
