@@ -20,7 +20,7 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message is one sentence that says what to do."""
 
 
-def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_model(parser: argparse.ArgumentParser, *, several: bool = False, dtype: str = "float32") -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -33,10 +33,10 @@ def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None
     )
     group.add_argument(
         "--dtype",
-        default="float32",
+        default=dtype,
         choices=("auto", "float32", "bfloat16", "float16", *quantised()),
-        help="auto: bfloat16 on CPUs that multiply it natively, else float32; docs/benchmarks.md states its error "
-        "(default: %(default)s)",
+        help="auto: bfloat16 on CPUs and GPUs that multiply it natively, float16 on V100 and T4, else float32; "
+        "docs/benchmarks.md states their errors (default: %(default)s)",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
     group.add_argument("--backend", help="insist on a backend; esm-fast info lists them (default: the fastest)")
@@ -113,7 +113,7 @@ def dtype_of(args: argparse.Namespace) -> str:
         return args.dtype
     from ..inference.dtype import fastest
 
-    chosen, why = fastest(args.model, args.device)
+    chosen, why = fastest(args.model, args.device, args.backend)
     print(f"dtype     {chosen} ({why})", file=sys.stderr)
     return chosen
 

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_batch_tokens(parser)
     add_dataset(parser)
-    add_model(parser)
+    add_model(parser, dtype="auto")
     add_policies(parser, overlength=("error", "truncate", "window"))
 
 
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int | None:
             if counts != expected or written != counts.proteins:
                 raise InputError("the input changed while it was read; nothing was written")
         seconds = time.perf_counter() - start
-    print(_summary(args, out, layers, counts, seconds))
+    print(_summary(args, out, layers, dtype, counts, seconds))
 
 
 def _size(counts, embed_dim: int, args, layers: int) -> int:
@@ -148,11 +148,14 @@ def _size(counts, embed_dim: int, args, layers: int) -> int:
     return layers * (rows * embed_dim * _ITEM_BYTES[args.store] + counts.proteins * OVERHEAD)
 
 
-def _summary(args, out: Path, layers: list[int], counts, seconds: float) -> str:
+def _summary(args, out: Path, layers: list[int], dtype: str, counts, seconds: float) -> str:
+    from ..inference.dtype import line
+
     group = "file" if len(layers) == 1 else f'file["layer_{layers[-1]}"]'
     return "\n".join(
         [
             *result_lines(counts, seconds, args.model),
+            line(dtype, args.dtype),
             f"layers    {' '.join(map(str, layers))} ({args.pool}, stored as {args.store})",
             f"output    {out} ({human_bytes(out.stat().st_size)})",
             "",

@@ -5,29 +5,29 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .common import InputError, dtype_of, load_model
+from .common import InputError, load_model
 from .dataset import require_pyarrow
 
 
 def embed_dataset(args: argparse.Namespace) -> int:
     options = options_of(args)
     from ..dataset import ranks, report
-    from ..dataset.build import build
+    from ..dataset.build import build, said_dtype
     from ..dataset.stopping import StoppedError, stop_signals
 
     report.tell_share(ranks.share(args.shard))
     load = partial(load_model, args.model, device=args.device, backend=args.backend, threads=args.threads)
     try:
         with stop_signals() as check, report.Watch(args.log_json, check) as watch:
-            built = build(options, args.shard, watch, load)
+            built = build(said_dtype(options), args.shard, watch, load)
     except StoppedError:
         print(f"stopped   the same command goes on where this one left {options.folder}", file=sys.stderr)
         return report.STOPPED
     return report.tell_end(built)
 
 
-def options_of(args: argparse.Namespace, dtype: str | None = None):
-    """The Options of these arguments, dtype in the place of theirs. Raises InputError for what is not for data sets."""
+def options_of(args: argparse.Namespace):
+    """The Options of these arguments. Raises InputError for what is not for data sets."""
     out = Path(args.output)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder for a data set, or a name that ends in .h5 for one file")
@@ -40,6 +40,6 @@ def options_of(args: argparse.Namespace, dtype: str | None = None):
     require_pyarrow()
     from ..dataset.build import Options
 
-    same = ("model", "layers", "pool", "residues", "store", "device", "backend", "threads", "batch_tokens")
+    same = ("model", "layers", "pool", "residues", "dtype", "store", "device", "backend", "threads", "batch_tokens")
     same += ("unit_residues", "unknown", "empty", "duplicates", "overlength", "gaps", "max_record")
-    return Options(args.fasta, out, dtype=dtype or dtype_of(args), **{name: getattr(args, name) for name in same})
+    return Options(args.fasta, out, **{name: getattr(args, name) for name in same})

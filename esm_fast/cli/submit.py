@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     slurm, resources = _slurm(args)
     if not args.local and shutil.which("sbatch") is None:
         raise InputError("this machine has no sbatch: submit where SLURM is, or give --local for processes here")
-    options = options_of(embed, dtype=embed.dtype)
+    options = options_of(embed)
     logs = Path(args.logs or f"{embed.output.rstrip('/')}.jobs")
     cluster = "local" if args.local else "slurm"
     jobs = slurm.submit(options, args.nodes, logs, resources, cluster, embed.log_json)

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_rules(parser)
     _add_tables(parser)
     add_batch_tokens(parser)
-    add_model(parser, several=True)
+    add_model(parser, several=True, dtype="auto")
     add_policies(parser, overlength=("window",))
 
 

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .common import InputError, dtype_of, load_model
+from .common import InputError, load_model
 from .dataset import require_pyarrow
 
 
@@ -29,7 +29,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     load = partial(load_model, model, device=args.device, backend=args.backend, threads=args.threads)
     same = ("device", "backend", "threads", "batch_tokens", "unit_residues", "unknown", "empty", "duplicates")
     options = {name: getattr(args, name) for name in same} | {"store": args.store or "float16"}
-    options |= {"dtype": dtype_of(argparse.Namespace(**{**vars(args), "model": model})), "strategy": args.strategy[0]}
+    options |= {"dtype": args.dtype, "strategy": args.strategy[0]}
     try:
         with stop_signals() as check, report.Watch(args.log_json, check) as watch:
             built = build_atlas(

@@ -15,7 +15,7 @@ class Models:
     """The models of the command line, one after another; names for their columns."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.names = args, []
+        self.args, self.names, self.dtypes = args, [], []
         for path in args.model:
             stem = Path(path).name if Path(path).exists() else path
             name = stem.removesuffix(".safetensors").removesuffix(".pt")
@@ -29,6 +29,7 @@ class Models:
         args = self.args
         for path in args.model:
             dtype = dtype_of(argparse.Namespace(**{**vars(args), "model": path}))
+            self.dtypes = [dtype, *(other for other in self.dtypes if other != dtype)]
             model = load_model(path, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
             yield model, token_budget(model, args.batch_tokens)
             del model
@@ -69,12 +70,15 @@ def protein_lines(proteins: dict[str, str], report) -> list[str]:
 
 
 def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float) -> None:
+    from ..inference.dtype import line
+
     window = "" if args.window == "auto" else f", windows {args.window}"
     notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
     print("\n".join(lines))
     print(f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s")
     print(f"strategy  {', '.join(args.strategy)}{window}{', with the published errors' if args.compat else ''}")
     print(f"model     {models.said}")
+    print(*(line(dtype, args.dtype) for dtype in models.dtypes), sep="\n")
     print(f"output    {out} ({human_bytes(out.stat().st_size)})")
 
 

@@ -22,7 +22,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+    add_model(parser, dtype="auto")
     parser.add_argument("--arch", type=architecture, metavar="X.Y", help="compile for this compute capability, 8.0 say")
     parser.add_argument("--inference", action="store_true", help="leave out the kernels of training")
 
@@ -32,16 +32,17 @@ def run(args: argparse.Namespace) -> None:
 
     from .. import ops
     from ..inference import warmup
+    from ..inference.dtype import of_gpu
     from ..inference.load import DTYPES
     from ..ops.registry import Request
 
-    dtype = torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]
     config = _config(args.model)
     device = _device(args)
     arch = args.arch or (torch.cuda.get_device_capability(device) if device.startswith("cuda") else None)
     if arch is None:
         print("nothing needs warming on a CPU: its kernels are compiled, and weights are packed when they are loaded")
         return
+    dtype = DTYPES[of_gpu(arch)[0] if args.dtype == "auto" else args.dtype]
     if dtype == torch.int8:
         raise InputError("int8 is for CPUs; give another --dtype for a GPU")
     head_dim = config.embed_dim // config.attention_heads

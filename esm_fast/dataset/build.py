@@ -1,17 +1,19 @@
 """Making a data set: planned, computed and committed unit by unit, and verified."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from ..console import check_space
 from ..sequences.fasta import MAX_RECORD
-from . import fingerprint, ranks
+from . import fingerprint, layout, ranks
 from .compute import Computer
 from .errors import DatasetError
 from .plan import Plan
+from .plan import load as load_plan
 from .planner import make_or_resume
 from .reader import Dataset
 from .settings import Settings
@@ -35,7 +37,7 @@ class Options:
     layers: tuple[int, ...] = (-1,)
     pool: str = "mean"
     residues: bool = False
-    dtype: str = "float32"
+    dtype: str = "auto"
     store: str = "float32"
     device: str = "auto"
     backend: str | None = None
@@ -87,7 +89,7 @@ def build_dataset(
     layers: Iterable[int] = (-1,),
     pool: str = "mean",
     residues: bool = False,
-    dtype: str = "float32",
+    dtype: str = "auto",
     shard: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **options,
@@ -101,7 +103,8 @@ def build_dataset(
         layers: 0 (the embedding) to the number of layers, or counted from the last, -1.
         pool: what to keep of a protein: "mean", "max" or "std" over its residues, or "cls".
         residues: whether to keep every residue's numbers as well.
-        dtype: to compute in: "float32", "bfloat16", "float16", "int8", or "auto", the fastest whose error is known.
+        dtype: to compute in: "float32", "bfloat16", "float16", "int8", or "auto": what a data set that was begun has,
+            else the fastest whose error is known, see `esm_fast.inference.dtype`.
         shard: "I/N" for the I-th of N shares, from 0; None for what SLURM or torchrun say, else for everything. A
             share is not finished: when all are there, `esm_fast.dataset.verify.finish(folder)` ends the data set.
         on_progress: called now and then with a Progress, also from the thread that writes; may raise to stop.
@@ -168,9 +171,27 @@ def _load(name: str, device: str, backend: str | None, threads: int | None, *, d
 
 
 def chosen_dtype(options: Options) -> str:
+    """The type of these options; for "auto" that of the plan which is there: what was begun keeps its bits."""
+    return _dtype_and_why(options)[0]
+
+
+def said_dtype(options: Options) -> Options:
+    """The same with the type that was chosen, which is printed."""
+    if options.dtype != "auto":
+        return options
+    dtype, why = _dtype_and_why(options)
+    print(f"dtype     {dtype} ({why})", file=sys.stderr)
+    return replace(options, dtype=dtype)
+
+
+def _dtype_and_why(options: Options) -> tuple[str, str]:
     from ..inference.dtype import fastest
 
-    return fastest(options.model, options.device)[0] if options.dtype == "auto" else options.dtype
+    if options.dtype != "auto":
+        return options.dtype, "asked for"
+    if (options.folder / layout.PLAN).exists():
+        return load_plan(options.folder).settings.dtype, "that of the data set as it was begun"
+    return fastest(options.model, options.device, options.backend)
 
 
 def settings_of(options: Options, config, device, dtype: str) -> Settings:

@@ -15,6 +15,7 @@ from .units import has_numbers
 from .worker import Progress
 
 SOME_FAILED, STOPPED = 3, 75  # exit codes
+_EXACT = "--dtype float32 and another folder give the reference's numbers"
 
 
 class Watch:
@@ -68,6 +69,7 @@ def plan_lines(plan) -> list[str]:
         f"skipped   {', '.join(f'{count:,} {what}' for what, count in info['skipped'].items())}",
         f"changed   {', '.join(f'{count:,} {what}' for what, count in info['changed'].items())}",
         f"model     {printable(info['model'])}" + (f"  ({MEANINGLESS.upper()})" if "warning" in info else ""),
+        f"dtype     {settings.dtype}" + (f" ({_EXACT})" if settings.dtype in ("bfloat16", "float16") else ""),
         f"layers    {' '.join(map(str, settings.layers))} ({settings.pool}{', residues' * settings.residues}, "
         f"stored as {settings.store})",
     ]

@@ -1,21 +1,44 @@
-"""The type to compute in where nobody named one: the fastest whose error is known."""
+"""The type to compute in where nobody named one, the one meaning of `--dtype auto`.
+
+It is the fastest type whose error the docs state and that the machine multiplies by itself. `esm_fast.load` does not
+ask here: its "auto" is float32, the reference's numbers.
+"""
 
 import torch
 
 from .. import _C, hub, weights
 
+AUTO = "auto"
+WAY_BACK = "--dtype float32 gives the reference's numbers"
 _NATIVE_BF16 = ("avx512bf16", "amx")  # levels of esm_fast._C
 
 
-def fastest(model: str, device: str) -> tuple[str, str]:
-    """The type, and why it is that one."""
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+def fastest(model: str, device: str, backend: str | None = None) -> tuple[str, str]:
+    """The type, and why it is that one. backend: the one that is insisted on."""
     # Nothing published is prepacked, and only the header of another file is read.
     own = model.startswith("random:") or hub.is_published(model)
     if not own and (prepacked := weights.prepacked_dtype(hub.resolve(model))):
         return prepacked, "that of the packed file"
-    if on_gpu:
-        return "float32", "this is a GPU, where bfloat16 is not proven"
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return of_gpu(torch.cuda.get_device_capability(None if device == "auto" else device))
+    if backend not in (None, "cpu"):
+        return "float32", f"backend {backend} is not the one that multiplies bfloat16 natively on a CPU"
     if _C.isa() in _NATIVE_BF16:
         return "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
     return "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
+
+
+def of_gpu(arch: tuple[int, int]) -> tuple[str, str]:
+    """By what a GPU's tensor cores take: fp16 from Volta on, bf16 from Ampere on."""
+    name = "sm_{}{}".format(*arch)
+    if arch >= (8, 0):
+        return "bfloat16", f"{name} multiplies it natively"
+    if arch >= (7, 0):
+        return "float16", f"{name} multiplies it natively, and bfloat16 not"
+    return "float32", f"{name} multiplies no half precision natively"
+
+
+def line(dtype: str, asked: str) -> str:
+    """The summary's: the type, and the way back where it was chosen and is not the reference's."""
+    chosen = asked == AUTO and dtype in ("bfloat16", "float16")
+    return f"dtype     {dtype}" + (f" (chosen here; {WAY_BACK})" if chosen else "")

@@ -52,7 +52,8 @@ def embed(fair_checkpoint, tmp_path, capsys):
             path = tmp_path / "text.fasta"
             path.write_text(fasta)
         out = tmp_path / "out.h5"
-        code = main(["embed", str(path), "-o", str(out), "--model", str(model), *map(str, options)])
+        arguments = ["embed", path, "-o", out, "--model", model, "--dtype", "float32", *options]
+        code = main(list(map(str, arguments)))
         printed = capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err, path=out)
 
@@ -127,20 +128,27 @@ def test_auto_dtype_is_that_of_a_packed_file(embed, fasta, fair_checkpoint, tmp_
 
 
 @pytest.mark.parametrize(
-    "isa, gpu, device, dtype",
+    "isa, gpu, device, backend, dtype",
     [
-        ("amx", False, "auto", "bfloat16"),
-        ("avx512bf16", True, "cpu", "bfloat16"),
-        ("avx512", False, "cpu", "float32"),
-        ("base", False, "auto", "float32"),
-        ("amx", True, "auto", "float32"),
-        ("amx", True, "cuda:1", "float32"),
+        ("amx", None, "auto", None, "bfloat16"),
+        ("avx512bf16", (9, 0), "cpu", None, "bfloat16"),
+        ("avx512bf16", None, "cpu", "cpu", "bfloat16"),
+        ("amx", None, "cpu", "reference", "float32"),
+        ("avx512", None, "cpu", None, "float32"),
+        ("base", None, "auto", None, "float32"),
+        ("base", (9, 0), "auto", None, "bfloat16"),
+        ("amx", (8, 0), "cuda:1", None, "bfloat16"),
+        ("amx", (7, 0), "auto", None, "float16"),
+        ("amx", (7, 5), "cuda", "cuda", "float16"),
+        ("amx", (6, 1), "auto", None, "float32"),
     ],
 )
-def test_auto_dtype_by_machine(monkeypatch, capsys, isa, gpu, device, dtype):
+def test_auto_dtype_by_machine(monkeypatch, capsys, isa, gpu, device, backend, dtype):
     monkeypatch.setattr(_C, "isa", lambda: isa)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert common.dtype_of(SimpleNamespace(dtype="auto", device=device, model=common.DEMO)) == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
+    args = SimpleNamespace(dtype="auto", device=device, model=common.DEMO, backend=backend)
+    assert common.dtype_of(args) == dtype
     assert f"dtype     {dtype} (" in capsys.readouterr().err
     assert common.dtype_of(SimpleNamespace(dtype="float16", device=device)) == "float16"
 

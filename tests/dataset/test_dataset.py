@@ -45,8 +45,8 @@ def embed(fair_checkpoint, tmp_path, capsys):
             paths = [tmp_path / "in.fasta"]
             paths[0].write_text(fasta)
         out = tmp_path / out
-        arguments = ["embed", *paths, "-o", out, "--model", model, "--unit-residues", 100, *options]
-        code = main([str(argument) for argument in arguments])
+        arguments = ["embed", *paths, "-o", out, "--model", model, "--unit-residues", 100]
+        code = main([str(argument) for argument in [*arguments, "--dtype", "float32", *options]])
         return SimpleNamespace(code=code, path=out, **capsys.readouterr()._asdict())
 
     return run
@@ -215,6 +215,26 @@ def test_order_of_units_does_not_matter(embed):
     assert contents(result.path) == wanted
 
 
+def test_what_was_begun_keeps_its_type(embed, fair_checkpoint, tmp_path, monkeypatch):
+    """Whatever auto would choose where it is resumed, by the command and by the library."""
+    fasta, native = fasta_of(proteins(30)), ["bfloat16"]
+    source = tmp_path / "in.fasta"
+    monkeypatch.setattr("esm_fast.inference.dtype.fastest", lambda *_: (native[0], "said so"))
+    begun = embed(fasta, "--dtype", "auto", out="clean")
+    assert begun.code == 0 and "dtype     bfloat16 (--dtype float32 and another folder" in begun.out
+    wanted, unit = contents(begun.path), sorted(begun.path.glob("pooled/*.parquet"))[1]
+    native[0] = "float32"
+    for resume in (
+        lambda: embed(fasta, "--dtype", "auto", out="clean").code,
+        lambda: esm_fast.build_dataset(source, begun.path, model=fair_checkpoint, unit_residues=100) is None,
+    ):
+        unit.unlink()
+        (begun.path / "run.json").unlink()
+        assert not resume() and contents(begun.path) == wanted
+    refused = embed(fasta, "--dtype", "float32", out="clean")
+    assert refused.code == 1 and "dtype is 'float32', and was 'bfloat16'" in refused.err
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -246,7 +266,7 @@ def made(fair_checkpoint, tmp_path_factory):
     fasta = folder / "in.fasta"
     fasta.write_text(fasta_of(proteins(6)))
     arguments = ["embed", fasta, "-o", folder / "out", "--model", fair_checkpoint, "--unit-residues", 100]
-    assert main([str(argument) for argument in arguments]) == 0
+    assert main([str(argument) for argument in [*arguments, "--dtype", "float32"]]) == 0
     return SimpleNamespace(path=folder / "out", fasta=fasta, settings=load(folder / "out").settings)
 
 

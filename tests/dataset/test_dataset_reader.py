@@ -15,7 +15,20 @@ from esm_fast.dataset.errors import DatasetError
 from esm_fast.inference.outputs.pooled import Mean
 
 FASTA = fasta_of(proteins(20, seed=7)) + MIXED
-OPTIONS = ["--unit-residues", "150", "--residues", "--unknown", "skip", "--empty", "skip", "--layers", "0", "-1"]
+OPTIONS = [
+    "--dtype",
+    "float32",
+    "--unit-residues",
+    "150",
+    "--residues",
+    "--unknown",
+    "skip",
+    "--empty",
+    "skip",
+    "--layers",
+    "0",
+    "-1",
+]
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,8 @@ def test_a_picture_has_the_colours_of_the_table(drawn, tmp_path):
 def test_proteins_without_numbers_are_left_out_and_counted(fair_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compute, "_finite", lambda arrays: len(arrays[0]) and arrays[0][0] > np.median(arrays[0]))
     (tmp_path / "in.fasta").write_text(fasta_of(proteins(30, seed=1)))
-    made = main(["embed", str(tmp_path / "in.fasta"), "-o", str(tmp_path / "o"), "--model", str(fair_checkpoint)])
+    arguments = ["embed", tmp_path / "in.fasta", "-o", tmp_path / "o", "--model", fair_checkpoint]
+    made = main([str(argument) for argument in [*arguments, "--dtype", "float32"]])
     monkeypatch.undo()
     assert made == 3
     data = esm_fast.open(tmp_path / "o")

@@ -101,10 +101,10 @@ def test_what_slurm_is_asked_for(cluster, source, tmp_path, capsys):
     for script in (array, finish):
         assert re.search(r"#SBATCH --signal=USR2@\d+\n", script)
         assert "#SBATCH --requeue\n" in script and "#SBATCH --qos=low\n" in script
-    assert "--dependency" not in array and "gpus" not in finish
+    assert "--dependency" not in array and "--gpus" not in finish
     assert "#SBATCH --dependency=afterok:76\n" in finish
     jobs = [submitit.core.utils.DelayedSubmission.load(path) for path in sorted((tmp_path / "o.jobs").glob("*.pkl"))]
-    options = Options([source], tmp_path / "o", "m", unit_residues=100)
+    options = Options([source], tmp_path / "o", "m", dtype="auto", unit_residues=100)
     assert [job.args for job in jobs] == [*((options, f"{rank}/3", None) for rank in range(3)), (tmp_path / "o",)]
     assert all(job._timeout_countdown == 1000 for job in jobs)
 

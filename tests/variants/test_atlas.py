@@ -22,8 +22,8 @@ def fasta(tmp_path, protein):
 
 
 def made(fasta, out, checkpoint, *options):
-    arguments = ["variants", fasta, "-o", f"{out}/", "--model", checkpoint, "--unit-residues", 60, *options]
-    return main([str(argument) for argument in arguments])
+    arguments = ["variants", fasta, "-o", f"{out}/", "--model", checkpoint, "--unit-residues", 60]
+    return main([str(argument) for argument in [*arguments, "--dtype", "float32", *options]])
 
 
 def bytes_of(folder):

@@ -26,7 +26,12 @@ def command(tmp_path, fair_checkpoint, capsys, monkeypatch):
 
     def run(*arguments, fasta=("p.fasta",), out="out.csv", model=(fair_checkpoint,)):
         capsys.readouterr()
-        code = main([str(a) for a in ["variants", *fasta, "-o", out, "--force", *arguments, "--model", *model]])
+        code = main(
+            [
+                str(a)
+                for a in ["variants", *fasta, "-o", out, "--force", "--dtype", "float32", *arguments, "--model", *model]
+            ]
+        )
         said = capsys.readouterr()
         return SimpleNamespace(code=code, out=said.out, err=said.err, path=tmp_path / out)
 
