@@ -103,9 +103,13 @@ class BatchConverter:
         self.truncation_seq_length = truncation_seq_length
 
     def __call__(self, raw_batch: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], torch.Tensor]:
-        if not len(raw_batch):
+        try:
+            pairs = [(label, string) for label, string in raw_batch]
+        except TypeError:
+            raise TypeError("the batch must be (label, sequence) pairs") from None
+        if not pairs:
             raise ValueError("the batch is empty: give at least one (label, sequence) pair")
-        labels, strings = zip(*raw_batch, strict=True)
+        labels, strings = zip(*pairs, strict=True)
         return list(labels), list(strings), _encode(strings, labels, self.truncation_seq_length)
 
 

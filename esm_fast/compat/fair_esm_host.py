@@ -7,6 +7,7 @@ from esm.multihead_attention import MultiheadAttention
 from torch import nn
 
 from ..alphabet import EOS
+from ..models.arguments import refuse_recording
 from ..models.family import Family, families
 from .shared import Layout, NotPackable, PackedEncoder, Part, check_tokens, same_heads, warn_not_packed
 
@@ -75,6 +76,7 @@ class _Packed(PackedEncoder):
     esm_fast_layout = LAYOUT
 
     def forward(self, tokens, repr_layers=(), need_head_weights=False, return_contacts=False):
+        refuse_recording()
         try:
             model = self.esm_fast_shadow()
         except NotPackable as reason:

@@ -22,7 +22,7 @@ from ..models.encoder import Encoder
 from ..models.family import of_config
 from ..models.padded import contact_tokens, pad_attentions, pad_contacts, pad_rows
 from ..models.results import Outputs
-from .hf_host import HEAD, LAYOUT, PackedInput, pack_input
+from .hf_host import HEAD, LAYOUT, PackedInput, check_inputs, pack_input
 from .hf_tokenizer import EsmTokenizer
 from .shared import NotPackable, PackedEncoder, find, warn_not_packed
 
@@ -149,6 +149,7 @@ class EsmModel(_Pretrained, PackedEncoder, transformers.EsmModel):
         inputs = (input_ids, attention_mask, position_ids, inputs_embeds)
         kwargs |= dict(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
         if packed:
+            check_inputs(*inputs)
             try:
                 run = self.run_packed(*inputs, **kwargs)
             except NotPackable as reason:
@@ -167,6 +168,7 @@ class EsmModel(_Pretrained, PackedEncoder, transformers.EsmModel):
             ValueError: the contact regression is all zero; or the model cannot run packed and its attention is not
                 "eager", which transformers needs.
         """
+        check_inputs(tokens, attention_mask)
         if attention_mask is None:
             attention_mask = (tokens != PAD).long()
         try:
@@ -242,6 +244,8 @@ class EsmForMaskedLM(_Pretrained, transformers.EsmForMaskedLM):
         """
         kwargs |= dict(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
         kwargs |= dict(inputs_embeds=inputs_embeds, position_ids=position_ids, return_dict=True)
+        if packed:
+            check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, labels)
         rows = _attended_rows(attention_mask)
         try:
             if packed:

@@ -8,6 +8,7 @@ from transformers.models.esm import modeling_esm as theirs
 
 from .. import ops
 from ..alphabet import EOS, MASK, X
+from ..models.arguments import refuse_recording, require_tensor
 from ..models.encoder import Encoder
 from ..models.family import Family, families, titles
 from ..ops.common import accumulate_dtype
@@ -100,6 +101,26 @@ HEAD = (
     Part("lm_head.layer_norm", nn.LayerNorm),
     Part("lm_head.decoder", nn.Linear),
 )
+
+
+def check_inputs(input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None) -> None:
+    """Raises TypeError or ValueError, naming what no model takes; RuntimeError where torch records the call."""
+    refuse_recording()
+    for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
+        require_tensor(name, ids, integers=True, optional=True)
+    given = (("attention_mask", attention_mask), ("inputs_embeds", inputs_embeds), ("labels", labels))
+    for name, value in given:
+        require_tensor(name, value, optional=True)
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    if tokens is None:
+        raise ValueError("give either input_ids or inputs_embeds")
+    if tokens.ndim != (2 if inputs_embeds is None else 3):
+        raise ValueError(
+            f"input_ids are (batch, length), inputs_embeds (batch, length, width); got {tuple(tokens.shape)}"
+        )
+    count = tokens.shape[0] * tokens.shape[1]
+    if labels is not None and labels.numel() != count:
+        raise ValueError(f"labels are one a token, {tuple(tokens.shape[:2])}; got {tuple(labels.shape)}")
 
 
 @dataclass

@@ -101,10 +101,13 @@ def table(path: Path, fields: list, metadata: dict[str, str], *, compression: st
         writer.close()
 
 
-def open_table(path: Path) -> pq.ParquetFile:
-    """Every page is checked against its checksum when it is read. Raises DatasetError."""
+def open_table(path: Path, fields: list | None = None) -> pq.ParquetFile:
+    """Every page is checked against its checksum when it is read. Raises DatasetError, also for other columns."""
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        if fields is not None and not file.schema_arrow.equals(pa.schema(fields)):
+            raise DatasetError(f"{path} is damaged: it has other columns than were written")
+        return file
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing") from None
     except (OSError, pa.ArrowException) as error:

@@ -85,7 +85,7 @@ class Dataset:
 
     def _id_groups(self, columns: list[str]):
         path = self.folder / layout.IDS
-        with layout.open_table(path) as file:
+        with layout.open_table(path, layout.ID_FIELDS) as file:
             yield from layout.row_groups(file, path, columns)
 
     # ---- one protein
@@ -166,10 +166,12 @@ class Dataset:
     def arrow(self):
         """The distinct sequences' tables as one pyarrow.dataset.Dataset, unread: for scans, filters, pandas, DuckDB.
 
-        Pages are compared with their checksums when they are scanned.
+        Pages are compared with their checksums when they are scanned; that every table is its unit's, here.
         """
         from pyarrow import dataset
 
+        for unit in range(self.plan.units):
+            units.open_pooled(self.plan, unit).close()
         paths = [str(layout.pooled_path(self.folder, unit)) for unit in range(self.plan.units)]
         checked = dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
         return dataset.dataset(paths, format=dataset.ParquetFileFormat(default_fragment_scan_options=checked))

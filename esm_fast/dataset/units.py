@@ -72,7 +72,7 @@ class Sequences:
 
     def __init__(self, plan: Plan):
         self._path = plan.folder / layout.SEQUENCES
-        self._file = layout.open_table(self._path)
+        self._file = layout.open_table(self._path, layout.SEQUENCE_FIELDS)
 
     def unit(self, number: int) -> Unit:
         group = layout.read_group(self._file, self._path, number)

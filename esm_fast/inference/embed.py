@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from .outputs import make, pools
 from .stream import run
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_MOST_TOKENS = 2**62
 
 
 def embed(
@@ -78,11 +80,13 @@ def layer_numbers(model: Encoder, layers: Iterable[int]) -> list[int]:
 
 
 def token_budget(model: Encoder, batch_tokens: int | None) -> int:
-    """batch_tokens, or the default of the model's device for None. Raises ValueError for less than 1."""
+    """batch_tokens, or the default of the model's device for None. Raises ValueError, TypeError."""
     if batch_tokens is None:
         return BATCH_TOKENS.get(model.device.type, 4096)
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    if not isinstance(batch_tokens, Integral) or isinstance(batch_tokens, bool):
+        raise TypeError(f"batch_tokens must be a whole number or None, not {type(batch_tokens).__name__}")
+    if not 1 <= batch_tokens <= _MOST_TOKENS:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1, and at most {_MOST_TOKENS}")
     return batch_tokens
 
 

@@ -17,6 +17,7 @@ from ..ops.common import accumulate_dtype
 from ..ops.embedding import token_dropout_scale
 from ..sequences.batching import PackedBatch
 from . import unfused
+from .arguments import require_tensor
 from .attached import NotPackable, is_plain, require_no_global_hooks, require_own, warn_not_packed
 from .family import Config
 from .layers import ContactHead, Halves, LayerNorm, LMHead, TransformerLayer
@@ -102,6 +103,9 @@ class Encoder(nn.Module):
         """
         asked = dict(layers=layers, pools=pools, rows=rows, logits=logits, attentions=attentions, contacts=contacts)
         own_way = dict(scale=scale, embedded=embedded)
+        require_tensor("rows", rows, integers=True, optional=True)
+        for name, value in {**own_way, "keep": keep}.items():
+            require_tensor(name, value, optional=True)
         if self.padded_call and (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__):
             return unfused.forward_packed(self, batch, **asked, **own_way)  # only a call of the model meets them
         try:

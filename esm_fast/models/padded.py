@@ -12,6 +12,7 @@ from .. import ops
 from ..alphabet import EOS, TOKENS, Alphabet
 from ..sequences.batching import PackedBatch, pack_padded
 from . import unfused
+from .arguments import refuse_recording, require_tensor
 from .attached import NotPackable, warn_not_packed
 from .family import Config, families, of_config
 
@@ -159,7 +160,10 @@ def api_class(config: Config) -> type:
 
 
 def check_tokens(tokens: torch.Tensor, max_residues: int | None) -> None:
-    """Raises ValueError for tokens no model takes: on a GPU a bad index would only show as a device assertion."""
+    """Raises TypeError or ValueError for tokens no model takes: on a GPU a bad index would only show as a device
+    assertion. RuntimeError where torch records the call."""
+    refuse_recording()
+    require_tensor("tokens", tokens)
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be (batch, length) integers, got {tuple(tokens.shape)} {tokens.dtype}")
     if max_residues is not None and tokens.shape[1] > max_residues + 2:
@@ -192,7 +196,8 @@ def pad_rows(packed: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int], b
 def pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tensor:
     """(B, layers, heads, T, T) from per-sequence maps; rows and columns of padding are 0."""
     count, width = shape
-    padded = attentions[0].new_zeros(count, config.layers, config.attention_heads, width, width)
+    some = attentions[0] if attentions else rows.new_empty(0, dtype=torch.float32)  # a batch of no sequences
+    padded = some.new_zeros(count, config.layers, config.attention_heads, width, width)
     for i, (maps, at) in enumerate(zip(attentions, _positions(batch, rows, width), strict=True)):
         padded[i, :, :, at[:, None], at] = maps
     return padded
@@ -201,8 +206,8 @@ def pad_attentions(attentions, config: Config, batch, rows, shape) -> torch.Tens
 def pad_contacts(contacts, bias: torch.Tensor, batch, rows, shape) -> torch.Tensor:
     """(B, T-2, T-2) from per-sequence maps; outside the sequences stands what the regression's bias alone gives."""
     count, width = shape
-    fill = torch.sigmoid(bias.detach().to(contacts[0].dtype)).item()
-    padded = contacts[0].new_full((count, width, width), fill)
+    some = contacts[0] if contacts else bias.detach()  # a batch of no sequences
+    padded = some.new_full((count, width, width), torch.sigmoid(bias.detach().to(some.dtype)).item())
     for i, (probabilities, at) in enumerate(zip(contacts, _positions(batch, rows, width), strict=True)):
         padded[i, at[:, None], at] = probabilities
     return padded[:, 1:-1, 1:-1]

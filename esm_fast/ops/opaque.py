@@ -12,7 +12,7 @@ from .contract import PLAIN
 
 _TRACED = (
     "torch.jit.trace records one batch's lengths as constants, and its graph would be wrong for every other batch: use "
-    "torch.compile or torch.export, or trace the original package's model"
+    "torch.compile, or trace the original package's model"
 )
 
 

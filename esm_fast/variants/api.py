@@ -157,6 +157,8 @@ def pseudo_perplexity(
 
 
 def _jobs(protein: str, strategy: str | Sequence[str], window: str, compat: bool = False) -> list[Job]:
+    if not isinstance(strategy, Iterable):
+        raise TypeError(f"strategy must be a name or a list of names, not {type(strategy).__name__}")
     names = [strategy] if isinstance(strategy, str) else list(strategy)
     if not names:
         raise ValueError("the list of strategies is empty")
@@ -166,6 +168,8 @@ def _jobs(protein: str, strategy: str | Sequence[str], window: str, compat: bool
 def _texts(variants: Iterable[str]) -> list[str]:
     if isinstance(variants, str):
         raise TypeError("a single string is not a list of variants: give [variant]")
+    if not isinstance(variants, Iterable):
+        raise TypeError(f"variants must be a list of strings, not {type(variants).__name__}")
     return list(variants)
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from fakes import fair_esm_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import esm_fast
 from esm_fast.ops import OPS
@@ -106,6 +108,33 @@ def test_trace_is_refused(pair):
     _, ours, call = pair
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*use torch\.compile"):
         torch.jit.trace(_Call(ours, call), TOKENS, check_trace=False)
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx", "make_fx, fake", "fake"])
+def test_recording_without_values_is_refused(pair, how):
+    """Tokens decide what is computed: a graph of one batch would be wrong for every other. torch.compile is tested with
+    the ops."""
+    _, ours, call = pair
+    record = {
+        "export": lambda: torch.export.export(_Call(ours, call), (TOKENS,), strict=False),
+        "strict export": lambda: torch.export.export(_Call(ours, call), (TOKENS,), strict=True),
+        "make_fx": lambda: make_fx(call(ours))(TOKENS),
+        "make_fx, fake": lambda: make_fx(call(ours), tracing_mode="fake")(TOKENS),
+        "fake": lambda: _fake(call(ours)),
+    }
+    # What strict export raises has the reason in it; it is an error of torch's own.
+    with pytest.raises(Exception if how == "strict export" else RuntimeError, match=r"use torch\.compile"):
+        record[how]()
+
+
+def _fake(call):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return call(mode.from_tensor(TOKENS))
+
+
+def test_compiled_models_give_the_numbers_of_the_original(pair):
+    original, ours, call = pair
+    close(torch.compile(call(ours), backend="eager")(TOKENS), call(original)(TOKENS))
 
 
 def test_tensors_without_values_are_refused_or_have_the_shape(pair):

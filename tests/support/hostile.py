@@ -108,6 +108,15 @@ PLAIN = {
     "dict": {},
     "complex": 1j,
     "object": object(),
+    "nothing": "",
+    "surrogate": "M\udc80K",
+    "NUL": "M\0K",
+    "letters of others": "MK\u03b2\U0001f9ec",
+    "unclosed token": "MK<mas",
+    "tokens": "<mask><cls><pad>.-<unk>",
+    "1,000,000 letters": "MK" * 500_000,
+    "byte array": bytearray(b"MK"),
+    "nested": [["a", ["MK"]]],
 }
 
 
