@@ -12,9 +12,9 @@ def _runs_anywhere(device: str, backend: str | None, packed) -> None:
     """Where nothing is to be refused before a model is read."""
 
 
-def _as_they_are(layer) -> dict[str, torch.Tensor]:
-    """No factors."""
-    return {}
+def _as_they_are(model) -> Callable[..., dict[str, torch.Tensor]]:
+    """No factors for any layer."""
+    return lambda layer: {}
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Format:
     around: of the model's other tensors. weight: what stands in a matrix's place.
 
     require(device, backend, packed) raises ValueError, before anything is read, where `load` could not run the model.
-    factors(layer) -> for names of `MATRICES` a factor per input, taken out of what comes before in the layer, by which
-    the matrix is multiplied when it is prepacked.
+    smoothing(model) -> what is called with each of its layers in turn, before that is prepacked. It may change norms
+    and biases, and returns for names of `MATRICES` a factor per input, by which the matrix is multiplied.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Format:
     around: torch.dtype
     weight: type[PrepackedWeight]
     require: Callable[[str, str | None, object], None] = _runs_anywhere
-    factors: Callable[..., dict[str, torch.Tensor]] = _as_they_are
+    smoothing: Callable[..., Callable[..., dict[str, torch.Tensor]]] = _as_they_are
 
     @property
     def quantised(self) -> bool:

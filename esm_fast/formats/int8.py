@@ -1,17 +1,17 @@
-"""8-bit weights for inference on CPUs, made without any calibration data.
+"""8-bit weights for inference on CPUs, made without anybody's data (smoothing.py).
 
 `ops.quantize` defines their arithmetic. Everything else of the model (embedding, layer norms, softmax and the attention
 products, residual stream, language-model head) stays in bf16 and fp32.
 """
 
 import torch
-from torch import nn
 
 from .. import _C
 from ..ops import contract
 from ..ops.quantize import Quantized, int8_linear, quantize
 from .format import Format
-from .weight import MATRICES, PrepackedWeight
+from .smoothing import Smoothing
+from .weight import PrepackedWeight
 
 _AT_ONCE = 1 << 18  # elements of a matrix that are quantised together
 
@@ -84,32 +84,4 @@ def _require(device: str, backend: str | None, packed) -> None:
         )
 
 
-def _factors(layer) -> dict[str, torch.Tensor]:
-    """What `_balance` takes out of a layer's norms, for the matrices that read them and have no 8 bits yet."""
-    read_by = {layer.self_attn_layer_norm: MATRICES[:3], layer.final_layer_norm: ("fc1",)}
-    factors = {}
-    for norm, names in read_by.items():
-        matrices = [layer.get_submodule(name).weight for name in names]
-        if not any(isinstance(matrix, Int8Weight) for matrix in matrices):
-            factors |= dict.fromkeys(names, _balance(norm, matrices))
-    return factors
-
-
-def _balance(norm: nn.LayerNorm, matrices: list[torch.Tensor]) -> torch.Tensor:
-    """Takes a factor per channel out of a layer norm and returns it, for the matrices that read the norm.
-
-    A layer norm's gain is known without data, and a channel with a large gain makes its group coarse.
-    With the factor sqrt(gain / largest weight) activations and weights share the burden (as in SmoothQuant, Xiao et al.
-    2023, the gain standing in for measured activations). Powers of two: bf16 holds the results exactly.
-    """
-    gain = norm.weight.abs().double()
-    bounds = [bound.abs() for matrix in matrices for bound in torch.aminmax(matrix, dim=0)]  # without a copy of them
-    largest = torch.stack(bounds).amax(0).double()
-    exponent = (torch.log2(gain / largest) / 2).round().nan_to_num(0, 0, 0).clamp(-30, 30)
-    factor = torch.exp2(exponent).to(norm.weight.dtype)
-    for parameter in (norm.weight, norm.bias):
-        parameter.data = parameter.data / factor
-    return factor
-
-
-FORMATS = [Format("int8", torch.int8, around=torch.bfloat16, weight=Int8Weight, require=_require, factors=_factors)]
+FORMATS = [Format("int8", torch.int8, around=torch.bfloat16, weight=Int8Weight, require=_require, smoothing=Smoothing)]

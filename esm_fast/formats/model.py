@@ -1,5 +1,6 @@
 """A model whose layers' matrices are prepacked, each original dropped."""
 
+import torch
 from torch import nn
 
 from ..memory import hand_back
@@ -39,14 +40,15 @@ class Prepacking:
 
     def __init__(self, form: Format | None = None, *, insist: bool = True, forget=lambda tensor: None):
         self.form, self.insist, self.forget = form, insist, forget
-        self.decided = False
+        self.decided, self.smoothing = False, None
 
     def __call__(self, model, layer) -> None:
         """Raises ValueError, at a model's first layer and before anything is changed, saying why it would not run."""
         if not self.decided:
             self._decide(model)
-        if self.form is not None:
-            prepack_layer(layer, self.form, self.forget)
+        if self.form is not None and not all(isinstance(matrix, self.form.weight) for matrix in matrices_of(layer)):
+            self.smoothing = self.smoothing or self.form.smoothing(model)
+            prepack_layer(layer, self.form, self.smoothing(layer), self.forget)
             hand_back()  # or the originals of small layers would stay in the heap between what is kept
 
     def _decide(self, model) -> None:
@@ -59,8 +61,11 @@ class Prepacking:
             model.requires_grad_(False)
 
 
-def prepack_layer(layer, form: Format, forget=lambda tensor: None) -> None:
-    factors = form.factors(layer)
+def matrices_of(layer) -> list[torch.Tensor]:
+    return [layer.get_submodule(name).weight for name in MATRICES]
+
+
+def prepack_layer(layer, form: Format, factors: dict[str, torch.Tensor], forget=lambda tensor: None) -> None:
     for name in MATRICES:
         linear = layer.get_submodule(name)
         original = linear.weight

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.utils._pytree import tree_map_only
 import esm_fast
 from esm_fast import _C, weights
 from esm_fast.cli import main
-from esm_fast.formats import formats
-from esm_fast.formats.int8 import Int8Weight, _balance
+from esm_fast.formats import formats, smoothing
+from esm_fast.formats.int8 import Int8Weight
 from esm_fast.formats.model import prepack_model
+from esm_fast.formats.smoothing import Smoothing
 from esm_fast.formats.weight import MATRICES, PrepackedWeight
 from esm_fast.inference.embed import embed
 from esm_fast.ops import OPS, registry, verify
@@ -25,6 +27,7 @@ from esm_fast.sequences.batching import pack_padded
 
 SHAPES = [(1, 1, 1), (5, 33, 63), (13, 70, 130), (30, 96, 256), (40, 64, 257), (25, 40, 1280)]  # rows, outputs, inputs
 _MATRIX = (2, torch.bfloat16)  # the residual stream is fp32
+SAMPLE = 366622  # of the proteins that smoothing sees
 TOKENS = torch.tensor([[0, 20, 15, 32, 11, 7, 2], [0, 5, 5, 5, 2, 1, 1]])
 
 
@@ -279,19 +282,57 @@ def test_load_and_embed(models):
     assert model.dtype == torch.bfloat16 and not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_balancing_moves_powers_of_two_and_nothing_else():
-    norm, matrices = (
-        torch.nn.LayerNorm(64, dtype=torch.bfloat16),
-        [random(30, 64).bfloat16(), random(20, 64).bfloat16()],
-    )
+def _with_outliers(seed=0):
+    """Of layers as trained ones are: large gains, and channels that are far from 0 throughout."""
+    torch.manual_seed(seed)
+    model, _ = esm_fast.load("random:esm1b_t6_demo")
     with torch.no_grad():
-        norm.weight[:5], norm.weight[5], norm.bias[:] = torch.tensor([30.0, -8.0, 0.01, 1e-30, 3.0]), 0, 0.5
-        matrices[0][:, 7] = matrices[1][:, 7] = 0
-    gain, bias = norm.weight.clone(), norm.bias.clone()
-    factor = _balance(norm, matrices)
-    assert torch.equal(torch.exp2(torch.log2(factor.double()).round()), factor.double())
-    assert torch.equal(norm.weight * factor, gain) and torch.equal(norm.bias * factor, bias)
-    assert factor[0] > 1 > factor[2] > 0 and factor[7] == 1
+        for layer in model.layers:
+            for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
+                norm.weight[:6] = torch.tensor([30.0, -8.0, 0.01, 1e-30, 0.0, 3.0])
+                norm.bias[[7, 40, 100]] = torch.tensor([60.0, -25.0, 12.0])
+            layer.fc1.weight[:, 50] = 0
+    return model
+
+
+def test_smoothing_changes_nothing_but_what_is_quantised():
+    """Norms, biases and factors together are the same function; the factors are powers of two."""
+    model = _with_outliers().double().requires_grad_(False)
+    smoothed = copy.deepcopy(model)
+    smooth = Smoothing(smoothed)
+    for layer, before in zip(smoothed.layers, model.layers, strict=True):
+        for name, factor in smooth(layer).items():
+            assert torch.equal(torch.exp2(torch.log2(factor).round()), factor)
+            layer.get_submodule(name).weight.mul_(factor)
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            ours, theirs = layer.get_submodule(norm), before.get_submodule(norm)
+            assert ours.bias[7].abs() < 0.2 * theirs.bias[7].abs() and ours.weight[0].abs() < theirs.weight[0].abs()
+    batch = pack_padded(TOKENS)[0]
+    got, want = (m.forward_packed(batch, layers=(6,)).representations[6] for m in (smoothed, model))
+    assert (got - want).abs().max() <= 1e-10 * want.abs().max()
+
+
+def test_smoothing_is_the_same_every_time():
+    tokens = smoothing.sample().tokens
+    assert tokens.shape == (260,) and int((tokens * torch.arange(260)).sum()) == SAMPLE
+    made = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model = _with_outliers().bfloat16()
+        prepack_model(model, formats()["int8"])
+        made.append({k: v.unpack() if isinstance(v, PrepackedWeight) else v for k, v in model.state_dict().items()})
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_channels_far_from_zero_cost_no_digits():
+    exact, rounded = _with_outliers(), _with_outliers().bfloat16()
+    plain = copy.deepcopy(rounded)
+    prepack_model(rounded, formats()["int8"])
+    prepack_model(plain, replace(formats()["int8"], smoothing=lambda model: lambda layer: {}))
+    batch = pack_padded(TOKENS)[0]
+    with torch.inference_mode():
+        want, got, worse = (m.forward_packed(batch, layers=(6,)).representations[6] for m in (exact, rounded, plain))
+    assert (got - want).norm() < 0.5 * (worse - want).norm()
 
 
 def test_a_file_of_8_bits(tmp_path):
