@@ -52,7 +52,8 @@ def cached(name: str) -> Path | None:
         return own
     file = torch_hub_folder() / f"{name}.pt"
     if file.exists():
-        for found in (file, file.with_name(name + family.REGRESSION)):
+        side = name + family.REGRESSION
+        for found in (file, file.with_name(side), file.with_name(side.removesuffix(".pt") + ".safetensors")):
             _require_trusted(found)
         return file
     for repository in _repositories(name):

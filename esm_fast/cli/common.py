@@ -118,8 +118,11 @@ def dtype_of(args: argparse.Namespace) -> str:
     return chosen
 
 
-def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=None):
-    """The model, packed where the CPU kernels are going to run; warnings and BackendError become lines for the user."""
+def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=None, regression=None, contacts=True):
+    """The model, packed where the CPU kernels are going to run; warnings and BackendError become lines for the user.
+
+    regression: a file, for contacts; contacts: whether to warn of a model that has none.
+    """
     from ..inference.embed import embed
     from ..inference.load import load
     from ..ops import BackendError
@@ -131,13 +134,14 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, _ = load(name, device=device, dtype=dtype, backend=backend, packed="auto")
+            model, _ = load(name, device=device, dtype=dtype, backend=backend, packed="auto", regression=regression)
         if backend:
             next(embed(model, ["M"]))  # one that cannot run here says so now, not after the input is read
     except BackendError as error:
         raise InputError(str(error)) from None
     for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
+        if contacts or "has no contact regression" not in str(warning.message):
+            print(f"warning: {warning.message}", file=sys.stderr)
     return model
 
 
@@ -164,8 +168,6 @@ def require_contacts(model, name: str) -> None:
         model.contact_head.require_fitted()
     except ValueError as error:
         with_one = [known for known in published() if known != DEMO and of_name(known).has_regression(known)]
-        if name == DEMO:
-            raise InputError(f"{name} was trained without a contact regression; give --model {with_one[0]}") from None
         raise InputError(f"{name}: {error}. These come with one: {', '.join(with_one)}") from None
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections import deque
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from .common import (
     check_space,
     dtype_of,
     ingest_of,
+    is_random,
     load_model,
     output_path,
     progress,
@@ -28,10 +30,12 @@ HELP = "contact maps of a FASTA file, as npz and PNG"
 DESCRIPTION = """\
 Predicts which residues of each protein touch (C-beta atoms within 8 Angstrom): a float32 array of
 probabilities, residues x residues, under the protein's accession; all in one file if -o ends in
-.npz, else one file each in a folder."""
+.npz, else one file each in a folder. The summary says what the model's regression was worth on
+structures that it was not fitted to, where that is known; esm-fast fit-contacts fits one to any model."""
 EXAMPLES = """\
   esm-fast contacts proteins.fasta -o contacts.npz --model esm1b_t33_650M_UR50S
   esm-fast contacts proteins.fasta -o maps --png --overlength truncate
+  esm-fast contacts 1abc.fasta -o maps --png --structure 1abc.cif
 
 Open it in Python:
   import numpy
@@ -46,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--png", action="store_true", help="also draw each map: in DIR, or in the folder FILE (needs matplotlib)"
     )
+    parser.add_argument("--regression", metavar="FILE", help="of esm-fast fit-contacts (default: the model's own)")
+    parser.add_argument(
+        "--structure",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="PDB or mmCIF files: prints what the maps of their chains are worth, and draws the true contacts beside",
+    )
     add_batch_tokens(parser)
     add_model(parser)
     add_policies(parser, overlength=("error", "truncate"))
@@ -57,8 +69,10 @@ def run(args: argparse.Namespace) -> None:
     single = args.output.endswith(".npz")
     out = output_path(args.output, args.force) if single else _output_folder(args.output, args.force)
     dtype = dtype_of(args)
-    model = load_model(args.model, device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
+    options = dict(device=args.device, backend=args.backend, threads=args.threads, regression=args.regression)
+    model = load_model(args.model, dtype=dtype, **options)
     require_contacts(model, args.model)
+    truths = _Truths(args.structure, model)
 
     from ..inference.embed import token_budget
     from ..inference.outputs import make
@@ -69,17 +83,75 @@ def run(args: argparse.Namespace) -> None:
     budget = token_budget(model, args.batch_tokens)
     with Source(args.fasta, ingest_of(args, model.config.limit(args.overlength), safe=file_name)) as source:
         expected, counts, start = source.scan(), Counts(), time.perf_counter()
+        waiting: deque = deque()  # the residues of proteins that are being computed, in their order
         check_space(out.parent, 4 * expected.squares)
         with (_archive if single else _folder)(out) as add, progress(expected.residues) as bar:
-            for protein in run_model(model, source.tokens(counts), [make("contacts")], budget, bar.update):
+            for protein in run_model(
+                model, _noted(source.tokens(counts), waiting), [make("contacts")], budget, bar.update
+            ):
                 name, contacts = protein.label.name, protein.arrays[0]
                 add(name, contacts)
+                chain = truths.of(sequence := waiting.popleft(), name, contacts)
                 if args.png:
-                    _draw(out.with_suffix("") if single else out, name, contacts, str(protein.label))
+                    folder = out.with_suffix("") if single else out
+                    _draw(folder, name, contacts, str(protein.label), sequence, chain)
             if counts != expected:
                 raise InputError("the input changed while it was read; start again")
     print("\n".join(result_lines(counts, time.perf_counter() - start, args.model)))
-    print(f"output    {out}")
+    print("\n".join([f"type      {dtype}", *worth_lines(args), *truths.lines(), f"output    {out}"]))
+
+
+def worth_lines(args: argparse.Namespace) -> list[str]:
+    """What is known of the regression in use."""
+    from .. import hub, weights
+
+    if is_random(args.model):
+        return []
+    file = args.regression or weights.beside(hub.resolve(args.model))
+    if not file or not (worth := weights.worth_of(Path(file))):
+        return []
+    far = worth["precision"]["long"]
+    return [
+        f"worth     of the L most probable contacts of residues 24 or more apart {far['L']:.0%} were true, of the L/5 "
+        f"{far['L/5']:.0%}, of any pairs {far['any']:.0%}: {worth['held_out']} chains it was not fitted to"
+    ]
+
+
+class _Truths:
+    """The chains of --structure, by their sequence, and what the maps of those proteins are worth."""
+
+    def __init__(self, paths: list[str], model):
+        from .fit_contacts import chains_of, require_extra
+
+        if paths:
+            require_extra()
+        self.chains = {chain.sequence: chain for chain in chains_of(paths, model)} if paths else {}
+        self.found: list[tuple[str, str, dict]] = []
+
+    def of(self, sequence: str, name: str, contacts):
+        if (chain := self.chains.get(sequence)) is not None:
+            from ..contacts import precisions
+
+            self.found.append((name, chain.name, precisions(contacts, chain)))
+        return chain
+
+    def lines(self) -> list[str]:
+        from .fit_contacts import table
+
+        if self.chains and not self.found:
+            have = ", ".join(f"{chain.name} ({len(chain.sequence)})" for chain in list(self.chains.values())[:5])
+            return [f"structure no protein has the sequence of a chain in --structure: {have} residues"]
+        return [line for name, chain, found in self.found for line in (f"{name}, {chain}:", *table(found))]
+
+
+def _noted(tokens, waiting: deque):
+    from ..alphabet import TOKENS
+
+    for chunk in tokens:
+        bounds = chunk.offsets.tolist()
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            waiting.append("".join(TOKENS[i] for i in chunk.ids[start:end].tolist()))
+        yield chunk
 
 
 def _require_matplotlib() -> None:
@@ -118,8 +190,8 @@ def _folder(folder: Path):
     yield add
 
 
-def _draw(folder: Path, name: str, contacts, title: str) -> None:
+def _draw(folder: Path, name: str, contacts, title: str, sequence: str, chain) -> None:
     from ..plots.contact_map import write_map
 
     folder.mkdir(exist_ok=True)
-    write_map(folder / f"{name}.png", contacts, title)
+    write_map(folder / f"{name}.png", contacts, title, sequence, None if chain is None else chain.truth)

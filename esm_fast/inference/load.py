@@ -1,5 +1,7 @@
 """Loading a model by name or path, or with random weights."""
 
+from pathlib import Path
+
 import torch
 
 from .. import hub, weights
@@ -17,7 +19,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 DTYPES |= {name: form.dtype for name, form in formats().items()}  # of the layers' matrices
 
 
-def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None):
+def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None, regression=None):
     """Loads a model, as `esm.pretrained` does, and returns (model, alphabet).
 
     Args:
@@ -32,6 +34,8 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
         packed: whether the layers' matrices are held packed for the CPU kernels: half the memory, and for inference
             only. None: if the file is packed (`esm-fast convert --pack`), which is then mapped and used as it lies;
             True: yes; "auto": where the CPU kernels are going to run; False: no, all parameters are ordinary tensors.
+        regression: a file of `esm-fast fit-contacts`, or fair-esm's, to predict contacts with; None: the model's own,
+            or NAME-contact-regression.safetensors or .pt beside it.
 
     Raises:
         FileNotFoundError, weights.CheckpointError, ops.BackendError; ValueError, also with the reason why packed
@@ -45,6 +49,10 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     if form is not None:
         form.require(device, backend, packed)
     checkpoint = None if name.startswith("random:") else weights.read(hub.resolve(name_or_path))
+    if regression is not None:
+        if checkpoint is None:
+            raise ValueError(f"{name} has random weights: no contact regression was fitted to them")
+        checkpoint = weights.attach(checkpoint, Path(regression))
     if checkpoint is not None and packed is False:
         checkpoint = checkpoint.unpacked()
     elif checkpoint is not None and checkpoint.packed:

@@ -253,7 +253,8 @@ class LMHead(nn.Module):
 
 _NO_REGRESSION = (
     "this checkpoint holds no contact regression (some models were published without one; for others put "
-    "<name>-contact-regression.pt beside <name>.pt and load again), so contacts cannot be predicted"
+    "<name>-contact-regression.pt beside <name>.pt and load again; esm-fast fit-contacts fits one), so "
+    "contacts cannot be predicted"
 )
 
 

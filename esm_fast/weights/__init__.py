@@ -10,12 +10,16 @@ from .huggingface import config_from_hf
 from .integrity import sha256
 from .native import FORMAT, checksum, save
 from .reader import files_of, prepacked_dtype, read
+from .regression import attach, beside, worth_of
+from .regression import save as save_regression
 
 __all__ = [
     "CONTACT_KEYS",
     "Checkpoint",
     "CheckpointError",
     "FORMAT",
+    "attach",
+    "beside",
     "build",
     "checksum",
     "config_from_hf",
@@ -23,5 +27,7 @@ __all__ = [
     "prepacked_dtype",
     "read",
     "save",
+    "save_regression",
     "sha256",
+    "worth_of",
 ]

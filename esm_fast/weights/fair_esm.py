@@ -1,13 +1,11 @@
-"""fair-esm's .pt files, and the contact regressions it publishes beside them."""
+"""fair-esm's .pt files."""
 
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
-from ..models.family import REGRESSION, families, titles
-from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
-from .safe import read_torch, require_tensors
+from ..models.family import families, titles
+from .checkpoint import Checkpoint, CheckpointError
+from .safe import require_tensors
 
 
 def is_content(content) -> bool:
@@ -32,16 +30,4 @@ def read_content(path: Path, content: dict) -> Checkpoint:
         arch = getattr(args, "arch", None)
         raise CheckpointError(f"{path} holds the architecture {arch!r}; esm_fast reads {titles()}")
     config, tensors = found[0]
-    return Checkpoint(path, "fair-esm", config, tensors | _contact_regression(path))
-
-
-def _contact_regression(path: Path) -> dict[str, torch.Tensor]:
-    """The regression fair-esm publishes as a file of its own, beside the model's."""
-    side = path.with_name(path.stem + REGRESSION)
-    if not side.exists():
-        return {}
-    content = read_torch(side)
-    found = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or set(found) != CONTACT_KEYS:
-        raise CheckpointError(f"{side} is no contact regression: expected 'model' with {sorted(CONTACT_KEYS)}")
-    return require_tensors(side, found)
+    return Checkpoint(path, "fair-esm", config, tensors)

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from ..models.family import titles
-from . import fair_esm, huggingface, native
+from . import fair_esm, huggingface, native, regression
 from .checkpoint import Checkpoint, CheckpointError
 from .safe import kind_of, read_torch
 
 
 def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
-    """Reads a checkpoint file or a Hugging Face folder.
+    """Reads a checkpoint file or a Hugging Face folder, with the contact regression that lies beside it, if one does.
 
     Args:
         verify: also compare the packed matrices of a packed file with its checksum, which means to read them all.
@@ -21,6 +21,11 @@ def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    checkpoint, side = _read(path, verify), regression.beside(path)
+    return checkpoint if side is None else regression.attach(checkpoint, side)
+
+
+def _read(path: Path, verify: bool) -> Checkpoint:
     if path.is_dir():
         return huggingface.read_folder(path)
     if kind_of(path) == "safetensors":

@@ -92,7 +92,7 @@ ORDER = [
     *("ops", "formats", "packed", "quantized", "packed_file", "edits", "kernels"),  # what is computed, and by whom
     *("models", "weights", "download", "hub"),  # families, their files, and where those are
     *("inference", "train", "compat"),  # other packages' APIs stand above what they offer
-    *("dataset", "variants", "plots", "pretrained", "sklearn", "cli"),
+    *("contacts", "dataset", "variants", "plots", "pretrained", "sklearn", "cli"),
 ]
 # The registry looks the backends up: the one place where what is below finds what is above, by name.
 DISCOVERY = {("esm_fast.ops.registry", "esm_fast.kernels")}

@@ -97,11 +97,3 @@ def test_it_is_the_default_and_fills_masks_like_hugging_face(capsys):
     theirs = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)(sequence)
     assert [answer["token_str"] for answer in ours] == [answer["token_str"] for answer in theirs]
     assert [answer["score"] for answer in ours] == pytest.approx([answer["score"] for answer in theirs], abs=1e-5)
-
-
-def test_contacts_are_refused(tmp_path, capsys):
-    """Structures would be needed to learn them from."""
-    fasta = tmp_path / "a.fasta"
-    fasta.write_text(">a\nMKTAYIAK\n")
-    assert main(["contacts", str(fasta), "-o", str(tmp_path / "maps")]) == 1
-    assert "without a contact regression" in capsys.readouterr().err
