@@ -25,7 +25,8 @@ lint: .venv/test
 # Full-size ESM-1b against its peers, side by side: about 8 GB of packages, 16 GB of memory, an hour.
 bench: .venv/bench
 	mkdir -p out
-	$(BIN)/pytest benches/test_tokenize.py benches/test_ops.py --benchmark-json out/bench.json
+	$(BIN)/pytest benches/test_tokenize.py --benchmark-json out/bench.json
+	$(BIN)/python benches/bench_ops.py --json out/ops.json
 	$(BIN)/python benches/bench_peers.py --profile --out out/peers
 	$(BIN)/python benches/bench_train.py --out out/train
 

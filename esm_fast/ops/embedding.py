@@ -65,7 +65,7 @@ def cases() -> list[Case]:
 
 
 def bench_cases() -> list[Case]:
-    return [_case("2048_rows", [512] * 4, 1280)]
+    return [_case("2048_rows", [512] * 4, 1280), _case("300_rows", [300], 1280)]
 
 
 def cost(tokens, cu_seqlens, token_table, **_) -> Cost:

@@ -43,7 +43,7 @@ def cases() -> list[Case]:
 
 
 def bench_cases() -> list[Case]:
-    return [_case("1024_rows", 1024, 1280, 5120), _case("64_rows", 64, 1280, 5120)]
+    return [_case("1_row" if n == 1 else f"{n}_rows", n, 1280, 5120) for n in (1024, 64, 1, 300, 4000)]
 
 
 def cost(x, fc1_weight, **_) -> Cost:

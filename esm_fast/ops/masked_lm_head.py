@@ -66,7 +66,7 @@ def cases() -> list[Case]:
 
 
 def bench_cases() -> list[Case]:
-    return [_case("1024_rows", 1024, 1280), _case("150_of_1024", 1024, 1280, masked=150)]
+    return [_case("1024_rows", 1024, 1280), _case("150_of_1024", 1024, 1280, masked=150), _case("1_row", 1, 1280)]
 
 
 def cost(x, dense_weight, token_table, rows, **_) -> Cost:

@@ -71,7 +71,9 @@ _ROTARY = {24: [1, 300], 32: [40, 0, 9], 64: [130, 5], 128: [33]}
 
 
 def bench_cases() -> list[Case]:
-    return [_case("natural", [103, 187, 264, 351, 460, 683], 20, 64)]
+    natural = [103, 187, 264, 351, 460, 683]
+    points = {"natural": natural, "1x300": [300], "20x100": [100] * 20, "4x1022": [1022] * 4}
+    return [_case(name, lengths, 20, 64) for name, lengths in points.items()]
 
 
 def cost(x, cu_seqlens, heads, q_weight, **_) -> Cost:

@@ -11,7 +11,7 @@ from cutlass_standin import admitted, installed
 
 from esm_fast.ops import OPS, registry
 
-sys.path.append(str(Path(__file__).parents[2] / "benches"))  # last: there is a test_ops.py, too
+sys.path.append(str(Path(__file__).parents[2] / "benches"))
 
 import gpu_models  # noqa: E402
 import gpu_ops  # noqa: E402

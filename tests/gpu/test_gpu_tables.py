@@ -9,7 +9,7 @@ import pytest
 from esm_fast.cli import kernels, main
 from esm_fast.ops import OPS
 
-sys.path.append(str(Path(__file__).parents[2] / "benches"))  # last: there is a test_ops.py, too
+sys.path.append(str(Path(__file__).parents[2] / "benches"))
 
 import roofline  # noqa: E402
 

@@ -2,14 +2,19 @@
 
 import ast
 import dataclasses
+import importlib
 import json
+import pickle
+import pickletools
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import esm_fast
 from esm_fast.models.family import aliases, canonical_name, config_class, families, of_config, of_name, published
+from esm_fast.models.padded import classes
 
 PACKAGE = Path(esm_fast.__file__).parent
 # The names that users import, fair-esm's ProteinBertModel among them. Nothing else may know a family but its own file;
@@ -91,3 +96,20 @@ def test_configurations_come_back_from_json_and_from_transformers(name):
 def test_a_family_of_a_later_version_is_refused_by_name():
     with pytest.raises(ValueError, match="its family is 'esm9'; this version of esm_fast has esm1"):
         config_class({"family": "esm9", "layers": 1})
+
+
+@pytest.mark.parametrize("kind", classes().values(), ids=classes())
+def test_a_whole_model_in_a_file_of_pickle_loads(kind, tmp_path):
+    """torch.save(model), which users do: the file names the class by the path that this version and older ones have."""
+    config = next(f.config for f in families().values() if issubclass(kind, f.model))
+    torch.manual_seed(0)
+    model = kind(config(layers=2, embed_dim=16, attention_heads=2, ffn_embed_dim=32)).eval()
+    named = [text for _, text, _ in pickletools.genops(pickle.dumps(model, protocol=2)) if isinstance(text, str)]
+    assert f"esm_fast.compat.fair_esm {kind.__name__}" in named
+    assert getattr(importlib.import_module("esm_fast.compat.fair_esm"), kind.__name__) is kind
+    torch.save(model, tmp_path / "whole.pt")
+    tokens = torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]])
+    for twin in (pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert type(twin) is kind and not twin.training
+        with torch.no_grad():
+            assert torch.equal(twin(tokens)["logits"], model(tokens)["logits"])
