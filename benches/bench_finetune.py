@@ -3,7 +3,8 @@
     python benches/bench_finetune.py table.csv --task regression --label-column activity --seeds 5
 
 The features are computed once. Each seed draws other splits (a tenth for validation, a tenth for testing). Scikit-learn
-gets the training and the validation part, ours the first to solve and the second to choose the penalty, as it does.
+gets the training part, and training and validation part together; ours the same two, the validation part to choose the
+penalty and then, unless --no-refit, to solve the head again.
 `--trained lora` and `full` train the model too, from the same start, on seed 0 alone.
 """
 
@@ -20,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 import esm_fast
 from esm_fast.train.examples import Columns, read_examples
 from esm_fast.train.finetune import Settings, finetune
-from esm_fast.train.head import solve
+from esm_fast.train.head import solve, solve_again
 from esm_fast.train.labelled import features_of, labelled_of
 from esm_fast.train.metrics import quick
 
@@ -40,6 +41,8 @@ def scores(data, features: np.ndarray, task: str) -> dict[str, float]:
     parts = {split: data.part(features, data.of(split)) for split in ("train", "valid", "test")}
     test, found = parts["test"], {}
     solved = solve(data.targets, parts["train"], parts["valid"])
+    found["esm-fast finetune --no-refit"] = quick(data.targets, solved(test.rows), test.wanted)[SHOWN[task]]
+    solved = solve_again(data.targets, parts["train"] + parts["valid"], solved)
     found["esm-fast finetune"] = quick(data.targets, solved(test.rows), test.wanted)[SHOWN[task]]
     for given in (("train",), ("train", "valid")):
         rows, wanted = (np.concatenate([getattr(parts[s], what) for s in given]) for what in ("rows", "wanted"))
@@ -58,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
     parser.add_argument("--task", required=True, choices=tuple(SHOWN))
+    parser.add_argument("--level", default="sequence", choices=("sequence", "residue"))
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--model", default="esm1b_t6_demo")
     parser.add_argument("--seeds", type=int, default=5)
@@ -67,7 +71,8 @@ def main() -> None:
     args = parser.parse_args()
     examples = read_examples(args.table, Columns(label=(args.label_column,)))[: args.limit]
     esm, _ = esm_fast.load(args.model, packed=False, device="cpu")
-    settings = [Settings(args.task, seed=seed, overlength="window", unknown="x") for seed in range(args.seeds)]
+    more = dict(level=args.level, unknown="x")
+    settings = [Settings(args.task, seed=seed, overlength="window", **more) for seed in range(args.seeds)]
     layer = esm.config.layers
     start = time.perf_counter()
     features = features_of(esm, labelled_of(esm, examples, settings[0]), [layer], None)[layer]
@@ -78,7 +83,7 @@ def main() -> None:
         values = [one[name] for one in found]
         print(f"{name:45} {np.mean(values):.4f}  {' '.join(f'{value:.4f}' for value in values)}", flush=True)
     for trained in args.trained:
-        own = Settings(args.task, trained=trained, epochs=args.epochs, overlength="truncate", unknown="x")
+        own = Settings(args.task, trained=trained, epochs=args.epochs, overlength="truncate", **more)
         report = finetune(copy.deepcopy(esm), examples, own, lambda entry: print(entry, flush=True)).report
         print(f"{trained:45} {report['test'][SHOWN[args.task]]:.4f}  (seed 0, epoch {report['best_epoch']})")
 

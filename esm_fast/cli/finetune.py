@@ -66,6 +66,12 @@ def _add_data(group) -> None:
 def _add_training(group) -> None:
     add = group.add_argument
     add("--head", default="solved", choices=("solved", "descent"), help="of a frozen model (default: %(default)s)")
+    add(
+        "--no-refit",
+        dest="refit",
+        action="store_false",
+        help="keep the head solved on train alone, instead of on train and valid with the penalty that valid chose",
+    )
     add("--layer", type=_layer, default=-1, metavar="N|best", help="the head's (default: -1, the last)")
     add("--class-weights", default="none", choices=("none", "balanced"), help="balanced: classes weigh alike")
     add("--epochs", type=positive, default=10, metavar="N", help="at most (default: %(default)s)")
@@ -145,7 +151,8 @@ def _lines(report: dict) -> list[str]:
         if split in report:
             lines.append(f"{split:<9} {', '.join(_shown(report[split]))}")
     if "penalties" in report:
-        lines.append(f"head      solved on layer {report['layer']}")
+        parts = "train and valid" if report["refit"] else "train"
+        lines.append(f"head      solved on layer {report['layer']}, of {parts}")
     if report["epochs"]:
         lines.append(f"best      epoch {report['best_epoch']} of {report['epochs']}")
     return lines

@@ -10,9 +10,9 @@ from torch import nn
 
 from ..sequences.batching import PackedBatch, consecutive, pack
 from . import metrics
-from .head import moments
 from .labelled import Labelled
 from .model import InPrecision
+from .parts import moments
 from .predictor import Predictor
 
 _WARMUP = 0.1  # of all updates

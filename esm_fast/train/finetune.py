@@ -13,7 +13,7 @@ from ..models.encoder import Encoder
 from . import adapters, metrics
 from .descent import Descent
 from .examples import SPLITS, Example, ExamplesError
-from .head import Solved, solve
+from .head import Solved, solve, solve_again
 from .labelled import features_of, labelled_of
 from .predictor import Predictor
 from .splits import folds
@@ -36,8 +36,9 @@ class Settings:
     the lowest held-out loss. class_weights: "balanced", every class weighs alike, or "none". learning_rate,
     head_learning_rate: None for the defaults. patience: epochs without a better held-out loss before it stops.
     batch_tokens: in an update. precision: of the model's pass; parameters and head stay fp32. unknown, overlength: as
-    for `embed`, "window" for frozen models only. missing: rows without any label, "error" or "skip". folds: cross
-    validation beside the predictor, for frozen models; 0 for none.
+    for `embed`, "window" for frozen models only. refit: the head of a frozen model that is kept is solved on training
+    and validation part together, after the latter has chosen and been measured. missing: rows without any label,
+    "error" or "skip". folds: cross validation beside the predictor, for frozen models; 0 for none.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Settings:
     overlength: str = "error"
     missing: str = "error"
     folds: int = 0
+    refit: bool = True
 
     def __post_init__(self):
         choices = {"task": TASKS, "level": LEVELS, "trained": tuple(LEARNING_RATES), "head": ("solved", "descent")}
@@ -156,11 +158,16 @@ class _Run:
         report = {"settings": asdict(settings), "layer": layer, "warnings": data.warnings, "counts": self._counts()}
         if solved:
             predictor.set_head(solved.weight, solved.bias)
-            report |= {"penalties": list(solved.penalties), "best_epoch": 0, "epochs": 0}
+            report |= {"penalties": solved.penalties, "best_epoch": 0, "epochs": 0}
         if settings.trained != "frozen" or not solved:
             self._unfreeze()
             report |= Descent(predictor, data, features, settings).run(self.on_epoch, self.on_batch)
-        held_out = self._held_out(predictor, features)
+        held_out = self._held_out(predictor, features, "valid")
+        if solved and settings.trained == "frozen" and settings.refit:
+            again = self._solve_again(features, data.of("train") + data.of("valid"), solved)
+            predictor.set_head(again.weight, again.bias)
+        report["refit"] = bool(solved and settings.trained == "frozen" and settings.refit)
+        held_out += self._held_out(predictor, features, "test")
         for split in SPLITS[1:]:
             if own := [one for one in held_out if one.example.split == split]:
                 report[split] = self._scores(own)
@@ -205,6 +212,10 @@ class _Run:
         parts = [self.data.part(features, numbers) for numbers in (train, valid)]
         return solve(self.data.targets, *parts, balanced=self.settings.class_weights == "balanced")
 
+    def _solve_again(self, features: np.ndarray, numbers: list[int], solved: Solved) -> Solved:
+        balanced = self.settings.class_weights == "balanced"
+        return solve_again(self.data.targets, self.data.part(features, numbers), solved, balanced=balanced)
+
     def _unfreeze(self) -> None:
         esm, trained = self.esm, self.settings.trained
         if trained == "lora":
@@ -216,21 +227,18 @@ class _Run:
         if trained == "full":  # the projection of lm_head is this very table
             esm.embed_tokens.requires_grad_(True)
 
-    def _held_out(self, predictor: Predictor, features: np.ndarray) -> list[HeldOut]:
-        """In the splits' order, as the predictor that is saved says it."""
-        data, found = self.data, []
-        for split in SPLITS[1:]:
-            numbers = data.of(split)
-            if self.settings.trained == "frozen":
-                arrays = self._of_features(predictor, features, numbers)
-            elif numbers:
-                made = predictor.outputs([data.only(numbers)], window=data.policy.window)
-                arrays = (array for _, (array,) in made)
-            else:
-                arrays = ()
-            pairs = zip(numbers, arrays, strict=True)
-            found += [HeldOut(data.examples[n], data.ids(n), array, data.wanted[n]) for n, array in pairs]
-        return found
+    def _held_out(self, predictor: Predictor, features: np.ndarray, split: str) -> list[HeldOut]:
+        """As the predictor says it, as it is now."""
+        data, numbers = self.data, self.data.of(split)
+        if self.settings.trained == "frozen":
+            arrays = self._of_features(predictor, features, numbers)
+        elif numbers:
+            made = predictor.outputs([data.only(numbers)], window=data.policy.window)
+            arrays = (array for _, (array,) in made)
+        else:
+            arrays = ()
+        pairs = zip(numbers, arrays, strict=True)
+        return [HeldOut(data.examples[n], data.ids(n), array, data.wanted[n]) for n, array in pairs]
 
     @torch.no_grad()
     def _of_features(self, predictor: Predictor, features: np.ndarray, numbers: list[int]):
@@ -251,6 +259,8 @@ class _Run:
             if not (train and valid and test):
                 raise ExamplesError(f"fold {fold + 1} of {count} has no example; give fewer folds")
             solved = self._solve(features, train, valid)
+            if settings.refit:
+                solved = self._solve_again(features, train + valid, solved)
             bounds = data.rows
             for n in test:
                 outputs = solved(features[bounds[n] : bounds[n + 1]])

@@ -12,7 +12,7 @@ from ..inference.stream import run
 from ..models.encoder import Encoder
 from ..sequences.tokenize import Policy, Report, Tokens
 from .examples import SPLITS, Example, ExamplesError, labelled, tokens_of
-from .head import Part
+from .parts import Part
 from .splits import warnings_of, with_splits
 from .targets import Targets
 

@@ -23,9 +23,11 @@ from esm_fast.sequences.fasta import FastaError
 from esm_fast.train import adapters, metrics
 from esm_fast.train.examples import Columns, Example, ExamplesError, labelled, read_examples
 from esm_fast.train.finetune import Settings, finetune
-from esm_fast.train.head import Part, _numbers, moments
+from esm_fast.train.head import solve, solve_again
 from esm_fast.train.model import new_model
+from esm_fast.train.parts import Part, moments
 from esm_fast.train.predictor import Predictor, load_predictor
+from esm_fast.train.ridge import Ridge
 from esm_fast.train.splits import folds, warnings_of, with_splits
 from esm_fast.train.targets import Target, Targets
 
@@ -173,46 +175,72 @@ def test_it_stops_early_and_keeps_the_best(esm):
 
 
 def test_the_solved_head_is_scikit_learns(esm):
-    """Ridge and logistic regression on standardised features, the penalty by the held-out loss: the same numbers."""
-    from sklearn.linear_model import LogisticRegression, Ridge
+    """Logistic regression, and the mean of ridge regressions, on standardised features of training and validation part:
+    the same numbers."""
+    from sklearn import linear_model
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    for task in ("regression", "classification"):
+    for task, refit in (("regression", True), ("regression", False), ("classification", True)):
         given = examples(LABELS[task, "sequence"], 240)
-        predictor, report, _ = finetune(esm, given, Settings(task))
-        rows = {split: [e for e in given if e.split == split] for split in ("train", "test")}
-        x = {
-            split: [a[2] for _, a in embed(esm, [(e.name, e.sequence) for e in own], layers=(2,))]
-            for split, own in rows.items()
-        }
-        (penalty,), count = report["penalties"], len(rows["train"])
-        wanted = [e.labels["label"] for e in rows["train"]]
-        tested = [e.sequence for e in rows["test"]]
+        predictor, report, _ = finetune(esm, given, Settings(task, refit=refit))
+        known = [e for e in given if e.split == "train" or (refit and e.split == "valid")]
+        tested = [e.sequence for e in given if e.split == "test"]
+        x, z = (
+            np.stack([a[2] for _, a in embed(esm, own, layers=(2,))]) for own in ([e.sequence for e in known], tested)
+        )
+        (penalties,), wanted = report["penalties"], [e.labels["label"] for e in known]
         if task == "regression":
-            model = make_pipeline(StandardScaler(), Ridge(penalty * count))
-            expected = model.fit(x["train"], np.array(wanted, dtype=float)).predict(x["test"])
-            np.testing.assert_allclose(predictor.predict(tested), expected, atol=1e-4)
+            wanted = np.array(wanted, dtype=float)
+            models = [make_pipeline(StandardScaler(), linear_model.Ridge(p * len(x))) for p in penalties]
+            expected = np.mean([m.fit(x, wanted).predict(z) for m in models], axis=0)
+            found = np.array(predictor.predict(tested))
+            scale = (found - wanted.mean()) / (expected - wanted.mean())
+            assert 0.01 <= scale.mean() <= 1 + 1e-4
+            np.testing.assert_allclose(scale, scale.mean(), rtol=1e-3)
         else:
-            model = make_pipeline(
-                StandardScaler(), LogisticRegression(C=1 / (penalty * count), max_iter=2000, tol=1e-8)
-            )
-            expected = model.fit(x["train"], wanted).predict_proba(x["test"])
+            (penalty,) = penalties
+            logistic = linear_model.LogisticRegression(C=1 / (penalty * len(x)), max_iter=2000, tol=1e-8)
+            expected = make_pipeline(StandardScaler(), logistic).fit(x, wanted).predict_proba(z)
             np.testing.assert_allclose(predictor.predict_proba(tested), expected, atol=2e-2)
 
 
 def test_leave_one_out_is_that_of_as_many_fits():
-    from sklearn.linear_model import Ridge
+    from sklearn import linear_model
 
     generator = np.random.default_rng(0)
     x = generator.normal(size=(40, 6)).astype(np.float32) * 3 + 1
     y = (x[:, 0] + generator.normal(size=40)).astype(np.float32)
     mean, spread = moments(x)
-    z = (x - mean) / spread
-    for *_, penalty, left_out in list(_numbers(Part(x, y), mean, spread))[::4]:
-        fits = [Ridge(penalty * 40).fit(np.delete(z, i, 0), np.delete(y, i)) for i in range(40)]
-        errors = [y[i] - fit.predict(z[i : i + 1])[0] for i, fit in enumerate(fits)]
-        assert left_out == pytest.approx(sum(e * e for e in errors), rel=1e-6)
+    z, penalties = (x - mean) / spread, np.array([1e-3, 0.1, 10])
+    for penalty, said in zip(penalties, Ridge(Part(x, y)).left_out(penalties).T, strict=True):
+        fits = [linear_model.Ridge(penalty * 40).fit(np.delete(z, i, 0), np.delete(y, i)) for i in range(40)]
+        np.testing.assert_allclose(said, [fit.predict(z[i : i + 1])[0] for i, fit in enumerate(fits)], rtol=1e-5)
+
+
+def test_the_order_of_noisy_labels_is_not_shrunk_away():
+    """Few labels of much noise, as of single mutants: the lowest squared error calls for a head so nearly constant that
+    its order suffers. The numbers stay right too: their squared error is no higher."""
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import RidgeCV
+
+    scores, targets = [], Targets("regression", "sequence", (Target("y"),))
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        hidden = generator.normal(size=(800, 40)) * np.logspace(0, -1.5, 40)
+        x = (hidden @ np.linalg.qr(generator.normal(size=(40, 40)))[0]).astype(np.float32)
+        truth = hidden @ (generator.normal(size=40) / np.logspace(0, -1.5, 40)) / 40**0.5
+        y = (truth + 3 * generator.normal(size=800)).astype(np.float32)
+        train, valid, test = (Part(x[a:b], y[a:b, None]) for a, b in ((0, 240), (240, 300), (300, 800)))
+        ours = solve_again(targets, train + valid, solve(targets, train, valid))(test.rows)[:, 0]
+        mean, spread = moments(x[:300])
+        both, rows = (x[:300] - mean) / spread, (test.rows - mean) / spread
+        theirs = RidgeCV(np.logspace(-3, 6, 19)).fit(both, y[:300]).predict(rows)
+        for said in (ours, theirs):
+            rank = 0.0 if said.std() < 1e-9 else spearmanr(said, truth[300:]).statistic
+            scores.append((rank, np.square(said - truth[300:]).mean()))
+    ours, theirs = np.mean(scores[::2], axis=0), np.mean(scores[1::2], axis=0)
+    assert ours[0] > theirs[0] and ours[1] < 1.1 * theirs[1], (ours, theirs)
 
 
 def test_each_label_counts_alike_whatever_the_batches(esm):
