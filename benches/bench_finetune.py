@@ -45,11 +45,12 @@ def scores(data, features: np.ndarray, task: str) -> dict[str, float]:
     solved = solve_again(data.targets, parts["train"] + parts["valid"], solved)
     found["esm-fast finetune"] = quick(data.targets, solved(test.rows), test.wanted)[SHOWN[task]]
     for given in (("train",), ("train", "valid")):
-        rows, wanted = (np.concatenate([getattr(parts[s], what) for s in given]) for what in ("rows", "wanted"))
+        known = [parts[split].known(0) for split in given]
+        rows, wanted = (np.concatenate([getattr(part, what) for part in known]) for what in ("rows", "wanted"))
         for name, model in baselines(task).items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model.fit(rows, wanted[:, 0].astype(int) if task == "classification" else wanted[:, 0])
+                model.fit(rows, wanted.astype(int) if task == "classification" else wanted)
             outputs = (
                 model.predict_log_proba(test.rows) if task == "classification" else model.predict(test.rows)[:, None]
             )

@@ -32,8 +32,13 @@ class Masking:
         for name, allowed in {"specials": ("never", "selected"), "replacements": tuple(REPLACEMENTS)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"masking: {name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        if not 0 < self.share <= 1 or min(self.masked, self.replaced) < 0 or self.masked + self.replaced > 1:
-            raise ValueError(f"masking: {self} is no set of shares: share in (0, 1], masked + replaced at most 1")
+        for name in ("share", "masked", "replaced"):
+            if not 0 <= (value := getattr(self, name)) <= 1:  # nan neither
+                raise ValueError(f"masking: {name} is {value}; give a share from 0 to 1")
+        if not self.share:
+            raise ValueError("masking: share is 0, which selects nothing to learn from; give more")
+        if self.masked + self.replaced > 1:
+            raise ValueError(f"masking: masked is {self.masked} and replaced is {self.replaced}, together more than 1")
 
     def for_validation(self) -> "Masking":
         """The same selection, every selected token shown as <mask>."""

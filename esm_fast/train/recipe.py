@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,11 +160,26 @@ def recipe_from(values: dict) -> Recipe:
             raise RecipeError(f"model is {model!r}; choose from {', '.join(published())}, or give its sizes")
         values["model"] = published()[canonical_name(model)]
     else:
-        kind = config_class(model) if isinstance(model, dict) else Config
-        values["model"] = kind(**_fields(kind, model, "model"))
+        values["model"] = _group("model", _config, model)
     if "masking" in values:
-        values["masking"] = Masking(**_fields(Masking, values["masking"], "masking"))
+        values["masking"] = _group(
+            "masking", lambda own: Masking(**_fields(Masking, own, "masking")), values["masking"]
+        )
     return Recipe(**values)
+
+
+def _config(sizes) -> Config:
+    if isinstance(sizes, dict) and not isinstance(sizes.get("family", ""), str):
+        raise RecipeError(f"model: family is {sizes['family']!r}; expected a name, such as esm2")
+    kind = config_class(sizes) if isinstance(sizes, dict) else Config
+    return kind(**_fields(kind, sizes, "model"))
+
+
+def _group(name: str, make: Callable, values):
+    try:
+        return make(values)
+    except ValueError as error:
+        raise RecipeError(str(error) if name in str(error) else f"{name}: {error}") from None
 
 
 def initial(name: str) -> weights.Checkpoint:

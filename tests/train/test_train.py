@@ -27,6 +27,7 @@ from esm_fast.sequences.tokenize import Policy
 from esm_fast.train import checkpoint
 from esm_fast.train.environment import SETTINGS
 from esm_fast.train.loop import Trainer
+from esm_fast.train.masking import Masking
 from esm_fast.train.model import new_model
 from esm_fast.train.prepare import prepare
 from esm_fast.train.processes import Processes
@@ -673,6 +674,23 @@ def test_every_entry_of_a_recipe_is_taken_or_refused_by_name(tmp_path, entry):
             assert recipe_from(json.loads(json.dumps(as_dict(made)))) == made
             taken += 1
     assert taken < len(VALUES)
+
+
+GROUPS = [("masking", f.name) for f in dataclasses.fields(Masking)] + [("model", name) for name in (*MODEL, "family")]
+
+
+@pytest.mark.parametrize("group, entry", GROUPS)
+def test_every_entry_of_a_group_is_taken_or_refused_by_name(group, entry):
+    plain, refused = dict(model=MODEL, store="s", output="o", steps=5, masking={}), 0
+    for value in VALUES:
+        try:
+            made = recipe_from(plain | {group: plain[group] | {entry: value}})
+        except RecipeError as error:
+            assert group in str(error) and any(word in str(error) for word in (entry, entry.replace("_", " "))), error
+            refused += 1
+        else:
+            assert recipe_from(json.loads(json.dumps(as_dict(made)))) == made  # nan is not: none is taken
+    assert refused >= 10
 
 
 @pytest.mark.parametrize(
