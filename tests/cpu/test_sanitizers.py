@@ -70,7 +70,9 @@ def python(needs, tmp_path_factory):
 
 
 OWN_TESTS = {
-    "test_cpu test_cpu_edges test_cpu_training test_stack test_packed": "every_case or edges or bits",
+    "test_cpu test_cpu_edges test_cpu_training test_stack test_packed test_refused": (
+        "every_case or edges or bits or shorter_table or no_tensor_passes"
+    ),
     "test_int8 test_packed_file test_alphabet test_batching test_data": (
         # what is long for other reasons than our C++: compression, other processes, large inputs, whole models
         "not any_shape and not full and not cut_anywhere and not flipped and not dense and not process and not fork"

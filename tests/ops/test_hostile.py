@@ -72,11 +72,14 @@ def attempt(seed: int) -> str:
             _require_same(ours, reference)
     except AssertionError:
         _require_as_right(op, arguments, got, wanted)
+        return "as right"
     return "same"
 
 
 def _require_as_right(op, arguments, got, wanted) -> None:
-    """Numbers such as tables of cosines up to 40 make any rounding large: then the rule of `verify` decides."""
+    """Numbers such as tables of cosines up to 40 make any rounding large: then the rule of `verify` decides. It has
+    something to go by only where the reference's own error is finite, and as large as the difference that was met."""
+    assert all(leaf.isfinite().all() for leaf in wanted)
     with torch.no_grad():
         truth = _results(op.reference(**verify.widened(verify.bound(op, arguments))), False)
     names = [f"output {i}" for i in range(len(got))]
@@ -117,6 +120,7 @@ def test_no_hostile_call_crashes_or_is_computed_otherwise():
         if outcome.crash or (outcome.error and outcome.error[0] not in EXPECTED):
             bad.append((drawn(int(outcome.name))[0], outcome))
     assert not bad, f"{len(bad)} of {CALLS}, {seen}: " + "\n".join(map(str, bad[:20]))
+    assert seen["as right"] < max(2, CALLS / 200), seen  # an exception, not another rule for all
     assert seen["ValueError"] > CALLS / 4 and seen["same"] + seen["returned"] > CALLS / 20, seen  # both sides were seen
     print(dict(seen))
 
