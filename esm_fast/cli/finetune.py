@@ -17,8 +17,8 @@ Makes a predictor of a number or a class of each protein, or of each residue: a 
 of a model. The model stays as it is (frozen: the head is solved in closed form), is trained too
 (full), or gets low-rank adapters (lora, which needs peft); these begin with the solved head, stop
 when the held-out loss has not fallen for a while, and keep the best.
-TABLE is CSV, TSV or ;-separated (compressed too), Parquet, or FASTA with label=... in its headers or
-with --labels. Columns are known by their usual names (sequence or seq; label, target or y; id; split)
+TABLE is CSV, TSV, ;-separated or JSON lines (compressed too), Parquet, or FASTA with label=... in its
+headers or with --labels. Columns are known by their usual names (sequence or seq; label, target or y; id; split)
 or named by options. Splits are train, valid and test; without them a tenth is for validation, which
 chooses, and a tenth for testing. Labels of residues: a letter each, ? for none; or numbers between
 spaces."""

@@ -1,5 +1,7 @@
 """Labelled proteins for fine-tuning, as people keep them: tables, Parquet, FASTA, rows of Python."""
 
+import io
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..sequences.compression import DamagedStreamError, decompress
+from ..sequences.compression import DamagedStreamError, Decompressed, decompress
 from ..sequences.fasta import FastaError, Records, read_fasta
 from ..sequences.names import identifier
 from ..sequences.table import TableError, read_table
@@ -64,8 +66,9 @@ def read_examples(source, columns: Columns = Columns(), *, labels=None) -> list[
     """Reads labelled proteins.
 
     Args:
-        source: a table (`sequences.table`: comma, tab or semicolon, plain or compressed), a Parquet file, or a FASTA
-            file, whose headers may hold `label=... split=...`; a pandas DataFrame; or an iterable of dictionaries.
+        source: a table (`sequences.table`: comma, tab or semicolon, plain or compressed), a Parquet file, JSON
+            lines, or a FASTA file, whose headers may hold `label=... split=...`; a pandas DataFrame; or an iterable of
+            dictionaries.
         columns: of the table. A column of splits is used as it is; without one every split is "".
         labels: for a FASTA file, what holds its labels: a table with a column of ids; or a FASTA file of as many
             letters a protein as it has residues.
@@ -101,6 +104,9 @@ def _read(source, path: Path | None) -> tuple[list[str] | None, Iterator[tuple[i
     if start.startswith(b">"):
         rows = list(_fasta(path))
         return list(dict.fromkeys(name for _, row in rows for name in row)), iter(rows)
+    if start.startswith(b"{"):
+        rows = list(_json_lines(path))
+        return list(dict.fromkeys(name for _, row in rows for name in row)), iter(rows)
     table = read_table(path)
     names = [name.strip() for name in table.columns]
     given = ((row.line, dict(zip(names, row.values.values(), strict=True))) for row in table.rows)
@@ -132,6 +138,21 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, dict]]]:
     columns = [table.column(name).to_pylist() for name in names]
     rows = (dict(zip(names, map(_text, values), strict=True)) for values in zip(*columns, strict=True))
     return names, enumerate(rows, start=1)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """A JSON object a line, as `datasets` and pandas (`to_json(orient="records", lines=True)`) write them."""
+    with path.open("rb") as file:
+        for number, line in enumerate(io.BufferedReader(Decompressed(file)), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ExamplesError(f"{path}: line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ExamplesError(f"{path}: line {number} is no JSON object with names and values")
+            yield number, {str(name): _text(value) for name, value in row.items()}
 
 
 def _fasta(path: Path) -> Iterator[tuple[int, dict]]:

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,11 +76,11 @@ class Trainer:
         On SIGTERM or SIGUSR1, whichever process gets it, the step is finished and saved. Raises Stopped then,
         CheckpointError, and BusyError where another process trains into the same output.
         """
-        with only_run(self.output, self.processes), asked_to_stop() as asked:
+        with only_run(self.output, self.processes), asked_to_stop() as asked, _deterministic(self.recipe.deterministic):
             self._train(on_step, asked)
 
     def _train(self, on_step: Callable[[int, dict], None], asked: list[int]) -> None:
-        recipe = self.recipe
+        recipe, started, stepping = self.recipe, time.perf_counter(), 0.0
         self._resume()
         log = Log(self.output, self.step, recipe.tensorboard) if self.processes.first else None
         began, tokens, flops = time.perf_counter(), 0, 0.0
@@ -88,8 +89,10 @@ class Trainer:
             self.step += 1
             tokens, flops, stop = tokens + int(work.lengths.sum()), flops + entry.pop("flops"), entry.pop("stop")
             if self._due(recipe.log_every):
-                seconds = time.perf_counter() - began
+                now = time.perf_counter()
+                seconds, stepping = now - began, stepping + now - began
                 entry |= {"tokens_per_second": tokens / seconds, "mfu": self._mfu(flops / seconds)}
+                entry["goodput"] = stepping / (now - started)
                 if log:
                     log.add(step=self.step, **entry)
                 began, tokens, flops = time.perf_counter(), 0, 0.0
@@ -309,6 +312,19 @@ def _first_model(recipe: Recipe) -> Encoder:
     if found.config != recipe.model:
         raise RecipeError(f"init is {recipe.init!r}, a model of other sizes: {found.config}; leave the entry model out")
     return weights.build(found, dtype=torch.float32)
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Torch takes algorithms whose results are always the same, and raises where an operation has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first product
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _ahead(items: Iterable[Work]) -> Iterator[Work]:

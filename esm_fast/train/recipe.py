@@ -17,7 +17,7 @@ DECAYS = ("matrices", "all")
 SCHEDULES = ("inverse_sqrt", "linear")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
-MAY_CHANGE |= {"recompute", "output", "store", "peak_tflops", "tensorboard", "plot"}
+MAY_CHANGE |= {"recompute", "deterministic", "output", "store", "peak_tflops", "tensorboard", "plot"}
 
 
 class RecipeError(ValueError):
@@ -57,7 +57,8 @@ class Recipe:
     gradient; decay: what it is of, "matrices" leaves biases and gains alone. schedule: of the rate after the warm-up.
     clip: the largest norm of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown:
     the last steps, over which the learning rate goes to zero. recompute: each layer again in the backward pass, a third
-    more work, instead of keeping what is inside it. valid_tokens: how much of the held-out records is used each time, 0
+    more work, instead of keeping what is inside it. deterministic: torch's algorithms whose results never differ, or an
+    error. valid_tokens: how much of the held-out records is used each time, 0
     for all.
     peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
     """
@@ -85,6 +86,7 @@ class Recipe:
     precision: str = "float32"
     recompute: bool = False
     sharding: str = "none"
+    deterministic: bool = False
     log_every: int = 10
     valid_every: int = 500
     valid_tokens: int = 1_000_000

@@ -592,3 +592,17 @@ def test_a_predictor_of_before_is_read(esm, tmp_path):
     del about["layer"], column["name"]
     (tmp_path / "finetune.json").write_text(json.dumps({"targets": about["targets"] | column}))
     assert len(load_predictor(tmp_path).predict(["MKT"])) == 1
+
+
+def test_json_lines_are_a_table(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"sequence": "MKT", "label": 1.5, "split": "train"}\n\n{"seq": "", "sequence": "GG", "label": null}\n'
+    )
+    first, second = read_examples(path)
+    assert (first.sequence, first.labels, first.split) == ("MKT", {"label": "1.5"}, "train")
+    assert second.labels == {"label": ""} and "line 3" in second.place
+    for bad in ('{"sequence": "MKT"', "[1]", "{" * 5000):
+        path.write_text('{"sequence": "MKT", "label": 1}\n' + bad)
+        with pytest.raises(ExamplesError, match="a.jsonl: line 2 is n"):
+            read_examples(path)

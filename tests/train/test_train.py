@@ -435,6 +435,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
         trainer.train()
 
 
+def test_goodput_and_the_deterministic_switch(store, tmp_path):
+    """The same bits, a share of the time, and torch is left as it was."""
+    train(store, tmp_path / "a", steps=4)
+    states = []
+    trainer = Trainer(recipe(store, tmp_path / "b", steps=4, deterministic=True), store, ALONE)
+    trainer.train(lambda step, entry: states.append(torch.are_deterministic_algorithms_enabled()))
+    assert states == [True] * 4 and not torch.are_deterministic_algorithms_enabled()
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert all(0 < share < 1 for share in curve(tmp_path / "b", "goodput"))
+
+
 def test_loss_scale():
     scale = LossScale(scale=8.0, window=3, smallest=1.0)
     for _ in range(3):
