@@ -31,6 +31,7 @@ from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from .store import Store
 
 _VALIDATION = -1  # the epoch of every validation: always the same crops and masks
+_SKIPPED = 10  # steps in a row that non_finite: skip passes over: more are no accident
 _WRITING = ".writing"  # a folder of the run's own: safetensors writes by temporary files, which a kill leaves
 
 
@@ -68,6 +69,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scale = LossScale() if recipe.precision == "float16" else None
         self.step = self.updates = 0
+        self.skipped = 0  # steps in a row whose gradient was not finite
         self.best: float | None = None  # the lowest held-out loss
 
     def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
@@ -178,13 +180,9 @@ class Trainer:
         grads = [parameter.grad for parameter in self.parameters.values()]
         norm = float(torch.nn.utils.get_total_norm(grads)) / unit
         if not math.isfinite(norm):
-            if self.scale is None:
-                raise FloatingPointError(
-                    f"step {self.step + 1}: the gradient is not finite (norm {norm}); the last checkpoint is from "
-                    "before it. Lower the learning rate, lengthen the warm-up or clip gradients"
-                )
-            self.scale.overflow()
+            self._not_finite(norm)
             return None
+        self.skipped = 0
         clip = self.recipe.clip
         factor = min(1.0, clip / (norm + 1e-6)) / unit if clip else 1 / unit
         if factor != 1:
@@ -196,6 +194,18 @@ class Trainer:
         if self.scale:
             self.scale.update()
         return norm
+
+    def _not_finite(self, norm: float) -> None:
+        """The step is skipped, or the run stops."""
+        self.skipped += 1
+        if self.scale is not None:
+            self.scale.overflow()
+        elif self.recipe.non_finite == "stop" or self.skipped > _SKIPPED:
+            what = f"of {self.skipped} steps in a row " if self.skipped > 1 else ""
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient {what}is not finite (norm {norm}); the last checkpoint is from "
+                "before it. Lower the learning rate, lengthen the warm-up or clip gradients"
+            )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         recipe = self.recipe

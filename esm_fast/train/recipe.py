@@ -14,10 +14,11 @@ from .masking import Masking
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
 DECAYS = ("matrices", "all")
+NON_FINITE = ("stop", "skip")
 SCHEDULES = ("inverse_sqrt", "linear")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
-MAY_CHANGE |= {"recompute", "deterministic", "output", "store", "peak_tflops", "tensorboard", "plot"}
+MAY_CHANGE |= {"recompute", "deterministic", "non_finite", "output", "store", "peak_tflops", "tensorboard", "plot"}
 
 
 class RecipeError(ValueError):
@@ -58,7 +59,8 @@ class Recipe:
     clip: the largest norm of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown:
     the last steps, over which the learning rate goes to zero. recompute: each layer again in the backward pass, a third
     more work, instead of keeping what is inside it. deterministic: torch's algorithms whose results never differ, or an
-    error. valid_tokens: how much of the held-out records is used each time, 0
+    error. non_finite: what a gradient in bf16 or fp32 that is not finite does: "stop" the run, or "skip" the step, ten
+    in a row at most. valid_tokens: how much of the held-out records is used each time, 0
     for all.
     peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
     """
@@ -87,6 +89,7 @@ class Recipe:
     recompute: bool = False
     sharding: str = "none"
     deterministic: bool = False
+    non_finite: str = "stop"
     log_every: int = 10
     valid_every: int = 500
     valid_tokens: int = 1_000_000
@@ -99,7 +102,7 @@ class Recipe:
     def __post_init__(self):
         attention = ("normal", *of_config(self.model).attention)
         choices = {"precision": PRECISIONS, "sharding": SHARDING, "attention": attention}
-        choices |= {"decay": DECAYS, "schedule": SCHEDULES}
+        choices |= {"decay": DECAYS, "schedule": SCHEDULES, "non_finite": NON_FINITE}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")

@@ -435,6 +435,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
         trainer.train()
 
 
+def test_a_gradient_that_is_not_finite_can_be_skipped(store, tmp_path):
+    """The step changes nothing, the next one goes on; eleven in a row stop the run all the same."""
+    trainer = Trainer(recipe(store, tmp_path, non_finite="skip", steps=40), store, ALONE)
+    weight = trainer.esm.layers[0].fc1.weight
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = trainer.esm.embed_tokens.weight.clone()
+    entry = trainer._step(trainer._work(0))
+    assert entry["gradient_norm"] is None and trainer.updates == 0 and trainer.esm.embed_tokens.weight.equal(before)
+    hook.remove()
+    assert trainer._step(trainer._work(1))["gradient_norm"] > 0 and trainer.updates == 1
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="step 11: the gradient of 11 steps in a row is not finite"):
+        trainer.train()
+
+
 def test_goodput_and_the_deterministic_switch(store, tmp_path):
     """The same bits, a share of the time, and torch is left as it was."""
     train(store, tmp_path / "a", steps=4)
