@@ -1,6 +1,6 @@
 """What 8 bits find hard in a transformer layer, taken out of it before it is quantised: exactly, and without data.
 
-Two made-up proteins go through the layers as these are read. Where a channel of a layer norm's result is far from 0
+A few made-up proteins go through the layers as these are read. Where a channel of a layer norm's result is far from 0
 throughout, as in trained models a few are in every layer, the norm's bias gives its mean up and the biases of the
 matrices behind it take that over (as in Outlier Suppression+, Wei et al. 2023). What is left is balanced: a factor per
 channel moves from the norm into the matrices, so that activations and weights share the burden (SmoothQuant, Xiao et
@@ -17,7 +17,7 @@ from ..ops.pre_ln_attention import rotate
 from ..sequences.batching import PackedBatch, pack
 from .weight import MATRICES, is_prepacked
 
-_PROTEINS, _LENGTH = 2, 128
+_PROTEINS, _LENGTH = 4, 128
 # Residues as often as in UniProt, per thousand, in the alphabet's order: LAGVSERTIDPKQNFYMHWC.
 _FREQUENCIES = (97, 83, 71, 69, 66, 67, 55, 54, 59, 55, 47, 58, 39, 41, 39, 29, 24, 23, 11, 13)
 _FIRST_RESIDUE = 4
