@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     layer = layer_of(data, args.layer)
     names, queries = _queries(data, args, layer)
     hits = search(data, queries, args.k, layer)
-    ids_of = _ids_by_row(data, hits.rows)
+    ids_of = ids_by_row(data, hits.rows)
     print("query\trank\tid\tcosine")
     for name, rows, cosines in zip(names, hits.rows.tolist(), hits.cosines.tolist(), strict=True):
         for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), 1):
@@ -57,12 +57,12 @@ def _queries(data, args: argparse.Namespace, layer: int):
         _require_same_numbers(data, other)
         return other.ids, other.matrix(layer)
     if args.query == "-" or path.is_file():
-        names, rows = _embedded(data, args, layer)
+        names, rows = embedded(data, args, layer)
         return names, np.array(rows)
     raise InputError(f"{args.query!r} is neither an id of {data.folder} nor a file or folder")
 
 
-def _embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:
+def embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:
     """The proteins of a FASTA file, with the data set's model and policies."""
     from ..dataset.fingerprint import of_model
     from ..inference.embed import embed
@@ -89,7 +89,7 @@ def _require_same_numbers(data, other) -> None:
             raise InputError(f"{other.folder} has another {name} than {data.folder}: their numbers do not compare")
 
 
-def _ids_by_row(data, rows) -> dict[int, list[str]]:
+def ids_by_row(data, rows) -> dict[int, list[str]]:
     """The ids of each sequence that was found."""
     ids: dict[int, list[str]] = {row: [] for row in set(rows.ravel().tolist()) - {-1}}
     for name, row in zip(data.ids, data.rows.tolist(), strict=True):

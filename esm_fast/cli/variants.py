@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{out} ends in none of {', '.join(ENDINGS + _DRAWN)}")
     if not args.fasta and not args.variants:
         raise InputError("give a FASTA of wild types, or with --variants a table that has them (wt_seq)")
-    proteins, report = _proteins(args) if args.fasta else ({}, None)
+    proteins, report = read_proteins(args) if args.fasta else ({}, None)
     if args.variants:
         from .variants_table import score_tables
 
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     return _scan(args, out, proteins, report, Models(args))
 
 
-def _proteins(args: argparse.Namespace):
+def read_proteins(args: argparse.Namespace):
     """{id: residues}, and the report of reading them."""
     from ..alphabet import TOKENS
     from ..sequences.fasta import read_fasta

@@ -45,7 +45,10 @@ class HeatMap(NamedTuple):
         return self.scan[:, [COLUMNS.index(residue) for residue in ORDER]].T
 
     def write_page(self, path: Path) -> None:
-        """One file, which opens without a network."""
+        path.write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        """One page, which opens without a network."""
         data = {
             "protein": self.protein,
             "order": ORDER,
@@ -54,13 +57,12 @@ class HeatMap(NamedTuple):
             "limit": self.limit,
             "stops": STOPS,
         }
-        page = PAGE.substitute(
+        return PAGE.substitute(
             title=escape(self.name),
             by=escape(self.by),
             residues=f"{len(self.protein):,}",
             data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         )
-        path.write_text(page, encoding="utf-8")
 
     def write_picture(self, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

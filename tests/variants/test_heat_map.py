@@ -2,18 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import dom
 
 from esm_fast.plots.heat_map import COLUMNS, ORDER, STOPS, HeatMap
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--virtual-time-budget=8000", "--timeout=30000"]
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +47,13 @@ def test_colours_differ_for_every_kind_of_colour_vision():
 
 @pytest.fixture
 def browse(tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed: the page has no browser to be tested in")
-
     def run(heat_map, script, size="900,700"):
         """What the page's body is after a script has run in it."""
         heat_map.write(tmp_path / "map.html")
         page = (tmp_path / "map.html").read_text().replace("layOut();\n</script>", f"layOut();\n{script}\n</script>")
         (tmp_path / "tried.html").write_text(page)
-        profile = tmp_path / "profile"
-        profile.mkdir(exist_ok=True)
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={size}", "--dump-dom"]
-        done = subprocess.run([*command, f"file://{tmp_path}/tried.html"], capture_output=True, text=True, timeout=120)
-        return re.search(r"<output>(.*?)</output>", done.stdout)[1], re.findall(
-            r"<canvas[^>]*data-start[^>]*>", done.stdout
-        )
+        shown = dom(tmp_path / "tried.html", tmp_path, size)
+        return re.search(r"<output>(.*?)</output>", shown)[1], re.findall(r"<canvas[^>]*data-start[^>]*>", shown)
 
     return run
 
