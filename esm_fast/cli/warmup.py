@@ -24,6 +24,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, dtype="auto")
     parser.add_argument("--arch", type=architecture, metavar="X.Y", help="compile for this compute capability, 8.0 say")
+    parser.add_argument("--qualify", action="store_true", help="then prove and time the kernels, as esm-fast qualify")
     parser.add_argument("--inference", action="store_true", help="leave out the kernels of training")
 
 
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     arch = args.arch or (torch.cuda.get_device_capability(device) if device.startswith("cuda") else None)
     if arch is None:
         print("nothing needs warming on a CPU: its kernels are compiled, and weights are packed when they are loaded")
+        _qualify(args, device)
         return
     dtype = DTYPES[of_gpu(arch)[0] if args.dtype == "auto" else args.dtype]
     if dtype == torch.int8:
@@ -61,6 +63,16 @@ def run(args: argparse.Namespace) -> None:
         if not args.arch:
             torch.cuda.synchronize(device)
     compiled.report("sm_{}{}".format(*arch))
+    _qualify(args, device)
+
+
+def _qualify(args: argparse.Namespace, device: str) -> None:
+    from .qualify import tell
+
+    if args.qualify and args.arch:
+        raise InputError("--qualify proves kernels on the GPU that is here; leave --arch out")
+    if args.qualify:
+        tell(device, (), grads=(False,) if args.inference else (False, True))
 
 
 def _config(name: str):

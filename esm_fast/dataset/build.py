@@ -7,7 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..console import check_space
+from ..ops import verdicts
+from ..ops.registry import request_of
 from ..sequences.fasta import MAX_RECORD
 from . import fingerprint, layout, ranks
 from .compute import Computer
@@ -158,8 +162,6 @@ def loader(options: Options) -> Callable:
 
 
 def _load(name: str, device: str, backend: str | None, threads: int | None, *, dtype: str):
-    import torch
-
     from .. import _C
     from ..inference.load import load
 
@@ -210,9 +212,17 @@ def settings_of(options: Options, config, device, dtype: str) -> Settings:
         backend=options.backend or "auto",
         batch_tokens=token_budget(_Of(config, device), options.batch_tokens),
         unit_residues=options.unit_residues or (UNIT_RESIDUES_KEPT if options.residues else UNIT_RESIDUES),
+        kernels=_kernels(options, device),
         **{name: getattr(options, name) for name in ("unknown", "empty", "duplicates", "overlength", "gaps")},
         **fingerprint.of_versions(device),
     )
+
+
+def _kernels(options: Options, device) -> str:
+    """Which kernels compute: those that the plan which is there was begun with, whatever was qualified since."""
+    if (options.folder / layout.PLAN).exists():
+        return load_plan(options.folder).settings.kernels
+    return "" if options.backend else verdicts.current(request_of(device, dtype=torch.float32))
 
 
 @dataclass
@@ -247,7 +257,8 @@ def work_on(plan: Plan, share: ranks.Share, compute: Callable, progress: Progres
         progress.add(committed)
         on_progress(progress)
 
-    work(plan, units, compute, note)
+    with verdicts.held(plan.settings.kernels):
+        work(plan, units, compute, note)
     progress.done = progress.total  # also the units that another process did meanwhile
     on_progress(progress.at("computing"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 import ray.exceptions
 
+from ..ops import verdicts
 from .build import Options, chosen_dtype, exact, finished, loader, planned, require_space, settings_of
 from .errors import DatasetError
 from .reader import Dataset
@@ -93,6 +94,10 @@ class _Worker:
 
     def do(self, units: list[int]) -> tuple[list, dict[int, str]]:
         """What was committed, and why the other units failed."""
+        with verdicts.held(self.plan.settings.kernels):
+            return self._do(units)
+
+    def _do(self, units: list[int]) -> tuple[list, dict[int, str]]:
         from .units import is_done
         from .worker import work
 

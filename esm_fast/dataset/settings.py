@@ -5,7 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from ..files.shapes import Maybe, ShapeError, digest, positive, require
 from .errors import DatasetError
 
-_LATER = {"gaps": "error", "scan": ""}  # fields that came later, and what they are where they are not there
+_LATER = {
+    "gaps": "error",
+    "scan": "",
+    "kernels": "",
+}  # fields that came later, and their values where they are missing
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Settings:
     pyarrow: str
     gaps: str = "error"
     scan: str = ""  # of variants: strategy and window, such as "wt brandes"; "" for embeddings
+    kernels: str = ""  # the choices of `ops.verdicts`, where they differ from the order of backends
     input: tuple[str, ...] = ()  # SHA-256 of each file; empty before it is read
 
     def with_input(self, hashes: list[str]) -> "Settings":

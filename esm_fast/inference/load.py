@@ -1,5 +1,7 @@
 """Loading a model by name or path, or with random weights."""
 
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import published
 from ..models.padded import api_class
-from ..ops.registry import require_backend
+from ..ops import verdicts
+from ..ops.registry import request_of, require_backend
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {name: form.dtype for name, form in formats().items()}  # of the layers' matrices
@@ -73,7 +76,15 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
         model = weights.build(checkpoint, model_class, dtype=dtype, backend=backend, prepack=prepack)
     if device.type == "cpu" and (prepack is None or prepack.form is None):
         lies_in_a_file(model)
+    _say_unqualified(device)
     return model.eval().to(device), model.alphabet
+
+
+@cache
+def _say_unqualified(device: torch.device) -> None:
+    """Once a process, where faster kernels may be there than those that run unproven."""
+    if device.type == "cuda" and verdicts.folder() and not verdicts.table(request_of(device, dtype=torch.float32)):
+        warnings.warn("kernels were not tried on this GPU: esm-fast qualify proves and times them", stacklevel=3)
 
 
 def _device(device, packed: bool) -> torch.device:

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import _C
-from . import opaque
+from . import opaque, verdicts
 from .contract import Contract
 from .gradients import run_with_gradients
 from .preference import REFERENCE, priority_of
@@ -299,7 +299,21 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
     reasons; the ops it does not implement at all are selected as if no backend had been named."""
     if not request.executors:
         request = _complete(request)
-    return _chosen(op_name, tuple(_KERNELS[op_name]), request, backend)
+    candidates, first = tuple(_KERNELS[op_name]), None if backend else verdicts.preferred(op_name, request)
+    kernel = _first(candidates, request, first, verdicts.holds()) if first else None
+    return kernel or _chosen(op_name, candidates, request, backend)
+
+
+@functools.lru_cache(maxsize=1024)
+def _first(candidates: tuple[Kernel, ...], request: Request, backend: str, held: bool) -> Kernel | None:
+    """The kernel that verdicts prefer. Raises BackendError where it cannot run what was begun with it."""
+    kernel = next((kernel for kernel in candidates if kernel.backend == backend), None)
+    reasons = kernel.why_not(request) if kernel else ["there is no such backend"]
+    if reasons and held:
+        raise BackendError(
+            f"{candidates[0].op} was begun on backend {backend!r}, which cannot run here: {'; '.join(reasons)}"
+        )
+    return None if reasons else kernel
 
 
 # By all that a choice depends on, the kernels included: it never has to be told that something changed.
@@ -319,4 +333,11 @@ def _chosen(op_name: str, candidates: tuple[Kernel, ...], request: Request, back
 def explain(op_name: str, request: Request) -> list[tuple[str, list[str]]]:
     """(backend, reasons it is not chosen for this request) for every kernel of an op, best first."""
     request = _complete(request)
-    return [(kernel.backend, kernel.why_not(request) or kernel.yields(request)) for kernel in kernels(op_name)]
+    first, known = verdicts.preferred(op_name, request), kernels(op_name)
+    if first not in [kernel.backend for kernel in known if not kernel.why_not(request)]:
+        return [(kernel.backend, kernel.why_not(request) or kernel.yields(request)) for kernel in known]
+    found = []
+    for kernel in sorted(known, key=lambda kernel: kernel.backend != first):
+        yields = [verdicts.said(op_name, request, kernel.backend) or f"yields to {first}, which was qualified here"]
+        found.append((kernel.backend, kernel.why_not(request) or yields * (kernel.backend != first)))
+    return found

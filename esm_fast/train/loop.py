@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
 from ..models.encoder import Encoder
+from ..ops import verdicts
+from ..ops.registry import request_of
 from . import checkpoint
 from .batches import Steps, share
 from .checkpoint import CheckpointError
@@ -71,6 +73,7 @@ class Trainer:
         self.step = self.updates = 0
         self.skipped = 0  # steps in a row whose gradient was not finite
         self.best: float | None = None  # the lowest held-out loss
+        self.kernels = ""  # the choices of `ops.verdicts`
 
     def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
         """on_step gets the number of steps done, and that step's numbers.
@@ -79,11 +82,16 @@ class Trainer:
         CheckpointError, and BusyError where another process trains into the same output.
         """
         with only_run(self.output, self.processes), asked_to_stop() as asked, _deterministic(self.recipe.deterministic):
-            self._train(on_step, asked)
+            # The first process's choice of kernels is everyone's, and a resumed run's that of its checkpoint.
+            request = request_of(self.processes.device, dtype=torch.float32, grad=True)
+            self.kernels = self.processes.gather(verdicts.current(request))[0]
+            started = time.perf_counter()
+            self._resume()
+            with verdicts.held(self.kernels):
+                self._train(on_step, asked, started)
 
-    def _train(self, on_step: Callable[[int, dict], None], asked: list[int]) -> None:
-        recipe, started, stepping = self.recipe, time.perf_counter(), 0.0
-        self._resume()
+    def _train(self, on_step: Callable[[int, dict], None], asked: list[int], started: float) -> None:
+        recipe, stepping = self.recipe, 0.0
         log = Log(self.output, self.step, recipe.tensorboard) if self.processes.first else None
         began, tokens, flops = time.perf_counter(), 0, 0.0
         for work in _ahead(self._work(step) for step in range(self.step, recipe.steps)):
@@ -257,6 +265,8 @@ class Trainer:
     def _save(self) -> None:
         state = {"step": self.step, "updates": self.updates, "best": self.best, "recipe": as_dict(self.recipe)}
         state["store"] = self.store.identity
+        if self.kernels:
+            state["kernels"] = self.kernels
         if self.scale:
             state["scale"] = vars(self.scale)
         holders = self.parameters, self.optimizer
@@ -310,6 +320,7 @@ class Trainer:
 
     def _take(self, saved: checkpoint.Saved) -> None:
         self.step, self.updates = (saved.state[name] for name in ("step", "updates"))
+        self.kernels = saved.state.get("kernels", "")
         if self.scale and "scale" in saved.state:
             self.scale = LossScale(**saved.state["scale"])
         checkpoint.restore(saved, self.parameters, self.optimizer, self.updates)
