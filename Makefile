@@ -1,9 +1,9 @@
 # Two commands do everything: `make embed` runs the main job, `make test` passes the tests. Each sets up what it needs.
-# CI also runs `make test-proofs`: kernels without their hardware, in an interpreter, emulators and sanitizers.
+# CI also runs `make test-proofs`: kernels without their hardware, in an interpreter, emulators and sanitizers, and `qualify`.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-PROOFS := tests/gpu tests/cpu/test_amx.py tests/cpu/test_sanitizers.py
+PROOFS := tests/gpu tests/cpu/test_amx.py tests/cpu/test_sanitizers.py tests/ops/test_qualify.py
 PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: embed test test-proofs lint bench proof attack gpu-report clean

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
             found.append(_findings(args, model, name, protein, dtype, neighbours and neighbours[name]))
             bar.update(len(protein))
     by = f"{args.model}, {dtype}" + (": RANDOM WEIGHTS, THESE NUMBERS MEAN NOTHING" if is_random(args.model) else "")
-    worth = " ".join(line.removeprefix("worth     ").capitalize() + "." for line in worth_lines(args))
+    lines = [line.removeprefix("worth     ") for line in worth_lines(args)]
+    worth = " ".join(f"{line[:1].upper()}{line[1:]}." for line in lines)
     with atomic(out) as temporary:
         temporary.write_text(page(found, ", ".join(proteins), f"{by}; written by esm-fast report", worth), "utf-8")
     _summary(args, out, proteins, dtype, time.perf_counter() - start)
