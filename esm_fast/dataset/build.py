@@ -125,13 +125,16 @@ def build_dataset(
 
 def build(
     options: Options,
-    shard: str | None = None,
+    share: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     load: Callable | None = None,
 ) -> Built:
-    """As `build_dataset`, with what was done. load: loads the model in the type it is given, if not by `Options`."""
+    """As `build_dataset`, whose `shard` is share here, with what was done.
+
+    load: loads the model in the type it is given, if not by `Options`.
+    """
     require_folder(options.folder)
-    share, load, progress = ranks.share(shard), load or loader(options), Progress()
+    mine, load, progress = ranks.share(share), load or loader(options), Progress()
 
     def note(stage: str) -> Callable:
         return lambda *_: on_progress(progress.at(stage))
@@ -142,9 +145,9 @@ def build(
     settings = settings_of(options, model.config, model.device, dtype)
     plan = planned(options, settings, note("planning"))
     computer = Computer(model, plan.settings, exact(plan, load), note("computing"))
-    work_on(plan, share, computer, progress, on_progress)
-    built = Built(plan, share, progress, progress.seconds, progress.status)
-    if share.count == 1:
+    work_on(plan, mine, computer, progress, on_progress)
+    built = Built(plan, mine, progress, progress.seconds, progress.status)
+    if mine.count == 1:
         built.status = finished(plan, progress, on_progress)
     return built
 

@@ -30,22 +30,22 @@ class Resources:
 class Share(submitit.helpers.Checkpointable):
     """A share as a job, which is put back where a signal stopped it."""
 
-    def __call__(self, options: Options, shard: str, log: str | None = None) -> int:
-        code = self.run(options, shard, log)
+    def __call__(self, options: Options, share: str, log: str | None = None) -> int:
+        code = self.run(options, share, log)
         if code == STOPPED:
             # SIGTERM is how a preemption begins. submitit puts a job back on a signal of its own choice only.
             signal.raise_signal(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"))
         if code not in (0, SOME_FAILED):
-            raise RuntimeError(f"the share {shard} ended with exit code {code}; its message stands above")
+            raise RuntimeError(f"the share {share} ended with exit code {code}; its message stands above")
         return code
 
-    def run(self, options: Options, shard: str, log: str | None) -> int:
+    def run(self, options: Options, share: str, log: str | None) -> int:
         from . import ranks
 
-        tell_share(ranks.share(shard))
+        tell_share(ranks.share(share))
         try:
             with stop_signals() as check, Watch(log, check) as watch:
-                return tell_end(build(options, shard, watch))
+                return tell_end(build(options, share, watch))
         except StoppedError:
             print(f"stopped   the same command goes on where this one left {options.folder}", file=sys.stderr)
             return STOPPED

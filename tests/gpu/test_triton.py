@@ -135,9 +135,9 @@ def interpreted(tmp_path_factory):
         run.process.wait()
 
 
-@pytest.mark.parametrize("shard", matrix.SHARDS)
-def test_in_the_interpreter(shard, interpreted):
-    run = interpreted[shard]
+@pytest.mark.parametrize("part", matrix.PARTS)
+def test_in_the_interpreter(part, interpreted):
+    run = interpreted[part]
     output = run.finish()
     assert run.process.returncode == 0, output[-6000:]
 

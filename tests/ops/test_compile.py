@@ -146,10 +146,10 @@ def test_what_has_no_place_in_a_graph_runs_between_graphs():
 
 def test_the_padded_face_is_the_same():
     torch.manual_seed(0)
-    face = trained_like(ProteinBertModel(Config(1, 32, 64, 4, max_positions=64)))
+    api = trained_like(ProteinBertModel(Config(1, 32, 64, 4, max_positions=64)))
     tokens = torch.tensor([[0, 20, 15, 32, 2], [0, 5, 5, 2, 1]])
     with torch.inference_mode():
-        ours, plain = torch.compile(face, backend="eager")(tokens, repr_layers=[1]), face(tokens, repr_layers=[1])
+        ours, plain = torch.compile(api, backend="eager")(tokens, repr_layers=[1]), api(tokens, repr_layers=[1])
     torch.testing.assert_close(ours["logits"], plain["logits"])
     torch.testing.assert_close(ours["representations"][1], plain["representations"][1])
 

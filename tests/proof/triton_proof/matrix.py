@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 TABLE = HERE.parents[2] / "kernels" / "triton" / "interpreted.csv"
-SHARDS = {
+PARTS = {
     "shim, fp32": "not float16 and not mutants and not dropin",
     "fp16, mutants, drop-in": "float16 and not bfloat16 or mutants or dropin",
     "bf16": "bfloat16",
@@ -60,11 +60,11 @@ class Run(NamedTuple):
 
 
 def start(folder: Path) -> dict[str, Run]:
-    """All shards at once."""
+    """All parts at once."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     options = ("-q", "-o", "python_files=interpreted_*.py", "-p", "no:cacheprovider", "--tb=short")
     runs = {}
-    for number, (name, keyword) in enumerate(SHARDS.items()):
+    for number, (name, keyword) in enumerate(PARTS.items()):
         output, record = folder / f"{number}.txt", folder / f"{number}.jsonl"
         command = [sys.executable, "-m", "pytest", *options, "-k", keyword, str(HERE)]
         with open(output, "w") as file:

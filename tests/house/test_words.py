@@ -1,0 +1,41 @@
+"""One word, one thing: docs/architecture.md says which; names in the code keep to it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("esm_fast", "kernels", "benches", "tests")
+# Who asks for a share of the work by a name that users have: shard="I/N".
+PUBLISHED = {"build_dataset", "build_atlas"}
+GONE = {"go_on", "look_on", "face", "onlooker"}
+
+
+def asks_for_a_share(tree: ast.AST) -> list[str]:
+    """Functions that call "shard" what they are given to choose a share of the work by: text, such as "0/4"."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        function.name
+        for function in functions
+        for given in (*function.args.args, *function.args.kwonlyargs)
+        if given.arg in ("shard", "shards") and given.annotation and "str" in ast.unparse(given.annotation)
+    ]
+
+
+def names(tree: ast.AST):
+    for node in ast.walk(tree):
+        yield from (getattr(node, field) for field in ("id", "arg", "attr", "name") if hasattr(node, field))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_share_is_called_a_share_and_words_that_went_stay_away(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        assert set(asks_for_a_share(tree)) <= PUBLISHED, path
+        assert not GONE & set(names(tree)), path
+
+
+def test_another_name_is_found():
+    assert asks_for_a_share(ast.parse("def work(options, shard: str | None): ...")) == ["work"]
+    assert "go_on" in set(names(ast.parse("plan.go_on()")))
