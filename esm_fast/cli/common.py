@@ -113,6 +113,7 @@ def dtype_of(args: argparse.Namespace) -> str:
         return args.dtype
     from ..inference.dtype import fastest
 
+    require_device(args.device)
     chosen, why = fastest(args.model, args.device, args.backend)
     print(f"dtype     {chosen} ({why})", file=sys.stderr)
     return chosen

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .common import InputError, load_model
+from .common import InputError, load_model, require_device
 from .dataset import require_pyarrow
 
 
@@ -15,6 +15,7 @@ def embed_dataset(args: argparse.Namespace) -> int:
     from ..dataset.build import build, said_dtype
     from ..dataset.stopping import StoppedError, stop_signals
 
+    require_device(args.device)
     report.tell_share(ranks.share(args.shard))
     load = partial(load_model, args.model, device=args.device, backend=args.backend, threads=args.threads)
     try:

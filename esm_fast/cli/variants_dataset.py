@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .common import InputError, load_model
+from .common import InputError, load_model, require_device
 from .dataset import require_pyarrow
 
 
@@ -24,6 +24,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     from ..dataset.stopping import StoppedError, stop_signals
     from ..variants.atlas import build_atlas
 
+    require_device(args.device)
     report.tell_share(ranks.share(args.shard))
     (model,) = args.model
     load = partial(load_model, model, device=args.device, backend=args.backend, threads=args.threads)

@@ -376,7 +376,8 @@ EXTREME = [
     "finetune good.csv -o o --task regression --threads 2000",
     "pretrain good.yaml --threads 2000",
     *(f"{command} --device {device}" for command in ("embed good.fa -o o.h5", "embed good.fa -o o/ --dtype auto",
-      "finetune good.csv -o o --task regression", "variants good.fa -o o.csv", "fill-mask M<mask>", "warmup")
+      "finetune good.csv -o o --task regression", "variants good.fa -o o.csv", "variants good.fa -o o/",
+      "fill-mask M<mask>", "warmup")
       for device in ("meta", "hpu", "mps", "cuda:99", "CUDA", "gpu", "0", "cuda:-1", "xla:0")),
     "embed good.fa -o o.h5 --device ",
     "info random:esm1b_t6_demo",

@@ -35,7 +35,7 @@ def spearman(a, b) -> float:
 
 
 def test_all_mutants_through_the_command(table, tem1, tmp_path, capsys):
-    arguments = [str(EXAMPLES / "tem1.fasta"), "-o", str(tmp_path / "o.csv"), "--variants"]
+    arguments = [str(EXAMPLES / "tem1.fasta"), "-o", str(tmp_path / "o.csv"), "--dtype", "float32", "--variants"]
     assert main(["variants", *arguments, str(EXAMPLES / "tem1_esm1v_scores.csv.gz")]) == 0
     assert "rows      4,996 in" in capsys.readouterr().out
     with (tmp_path / "o.csv").open() as file:
