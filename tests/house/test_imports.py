@@ -115,3 +115,20 @@ def test_nothing_of_the_command_line_is_needed_below_it():
     assert {name for name, targets in graph().items() if any(room(t) == "cli" for t in targets)} <= {
         name for name in graph() if room(name) == "cli"
     }
+
+
+def test_no_test_imports_another():
+    """What several tests share lies in tests/support and tests/proof, not in one of them."""
+    files = [path for folder in ("tests", "benches") for path in sorted((ROOT / folder).rglob("*.py"))]
+    tests = {path.stem for path in files if path.stem.startswith(("test_", "interpreted_"))}
+    found = {path.name: _roots(path) & tests for path in files}
+    assert len(tests) > 90 and not {name: those for name, those in found.items() if those}
+
+
+def _roots(path: Path) -> set[str]:
+    """The modules that a file imports, and the names it imports from packages."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    aliases = [alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    return {part for name in aliases for part in name.split(".")} | {
+        part for node in nodes if isinstance(node, ast.ImportFrom) for part in (node.module or "").split(".")
+    }

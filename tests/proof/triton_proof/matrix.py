@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
+MODELS = HERE.parents[1] / "models"
+DROPIN = ("test_fair_esm", "test_hf", "test_engine")  # whose tests dropin.py runs in the interpreter once more
 TABLE = HERE.parents[2] / "kernels" / "triton" / "interpreted.csv"
 PARTS = {
     "shim, fp32": "not float16 and not mutants and not dropin",
@@ -61,12 +63,14 @@ class Run(NamedTuple):
 
 def start(folder: Path) -> dict[str, Run]:
     """All parts at once."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     options = ("-q", "-o", "python_files=interpreted_*.py", "-p", "no:cacheprovider", "--tb=short")
     runs = {}
     for number, (name, keyword) in enumerate(PARTS.items()):
         output, record = folder / f"{number}.txt", folder / f"{number}.jsonl"
         command = [sys.executable, "-m", "pytest", *options, "-k", keyword, str(HERE)]
+        if "or dropin" in keyword:
+            command += ["-p", "triton_proof.dropin", *(str(MODELS / f"{file}.py") for file in DROPIN)]
         with open(output, "w") as file:
             process = subprocess.Popen(
                 command,

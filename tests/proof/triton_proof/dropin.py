@@ -1,24 +1,22 @@
-"""The drop-in's own tests, with fair-esm's API, Hugging Face's and `esm_fast.embed`, on the Triton kernels."""
+"""A pytest plugin: the drop-in's own tests, of fair-esm's API, Hugging Face's and `embed`, on the Triton kernels.
+
+It is given their files, takes the tests below with fewer parameters and shorter proteins, and leaves out the others.
+"""
 
 import dataclasses
 import functools
 
 import pytest
-import test_engine
-import test_fair_esm
-import test_hf
 import torch
-from test_engine import model, short_model  # noqa: F401, fixtures of its tests
-from triton_proof import sanitizer
-
-from esm_fast.ops import OPS, registry
-
-proteins = test_engine.proteins
 
 
 @pytest.fixture
 def triton_unasked(monkeypatch):
     """The models under test name no backend: here they get the Triton kernels, which must have run."""
+    from triton_proof import sanitizer
+
+    from esm_fast.ops import OPS, registry
+
     for name in OPS:
         kernels = [dataclasses.replace(kernel, yields=registry.Kernel.yields) if kernel.backend == "triton" else kernel
                    for kernel in registry.kernels(name)]  # fmt: skip
@@ -30,16 +28,31 @@ def triton_unasked(monkeypatch):
 
 
 @pytest.fixture
-def few_and_short(monkeypatch):
+def few_and_short(request, monkeypatch):
     """The interpreter takes a second for what a CPU does in milliseconds."""
-    monkeypatch.setattr(test_fair_esm, "SEQUENCES", [(label, all_[:27]) for label, all_ in test_fair_esm.SEQUENCES])
-    monkeypatch.setattr(test_engine, "proteins", lambda count, seed=0, longest=90: proteins(
-        min(count, 3), seed, min(longest, 20)))  # fmt: skip
+    file, name = request.module, request.module.__name__.rpartition(".")[2]
+    if name == "test_fair_esm":
+        monkeypatch.setattr(file, "SEQUENCES", [(label, all_[:27]) for label, all_ in file.SEQUENCES])
+    if name == "test_engine":
+        monkeypatch.setattr(file, "proteins", functools.partial(_few, file.proteins))
+
+
+def _few(proteins, count, seed=0, longest=90):
+    return proteins(min(count, 3), seed, min(longest, 20))
+
+
+@pytest.fixture(autouse=True)
+def on_triton(request):
+    if _of(request.module):
+        request.getfixturevalue("triton_unasked")
+        if request.function.__name__ != "test_everything_equals_fair_esm":
+            request.getfixturevalue("few_and_short")
 
 
 # Of each file, the tests that run, and of their parameters those that do: (names, values); None where there are none.
+# A value in quotes that is the name of a function of the file stands for it.
 RUN = {
-    test_fair_esm: {
+    "test_fair_esm": {
         "everything_equals_fair_esm": (
             "norm_before, token_dropout, heads, head_dim",
             [(True, True, 3, 20), (False, False, 2, 64)],
@@ -54,7 +67,7 @@ RUN = {
         "fair_esms_readme_example": None,
         "a_row_of_masks_alone_stays_finite": None,
     },
-    test_hf: {
+    "test_hf": {
         "ragged_batch_equals_transformers": (
             "norm_before, token_dropout, dtype, tolerance",
             [(True, True, torch.float32, 1e-4)],
@@ -72,11 +85,11 @@ RUN = {
         "selected_hidden_states": ("asked, present", [([-1, 0], [0, 2])]),
         "loss_ignores_minus_100": None,
         "one_kept_token_and_none": None,
-        "a_changed_module_is_never_passed_over": ("change", [test_hf.add_hook]),
+        "a_changed_module_is_never_passed_over": ("change", ["add_hook"]),
         "hooks_on_the_whole_encoder_run": None,
-        "changed_weights_are_seen": ("change", [test_hf.new_parameter]),
+        "changed_weights_are_seen": ("change", ["new_parameter"]),
     },
-    test_engine: {
+    "test_engine": {
         "embeddings_are_the_models_in_input_order": (
             "pool, batch_tokens",
             [("mean", 64), ("cls", None), ("per_residue", 1)],
@@ -120,25 +133,33 @@ LEFT_OUT = {
 }  # fmt: skip
 
 
-def test_every_test_of_the_drop_in_runs_or_has_a_reason_not_to():
-    there = {name[5:] for file in RUN for name in vars(file) if name.startswith("test_")}
+def _of(module) -> dict:
+    """What of a module runs."""
+    return RUN.get(module.__name__.rpartition(".")[2], {})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """In the place of the test's own parameters, those above."""
+    name = metafunc.function.__name__.removeprefix("test_")
+    if parameters := _of(metafunc.module).get(name):
+        names, values = parameters
+        values = [getattr(metafunc.module, value) if isinstance(value, str) else value for value in values]
+        marks = metafunc.definition.own_markers
+        marks[:] = [mark for mark in marks if mark.name != "parametrize"]
+        metafunc.parametrize(names, values)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Only what is to run stays; a test that nobody decided about, or that is gone, is an error."""
+    borrowed = [item for item in items if _of(item.module)]
+    there = {item.originalname.removeprefix("test_") for item in borrowed}
     chosen = [name for tests in (*RUN.values(), *LEFT_OUT.values()) for name in tests]
-    assert sorted(chosen) == sorted(there)
-
-
-def borrowed(test, parameters, fixtures):
-    """The same test under these parameters and with these fixtures."""
-
-    @functools.wraps(test)
-    def same(*arguments, **named):
-        test(*arguments, **named)
-
-    same.pytestmark = [pytest.mark.usefixtures(*fixtures).mark]
-    return pytest.mark.parametrize(*parameters)(same) if parameters else same
-
-
-for file, tests in RUN.items():
-    for name, parameters in tests.items():
-        fixtures = ["triton_unasked"] if name == "everything_equals_fair_esm" else ["triton_unasked", "few_and_short"]
-        borrow = borrowed(getattr(file, f"test_{name}"), parameters, fixtures)
-        globals()[f"{file.__name__}_{name}"] = borrow
+    if borrowed and sorted(chosen) != sorted(there):
+        raise pytest.UsageError(f"run or leave out these tests of the drop-in: {sorted(there ^ set(chosen))}")
+    left_out = [item for item in borrowed if item.originalname.removeprefix("test_") not in _of(item.module)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    for item in borrowed:
+        item.extra_keyword_matches.add("dropin")
