@@ -22,7 +22,7 @@ _EXAMPLES = """examples:
 Each command has examples of its own: esm-fast embed --help.
 Exit codes: 0 done, 1 an input or a model cannot be used, 2 wrong arguments, 3 some proteins have no
 embedding (a data set names them), 70 an error of esm_fast itself, to be reported, 75 stopped on a
-signal (the same command goes on).
+signal (the same command resumes).
 """
 
 _Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)

@@ -33,7 +33,7 @@ checked before anything is computed.
 
 -o OUT.h5   one HDF5 file, one data set a protein, named by its accession, as UniProt publishes
             embeddings; it appears only when it is complete
--o OUT/     a data set: a folder of Parquet shards (docs/embedding.md). An interrupted run goes on
+-o OUT/     a data set: a folder of Parquet shards (docs/embedding.md). An interrupted run resumes
             where it stopped with the same command, to the same bytes; several processes or machines
             share the work (--shard, SLURM, torchrun); equal sequences are computed once"""
 EXAMPLES = """\

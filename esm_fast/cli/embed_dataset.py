@@ -22,7 +22,7 @@ def embed_dataset(args: argparse.Namespace) -> int:
         with stop_signals() as check, report.Watch(args.log_json, check) as watch:
             built = build(said_dtype(options), args.shard, watch, load)
     except StoppedError:
-        print(f"stopped   the same command goes on where this one left {options.folder}", file=sys.stderr)
+        print(f"stopped   the same command resumes {options.folder}", file=sys.stderr)
         return report.STOPPED
     return report.tell_end(built)
 

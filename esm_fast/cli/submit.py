@@ -15,7 +15,7 @@ HELP = "a data set as jobs of a SLURM cluster"
 DESCRIPTION = """\
 Submits esm-fast embed -o OUT/ as a SLURM array, a share of the data set a job, and esm-fast finish as
 a job that follows when all have succeeded. A job that is preempted or reaches its time limit is put
-back and goes on where it stopped. The folder of the data set and the input have to be on a disk that
+back and resumes where it stopped. The folder of the data set and the input have to be on a disk that
 all machines share. Options of submit stand before the word embed, those of embed after it."""
 EXAMPLES = """\
   esm-fast submit --nodes 16 --gpus 1 --hours 12 --partition gpu \\

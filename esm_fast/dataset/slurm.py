@@ -47,7 +47,7 @@ class Share(submitit.helpers.Checkpointable):
             with stop_signals() as check, Watch(log, check) as watch:
                 return tell_end(build(options, share, watch))
         except StoppedError:
-            print(f"stopped   the same command goes on where this one left {options.folder}", file=sys.stderr)
+            print(f"stopped   the same command resumes {options.folder}", file=sys.stderr)
             return STOPPED
 
 

@@ -356,7 +356,7 @@ def test_a_signal_stops_it_between_batches_and_it_goes_on(command, clean, tmp_pa
 
     monkeypatch.setattr(stream, "_forward", forward)
     assert main(command(out)) == 75
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     done = {name for name in contents(out) if name.startswith("pooled")}
     assert done == {"pooled/part-000000.parquet"}
     assert not list(out.rglob("*.partial"))

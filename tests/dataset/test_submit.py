@@ -57,7 +57,7 @@ def test_jobs_of_which_one_is_preempted_make_the_bytes_of_one_process(source, fa
     said = {path.name: path.read_text() for path in logs.glob("*_log.*")}
     assert code == 0, said
     assert contents(out) == contents(tmp_path / "alone")
-    assert "the same command goes on" in said[f"{stopped[0]}_0_log.err"]
+    assert "the same command resumes" in said[f"{stopped[0]}_0_log.err"]
     assert f"Requeued job {stopped[0]}" in "".join(said.values())
     assert [sum(f"share     {rank} of 2" in text for text in said.values()) for rank in (0, 1)] == [1, 1]
 
