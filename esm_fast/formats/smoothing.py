@@ -22,7 +22,8 @@ _PROTEINS, _LENGTH = 4, 128
 _FREQUENCIES = (97, 83, 71, 69, 66, 67, 55, 54, 59, 55, 47, 58, 39, 41, 39, 29, 24, 23, 11, 13)
 _FIRST_RESIDUE = 4
 _FAR = 4.0  # means so many times as large as a usual channel's size are taken out
-_AT_ONCE = 1 << 20  # elements of a matrix that are widened together
+_AT_ONCE = 1 << 18  # elements of a matrix that are widened together
+_HIDDEN_AT_ONCE = 256  # hidden units of the FFN whose results are there together
 _EXPONENT = 30
 
 
@@ -63,8 +64,15 @@ class Smoothing:
         self.x += _product(mixed, inner.out_proj)
         norm = layer.final_layer_norm
         normed = _normed(self.x, norm)
-        self.x += _product(gelu(_product(normed, layer.fc1)), layer.fc2)
+        self._add_ffn(normed, layer.fc1, layer.fc2)
         return factors | {"fc1": smooth(norm, [layer.fc1], normed)}
+
+    def _add_ffn(self, normed: torch.Tensor, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        for start in range(0, fc1.out_features, _HIDDEN_AT_ONCE):
+            part = slice(start, start + _HIDDEN_AT_ONCE)
+            hidden = gelu(normed @ fc1.weight[part].double().T + fc1.bias[part].double())
+            self.x += hidden @ fc2.weight[:, part].double().T
+        self.x += fc2.bias.double()
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (rows.unflatten(1, (self.heads, -1)) for rows in (q, k, v))
