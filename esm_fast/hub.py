@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .download import fetch
+from .files.caches import user_cache
 from .models import family
 from .models.family import canonical_name
 
@@ -159,5 +160,5 @@ def torch_hub_folder() -> Path:
 def hf_cache_folder() -> Path:
     """As huggingface_hub finds it; it reads the environment once, when it is imported, and this each time."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    home = os.environ.get("HF_HOME") or user_cache() / "huggingface"
     return Path(given or Path(home) / "hub").expanduser()

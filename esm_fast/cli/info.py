@@ -4,7 +4,6 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from .. import __version__
 from .common import architecture, cores, human_bytes
@@ -61,8 +60,9 @@ def machine_lines() -> list[str]:
     import torch
 
     from .. import _C
+    from ..files.cpuinfo import first_processor
 
-    cpu = _cpu()
+    cpu = first_processor()
     flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
     packages = [f"{name} {found}" for name in _PACKAGES if (found := _version(name))]
     lines = [
@@ -90,16 +90,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu() -> dict[str, str]:
-    """The first processor in /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _memory() -> str:

@@ -23,8 +23,10 @@ from typing import NamedTuple
 import torch
 
 from .. import _C, __version__
+from ..files.caches import own_cache
 from ..files.checked_json import DamagedError, read_json, write_json
 from ..files.checksums import digest_of
+from ..files.cpuinfo import first_processor
 
 OFF = "off"  # ESM_FAST_VERDICTS=off ignores all verdicts; another value is the folder they lie in
 PROVEN, TRYING = "proven", "trying"  # the other outcomes: wrong, irreproducible, batch-dependent, crashed, hung
@@ -53,13 +55,14 @@ def key_of(op_name: str, request) -> Key:
 
 
 def folder() -> Path | None:
-    """Where verdicts lie; None where they are switched off."""
+    """Where verdicts lie; None where they are switched off, and for a user without a home."""
     named = os.environ.get("ESM_FAST_VERDICTS")
     if named == OFF:
         return None
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    own = os.environ.get("ESM_FAST_CACHE") or Path(caches) / "esm_fast"
-    return Path(named or Path(own) / "verdicts")
+    if named:
+        return Path(named)
+    own = own_cache()
+    return None if own is None else own / "verdicts"
 
 
 @functools.cache
@@ -86,7 +89,7 @@ def identity(device: str, level: str = "") -> dict:
             "driver": str(torch._C._cuda_getDriverVersion()),
             "cuda": torch.version.cuda,
         }
-    return found | {"name": _cpu(), "level": level or _C.isa(), "python": platform.machine()}
+    return found | {"name": _cpu_name(), "level": level or _C.isa(), "python": platform.machine()}
 
 
 def _installed(package: str) -> str:
@@ -96,12 +99,8 @@ def _installed(package: str) -> str:
         return ""
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _cpu_name() -> str:
+    return first_processor().get("model name") or platform.processor() or platform.machine()
 
 
 def path_of(machine: dict) -> Path | None:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files.caches import own_cache
 from .checkpoint import CheckpointError
 
 _CHUNK = 1 << 20
@@ -188,21 +189,9 @@ def _key(of: Identity) -> str:
     return hashlib.sha256(repr(tuple(of)).encode()).hexdigest()
 
 
-def cache_folder() -> Path | None:
-    """Of what this module remembers: $ESM_FAST_CACHE, or esm_fast in the user's cache; None for a user without one."""
-    try:
-        return Path(os.environ.get("ESM_FAST_CACHE") or _user_cache() / "esm_fast").expanduser().absolute()
-    except RuntimeError:  # no home
-        return None
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-
-
 def _file() -> Path | None:
     """Where the facts stand, in a folder that nobody else may write to."""
-    folder = cache_folder()
+    folder = own_cache()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()

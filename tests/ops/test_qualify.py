@@ -148,3 +148,15 @@ def test_this_cpu_for_real(tmp_path, level):
     )
     environment = os.environ | {"ESM_FAST_ISA": level, "ESM_FAST_VERDICTS": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_user_without_a_home_has_no_verdicts(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("ESM_FAST_VERDICTS", "ESM_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    verdicts.forget()
+    assert verdicts.folder() is None and ops.select(OP, request()).backend  # where it raised, no op ran
+    verdicts.forget()
