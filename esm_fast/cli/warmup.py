@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from ..inference.load import DTYPES
     from ..ops.registry import Request
 
+    if args.qualify and args.arch:
+        raise InputError("--qualify proves kernels on the GPU that is here; leave --arch out")
     config = _config(args.model)
     device = _device(args)
     arch = args.arch or (torch.cuda.get_device_capability(device) if device.startswith("cuda") else None)
@@ -69,8 +71,6 @@ def run(args: argparse.Namespace) -> None:
 def _qualify(args: argparse.Namespace, device: str) -> None:
     from .qualify import tell
 
-    if args.qualify and args.arch:
-        raise InputError("--qualify proves kernels on the GPU that is here; leave --arch out")
     if args.qualify:
         tell(device, (), grads=(False,) if args.inference else (False, True))
 

@@ -338,14 +338,16 @@ def _first_model(recipe: Recipe) -> Encoder:
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Torch takes algorithms whose results are always the same, and raises where an operation has none."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first product
-        torch.use_deterministic_algorithms(True)
+    if not wanted:
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()  # off, warn or raise
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first product
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def _ahead(items: Iterable[Work]) -> Iterator[Work]:

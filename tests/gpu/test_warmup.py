@@ -151,6 +151,7 @@ def test_the_command_compiles_and_then_finds_it_in_the_cache(monkeypatch, capsys
         (["--arch", "9.0", "--model", "random:foo"], 1, "'random:foo' is no model"),
         (["--arch", "9.0", "--backend", "nope"], 1, "there is no backend 'nope'"),
         (["--device", "cuda:99"], 1, "device 'cuda:99' cannot be used"),
+        (["--arch", "9.0", "--qualify"], 1, "leave --arch out"),
     ],
 )
 def test_the_command_says_when_there_is_nothing_to_do(options, code, message, capsys):

@@ -457,6 +457,13 @@ def test_goodput_and_the_deterministic_switch(store, tmp_path):
     trainer = Trainer(recipe(store, tmp_path / "b", steps=4, deterministic=True), store, ALONE)
     trainer.train(lambda step, entry: states.append(torch.are_deterministic_algorithms_enabled()))
     assert states == [True] * 4 and not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the caller's own way, which stays
+    try:
+        Trainer(recipe(store, tmp_path / "c", steps=1), store, ALONE).train()
+        Trainer(recipe(store, tmp_path / "d", steps=1, deterministic=True), store, ALONE).train()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert all(0 < share < 1 for share in curve(tmp_path / "b", "goodput"))
 
