@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common import parser_of
 from machine import machine
 
 from esm_fast import _C
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--isa", choices=_C.isas(), default=_C.isa())

@@ -6,6 +6,8 @@
 
 namespace esm {
 
+constexpr uint64_t kChecksumFactor = 0x9e3779b97f4a7c15ull;
+
 uint64_t checksum(const char* data, size_t size);
 
 }  // namespace esm

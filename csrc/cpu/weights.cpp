@@ -87,7 +87,6 @@ void Weights::unpack(void* const* parts) const {
 namespace {
 
 constexpr size_t kStretch = size_t(1) << 18;  // bytes that one thread takes at once
-constexpr uint64_t kOdd = 0x9e3779b97f4a7c15ull;
 
 }  // namespace
 
@@ -112,7 +111,7 @@ std::vector<uint64_t> checksums(const std::vector<Bytes>& all) {
     const Stretch* next = stretches.data();
     for (const Bytes& bytes : all) {
         uint64_t whole = bytes.size;
-        for (size_t at = 0; at < bytes.size; at += kStretch, ++next) whole = (whole ^ next->sum) * kOdd;
+        for (size_t at = 0; at < bytes.size; at += kStretch, ++next) whole = (whole ^ next->sum) * kChecksumFactor;
         sums.push_back(whole);
     }
     return sums;

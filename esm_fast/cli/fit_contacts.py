@@ -57,12 +57,12 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=args.device, dtype="float32", threads=args.threads, contacts=False)
     chains = chains_of(args.structures, model)
     test = chains_of(args.test, model) if args.test else chains[3::4]
-    known = {chain.sequence for chain in (chains if args.test else chains[0::4] + chains[1::4] + chains[2::4])}
+    fitted_to = chains if args.test else [chain for i, chain in enumerate(chains) if i % 4 != 3]
+    known = {chain.sequence for chain in fitted_to}
     if both := [chain.name for chain in test if chain.sequence in known]:
         raise InputError(f"{', '.join(both[:5])} of --test is fitted to as well; leave it out of one")
     if not test:
         raise InputError(f"there are {len(chains)} chains: give 4 or more, so that some can be held out, or --test")
-    fitted_to = chains if args.test else [chain for chain in chains if chain.sequence in known]
     with progress(len(fitted_to) + len(test) + (0 if args.test else len(chains)), unit="chains") as bar:
         regression = fit(model, fitted_to, args.c, args.pairs)
         bar.update(len(fitted_to))

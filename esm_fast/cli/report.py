@@ -99,11 +99,9 @@ def _findings(args: argparse.Namespace, model, name: str, protein: str, dtype: s
 
 def _contacts(model, protein: str):
     """The map, or why there is none."""
-    import io
-
     from ..inference.outputs import make
     from ..inference.stream import run as run_model
-    from ..sequences.fasta import read_fasta
+    from ..sequences.fasta import records_from
     from ..sequences.tokenize import Policy, Report, tokenize
 
     try:
@@ -113,7 +111,7 @@ def _contacts(model, protein: str):
     limit = model.config.limit("error")
     if limit is not None and len(protein) > limit:
         return f"The protein has more than the {limit:,} residues that contacts can be predicted of at once."
-    tokens = (tokenize(records, Policy(), Report()) for records in read_fasta(io.BytesIO(f">p\n{protein}\n".encode())))
+    tokens = (tokenize(records, Policy(), Report()) for records in records_from([("p", protein)]))
     (found,) = run_model(model, tokens, [make("contacts")], limit or len(protein) + 2)
     return found.arrays[0]
 

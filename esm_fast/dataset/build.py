@@ -189,13 +189,18 @@ def said_dtype(options: Options) -> Options:
     return replace(options, dtype=dtype)
 
 
+def _begun(options: Options) -> Settings | None:
+    """Of the data set that is there: what computed it goes on to, whatever would be chosen today."""
+    return load_plan(options.folder).settings if (options.folder / layout.PLAN).exists() else None
+
+
 def _dtype_and_why(options: Options) -> tuple[str, str]:
     from ..inference.dtype import fastest
 
     if options.dtype != "auto":
         return options.dtype, "asked for"
-    if (options.folder / layout.PLAN).exists():
-        return load_plan(options.folder).settings.dtype, "that of the data set as it was begun"
+    if begun := _begun(options):
+        return begun.dtype, "that of the data set as it was begun"
     return fastest(options.model, options.device, options.backend)
 
 
@@ -223,8 +228,8 @@ def settings_of(options: Options, config, device, dtype: str) -> Settings:
 
 def _kernels(options: Options, device) -> str:
     """Which kernels compute: those that the plan which is there was begun with, whatever was qualified since."""
-    if (options.folder / layout.PLAN).exists():
-        return load_plan(options.folder).settings.kernels
+    if begun := _begun(options):
+        return begun.kernels
     return "" if options.backend else verdicts.current(request_of(device, dtype=torch.float32))
 
 

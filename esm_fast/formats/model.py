@@ -7,7 +7,7 @@ from ..memory import hand_back
 from ..ops.registry import BackendError, explain, request_of, select
 from . import of_dtype
 from .format import Format
-from .weight import MATRICES
+from .weight import MATRICES, matrices_of
 
 
 def why_not(model) -> str | None:
@@ -59,10 +59,6 @@ class Prepacking:
             raise ValueError(f"the weights cannot be prepacked: {reason}")
         if self.form is not None:
             model.requires_grad_(False)
-
-
-def matrices_of(layer) -> list[torch.Tensor]:
-    return [layer.get_submodule(name).weight for name in MATRICES]
 
 
 def prepack_layer(layer, form: Format, factors: dict[str, torch.Tensor], forget=lambda tensor: None) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..ops.common import gelu, layer_norm, spans
 from ..ops.pre_ln_attention import rotate
 from ..sequences.batching import PackedBatch, pack
-from .weight import MATRICES, is_prepacked
+from .weight import MATRICES, is_prepacked, matrices_of
 
 _PROTEINS, _LENGTH = 4, 128
 # Residues as often as in UniProt, per thousand, in the alphabet's order: LAGVSERTIDPKQNFYMHWC.
@@ -54,7 +54,7 @@ class Smoothing:
 
     @torch.no_grad()
     def __call__(self, layer) -> dict[str, torch.Tensor]:
-        if any(is_prepacked(layer.get_submodule(name).weight) for name in MATRICES):
+        if any(map(is_prepacked, matrices_of(layer))):
             raise ValueError("a layer that is prepacked already cannot be smoothed")
         factors = {}
         inner, norm = layer.self_attn, layer.self_attn_layer_norm

@@ -19,6 +19,10 @@ _FIXED = "this weight is prepacked for inference, so it cannot be changed or tra
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 
 
+def matrices_of(layer) -> list[torch.Tensor]:
+    return [layer.get_submodule(name).weight for name in MATRICES]
+
+
 class PrepackedWeight(torch.Tensor):
     """A matrix whose only copy is the prepacked one, `weights`; its shape and dtype are the matrix's."""
 

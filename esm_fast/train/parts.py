@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_ROWS = 1 << 14  # converted to float64 at a time
+ROWS = 1 << 14  # converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[at : at + _ROWS].astype(np.float64) for at in range(0, len(rows), _ROWS))
+    return (rows[at : at + ROWS].astype(np.float64) for at in range(0, len(rows), ROWS))

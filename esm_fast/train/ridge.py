@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .parts import Part, moments
+from .parts import ROWS, Part, moments
 
 PENALTIES = 10.0 ** np.arange(2, -6.5, -0.5)  # from the strongest, in units of the number of rows
 _SCALES = (0.01, 1.0)  # a head that says nothing keeps its order
-_ROWS = 1 << 14  # converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Ridge:
 
     def _blocks(self):
         """Rows standardised, and what they should be, less the mean."""
-        for at in range(0, len(self.part.rows), _ROWS):
-            rows = (self.part.rows[at : at + _ROWS] - self.mean) / self.spread
-            yield rows, self.part.wanted[at : at + _ROWS] - self.middle
+        for at in range(0, len(self.part.rows), ROWS):
+            rows = (self.part.rows[at : at + ROWS] - self.mean) / self.spread
+            yield rows, self.part.wanted[at : at + ROWS] - self.middle
 
     def _shrunk(self, penalties: np.ndarray) -> np.ndarray:
         return self.values.clip(min=0)[:, None] + penalties * self.count
