@@ -106,7 +106,7 @@ class FastaParser {
     size_t limit_;
     int64_t line_ = 1, large_line_ = 0;
     size_t bom_ = 0;  // bytes of the byte-order mark seen, at the start
-    size_t ready_ = 0;
+    size_t ready_ = 0, closed_ = 0;  // bytes of the complete records; closed_ without their ends
     bool at_start_ = true, in_record_ = false, in_header_ = false, line_start_ = true, after_cr_ = false;
     int64_t stray_line_ = 0;
     std::string stray_text_;

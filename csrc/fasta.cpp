@@ -95,8 +95,7 @@ void FastaParser::text(const uint8_t* begin, const uint8_t* end) {
         batch_.headers.append(begin, end);
     else
         residues.set_size(residues.size() + fold(begin, end - begin, residues.reserve(end - begin)));
-    const size_t header = batch_.headers.size() - last(batch_.header_ends);
-    if (header + residues.size() - last(batch_.residue_ends) > limit_) large_line_ = batch_.lines.back();
+    if (batch_.headers.size() + residues.size() - closed_ > limit_) large_line_ = batch_.lines.back();
 }
 
 std::string FastaParser::large_header() const {
@@ -114,11 +113,12 @@ void FastaParser::close() {
     ready_ += headers.size() - start + residues - last(batch_.residue_ends) + 1;
     batch_.header_ends.push_back(headers.size());
     batch_.residue_ends.push_back(residues);
+    closed_ = headers.size() + residues;
 }
 
 RecordBatch FastaParser::take() {
     RecordBatch done = std::exchange(batch_, RecordBatch());
-    ready_ = 0;
+    ready_ = closed_ = 0;
     if (in_record_) {
         const size_t header = last(done.header_ends), residues = last(done.residue_ends);
         batch_.headers = done.headers.substr(header);

@@ -18,7 +18,7 @@ _FROM = {
     "embed": ".inference.embed",
     "load": ".inference.load",
     "repack": ".edits",
-    "read_fasta": ".data",
+    "read_fasta": ".sequences.fasta",
     "EsmForMaskedLM": ".compat.hf",
     "EsmModel": ".compat.hf",
     "EsmTokenizer": ".compat.hf",

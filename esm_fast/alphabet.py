@@ -104,12 +104,12 @@ class BatchConverter:
 
     def __call__(self, raw_batch: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], torch.Tensor]:
         try:
-            pairs = [(label, string) for label, string in raw_batch]
+            columns = list(zip(*raw_batch, strict=True))
         except TypeError:
             raise TypeError("the batch must be (label, sequence) pairs") from None
-        if not pairs:
+        if not columns:
             raise ValueError("the batch is empty: give at least one (label, sequence) pair")
-        labels, strings = zip(*pairs, strict=True)
+        labels, strings = columns
         return list(labels), list(strings), _encode(strings, labels, self.truncation_seq_length)
 
 

@@ -407,6 +407,17 @@ def test_every_byte_becomes_its_token_or_an_error(byte):
         assert str(caught.value).startswith(place)
 
 
+def test_every_byte_in_every_part_of_a_long_record():
+    """Letters are read 32 at a time: a byte among the first, across, and behind the last of these."""
+    letters = b"LAGVSERTIDPKQNFYMHWCXBUZO" * 3
+    odd = [bytes([byte]) for byte in range(256) if byte != ord(">")]
+    texts = [letters[:at] + byte + letters[at:] for at in (0, 31, 32, 40, 63, 64, 75) for byte in odd]
+    tokens = tokenize(some_records(*texts), Policy(unknown="x", gaps="keep"), Report())
+    for i, text in enumerate(texts):
+        expected, _ = tokenize_definition(text)
+        assert tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() == expected, (i, text)
+
+
 def test_final_stop_is_stripped_once():
     report = Report()
     tokens = tokenize(some_records(b"MK*", b"M", b"*"), Policy(empty="skip"), report)

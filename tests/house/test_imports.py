@@ -4,6 +4,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import esm_fast
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -115,6 +117,21 @@ def test_nothing_of_the_command_line_is_needed_below_it():
     assert {name for name, targets in graph().items() if any(room(t) == "cli" for t in targets)} <= {
         name for name in graph() if room(name) == "cli"
     }
+
+
+def test_what_the_package_offers_is_there():
+    """By its source: some of it needs an extra."""
+    known = sources()
+    for name, module in esm_fast._FROM.items():
+        assert name in _defined(known[f"esm_fast{module}"]), name
+    assert {f"esm_fast.{name}" for name in esm_fast._MODULES} <= set(known)
+
+
+def _defined(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return names | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def test_no_test_imports_another():
