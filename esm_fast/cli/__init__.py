@@ -4,10 +4,13 @@ import argparse
 import functools
 import importlib
 import pkgutil
+import re
 import signal
-import sys
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from .. import __version__
 from ..console import boundary
@@ -30,28 +33,62 @@ _Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_po
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (default: sys.argv) and returns its exit code; argparse exits by itself with 2."""
-    argv = sys.argv[1:] if argv is None else argv
     with screens():
-        args = parser(argv[0] if argv else None).parse_args(argv)
+        args = parser().parse_args(argv)
         with _termination_as_exit():
             return boundary.run(f"esm-fast {args.command}", args.run, args, as_flags)
 
 
-def commands(name: str | None = None) -> list[ModuleType]:
-    """The modules here that are a command, by their ORDER; or only the one of this name, if there is one.
+class Command(NamedTuple):
+    """A file here that is a command: NAME, ORDER (its place in the list) and HELP (a line) stand in it as literals.
 
-    A command is a file: NAME, ORDER (its place in the list), HELP (a line), DESCRIPTION, EXAMPLES,
-    add_arguments(parser) and run(args), whose result is the exit code.
+    Beside these it has DESCRIPTION, EXAMPLES, add_arguments(parser) and run(args), whose result is the exit code.
     """
-    files = {found.name.replace("_", "-"): found.name for found in pkgutil.iter_modules(__path__)}
-    chosen = [files[name]] if name in files else [file for file in files.values() if file != "__main__"]
-    modules = [importlib.import_module(f".{file}", __name__) for file in chosen]
-    found = [module for module in modules if hasattr(module, "NAME")]
-    return sorted(found, key=lambda module: getattr(module, "ORDER", 99)) or commands()
+
+    name: str
+    order: int
+    help: str
+    file: str
+
+    def module(self) -> ModuleType:
+        return importlib.import_module(f".{self.file}", __name__)
 
 
-def parser(name: str | None = None) -> argparse.ArgumentParser:
-    """Of all commands, or of one, which starts faster."""
+def commands() -> list[Command]:
+    """All commands, by their order; none is imported, for a list of them has to be quick."""
+    found = (_command(info.module_finder.find_spec(info.name), info.name) for info in pkgutil.iter_modules(__path__))
+    return sorted(filter(None, found), key=lambda command: command.order)
+
+
+_LITERAL = re.compile(r'^(NAME|ORDER|HELP) = (?:"(.*)"|(\d+))$', re.MULTILINE)
+
+
+def _command(spec: ModuleSpec, file: str) -> Command | None:
+    if spec.origin.endswith(".py"):
+        text = Path(spec.origin).read_text("utf-8")
+        said = {name: text or int(number) for name, text, number in _LITERAL.findall(text)}
+    else:  # where only bytecode was installed
+        said = vars(importlib.import_module(f".{file}", __name__))
+    return Command(said["NAME"], said["ORDER"], said["HELP"], file) if "NAME" in said else None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Of a command, which is imported when its arguments are parsed."""
+
+    def __init__(self, *, command: Command, **options):
+        super().__init__(**options)
+        self._command = command
+
+    def parse_known_args(self, args=None, namespace=None):
+        module = self._command.module()
+        self.description, self.epilog = module.DESCRIPTION, f"examples:\n{module.EXAMPLES}"
+        module.add_arguments(self)
+        self.set_defaults(run=module.run)
+        return super().parse_known_args(args, namespace)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of a command line: for one parse, in which only the command that is asked for is imported."""
     top = argparse.ArgumentParser(
         prog="esm-fast",
         description="The protein language models ESM-1b, ESM-1v and ESM-2 without padding.",
@@ -59,17 +96,10 @@ def parser(name: str | None = None) -> argparse.ArgumentParser:
         formatter_class=_Formatter,
     )
     top.add_argument("--version", action="version", version=f"esm-fast {__version__}")
-    listed = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in commands(name):
-        command = listed.add_parser(
-            module.NAME,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            epilog=f"examples:\n{module.EXAMPLES}",
-            formatter_class=_Formatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    options = {"title": "commands", "dest": "command", "required": True, "metavar": "COMMAND"}
+    listed = top.add_subparsers(**options, parser_class=_Parser)
+    for command in commands():
+        listed.add_parser(command.name, help=command.help, formatter_class=_Formatter, command=command)
     return top
 
 

@@ -66,7 +66,7 @@ def shared(arguments: list[str]) -> argparse.Namespace:
 
     if arguments[:1] != ["embed"]:
         raise InputError("give the command to share at the end: esm-fast submit --nodes N embed FASTA -o OUT/ ...")
-    embed = parser("embed").parse_args(arguments)
+    embed = parser().parse_args(arguments)
     if not is_dataset(embed.output):
         raise InputError(f"{embed.output} is one file, which one process writes; give a folder, -o NAME/")
     if embed.shard:

@@ -125,7 +125,7 @@ def test_a_librarys_error_is_ours_to_mend_and_our_own_is_for_the_user(capsys):
 
 
 def test_an_error_of_ours_asks_for_a_report(monkeypatch, capsys):
-    module = next(module for module in cli.commands("info"))
+    module = next(command.module() for command in cli.commands() if command.name == "info")
 
     def run(args):
         raise TypeError(f"never thought of {ESCAPE}")
@@ -339,11 +339,12 @@ HARD = [
 
 
 def numeric():
-    for module in cli.commands():
-        (choice,) = (a for a in cli.parser()._actions if isinstance(a.choices, dict))
-        for action in choice.choices[module.NAME]._actions:
+    for command in cli.commands():
+        parser = argparse.ArgumentParser()
+        command.module().add_arguments(parser)
+        for action in parser._actions:
             if getattr(action.type, "__module__", "").startswith("esm_fast.cli") or action.type in (int, float):
-                yield pytest.param(action, id=f"{module.NAME} {action.option_strings[-1]}")
+                yield pytest.param(action, id=f"{command.name} {action.option_strings[-1]}")
 
 
 @pytest.mark.parametrize("action", list(numeric()))

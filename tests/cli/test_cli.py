@@ -1,9 +1,11 @@
 """The command line: every command on tiny inputs, every error with its exit code and message, nothing lost."""
 
 import gzip
+import importlib
 import io
 import json
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -531,7 +533,7 @@ def test_info_of_a_fair_esm_file(fair_checkpoint, capsys):
 # ---- the frame
 
 
-@pytest.mark.parametrize("command", [module.NAME for module in cli.commands()])
+@pytest.mark.parametrize("command", [command.name for command in cli.commands()])
 def test_every_command_has_help_with_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -542,24 +544,41 @@ def test_every_command_has_help_with_examples(command, capsys):
 def test_a_command_is_a_file_that_is_found(monkeypatch, capsys):
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
     found = cli.commands()
-    assert {module.NAME.replace("-", "_") for module in found} <= files and len(found) >= 17
-    assert len({module.ORDER for module in found}) == len(found)
-    for module in found:
-        assert cli.commands(module.NAME) == [module]
-    for name in (None, "common", "fly", "fill_mask", "__main__", "--help"):
-        assert cli.commands(name) == found
+    assert {command.file for command in found} <= files and len(found) >= 23
+    assert len({command.order for command in found}) == len(found)
+    for command in found:  # what is read in the file is what it holds
+        module = command.module()
+        assert (command.name, command.order, command.help) == (module.NAME, module.ORDER, module.HELP)
+        assert command.file == command.name.replace("-", "_")
+    assert {file for file in files if hasattr(importlib.import_module(f"esm_fast.cli.{file}"), "NAME")} == {
+        command.file for command in found
+    }
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    places = [re.search(rf"\n +{module.NAME}\s", text).start() for module in found]
+    places = [re.search(rf"\n +{command.name}\s", text).start() for command in found]
     assert places == sorted(places)
 
 
-def test_a_command_imports_no_other():
-    code = (
-        "import sys; from esm_fast.cli import parser; parser('verify'); print('esm_fast.cli.contacts' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+def test_commands_are_found_where_only_bytecode_is(tmp_path, monkeypatch):
+    source = tmp_path / "fly.py"
+    source.write_text('NAME = "fly"\nORDER = 7\nHELP = "not yet"\n')
+    py_compile.compile(str(source), str(tmp_path / "fly.pyc"))
+    source.unlink()
+    monkeypatch.setattr(cli, "__path__", [str(tmp_path)])
+    assert cli.commands() == [cli.Command("fly", 7, "not yet", "fly")]
+    sys.modules.pop("esm_fast.cli.fly")
+
+
+def imported(line: str) -> set[str]:
+    code = f"import sys; from esm_fast.cli import commands, parser; {line}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+
+
+def test_a_command_imports_no_other_and_help_none():
+    files = {f"esm_fast.cli.{command.file}" for command in cli.commands()}
+    assert imported("parser().parse_args(['verify', 'folder'])") & files == {"esm_fast.cli.verify"}
+    assert not imported("parser().format_help()") & files
 
 
 @pytest.mark.parametrize(
@@ -572,10 +591,7 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
 
 
 def test_version_and_help_do_not_import_torch():
-    code = (
-        "import sys; from esm_fast.cli import parser; parser(); print('torch' in sys.modules, 'numpy' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"
+    assert not {"torch", "numpy"} & imported("[command.module() for command in commands()]")
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"esm-fast {esm_fast.__version__}\n")
 

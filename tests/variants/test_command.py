@@ -261,14 +261,6 @@ def test_predict_writes_what_fair_esms_script_writes(tmp_path, fair_model, fair_
     assert predict.main(wrong) == 1 and "offset=23 would fit 3 of 3 rows" in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_torch():
-    import subprocess
-    import sys
-
-    program = "import sys; from esm_fast.cli import parser; parser(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-
-
 def test_ids_that_are_there_twice(command):
     with open("twice.fasta", "w") as file:
         file.write(f">P1\n{PROTEIN[:3]}\n>P1\n{PROTEIN[:4]}\n>P3\nMKUX\n")
