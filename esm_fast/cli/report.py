@@ -18,7 +18,9 @@ from .common import (
     progress,
 )
 from .contacts import worth_lines
+from .export import finished, layer_of
 from .numbers import positive
+from .search import embedded, ids_by_row, model_of
 from .variants import read_proteins
 
 NAME = "report"
@@ -61,9 +63,13 @@ def run(args: argparse.Namespace) -> None:
     from ..plots.report_page import page
 
     start, dtype = time.perf_counter(), dtype_of(args)
-    neighbours = _neighbours(args, proteins) if args.data_set else None
+    data = finished(args.data_set) if args.data_set else None
+    shared = data is not None and _computes(data, args.model, dtype)
+    neighbours = _neighbours(data, args.k, proteins, model_of(data, None)) if data is not None and not shared else None
     options = dict(device=args.device, backend=args.backend, threads=args.threads, regression=args.regression)
     model = load_model(args.model, dtype=dtype, contacts=False, **options)
+    if shared:
+        neighbours = _neighbours(data, args.k, proteins, model)
     found = []
     with progress(sum(map(len, proteins.values()))) as bar:
         for name, protein in proteins.items():
@@ -116,18 +122,22 @@ def _contacts(model, protein: str):
     return found.arrays[0]
 
 
-def _neighbours(args: argparse.Namespace, proteins: dict[str, str]) -> dict[str, list[tuple[str, float]]]:
-    """By a protein's name, the nearest of the data set."""
-    from ..dataset.neighbours import search
-    from .export import finished, layer_of
-    from .search import embedded, ids_by_row
+def _computes(data, name: str, dtype: str) -> bool:
+    """Whether a model is the one that a data set was made with: then it is loaded once."""
+    from ..dataset.fingerprint import of_model
 
-    data = finished(args.data_set)
-    layer = layer_of(data, -1)
-    _, rows = embedded(data, argparse.Namespace(query=list(proteins.items()), model=None), layer)
+    return dtype == data.plan.settings.dtype and of_model(name) == data.plan.settings.model
+
+
+def _neighbours(data, k: int, proteins: dict[str, str], model) -> dict[str, list[tuple[str, float]]]:
+    """By a protein's name, the nearest of the data set."""
     import numpy as np
 
-    hits = search(data, np.array(rows), args.k, layer)
+    from ..dataset.neighbours import search
+
+    layer = layer_of(data, -1)
+    _, rows = embedded(data, list(proteins.items()), layer, model)
+    hits = search(data, np.array(rows), k, layer)
     ids = ids_by_row(data, hits.rows)
     pairs = [
         zip(rows, cosines, strict=True) for rows, cosines in zip(hits.rows.tolist(), hits.cosines.tolist(), strict=True)

@@ -57,25 +57,30 @@ def _queries(data, args: argparse.Namespace, layer: int):
         _require_same_numbers(data, other)
         return other.ids, other.matrix(layer)
     if args.query == "-" or path.is_file():
-        names, rows = embedded(data, args, layer)
+        names, rows = embedded(data, args.query, layer, model_of(data, args.model))
         return names, np.array(rows)
     raise InputError(f"{args.query!r} is neither an id of {data.folder} nor a file or folder")
 
 
-def embedded(data, args: argparse.Namespace, layer: int) -> tuple[list[str], list]:
-    """The proteins of a FASTA file, with the data set's model and policies."""
+def model_of(data, name: str | None):
+    """The model that a data set was made with, from where it was or from `name`. Raises InputError for another."""
     from ..dataset.fingerprint import of_model
+
+    name = name or data.plan.info["model"]
+    if of_model(name) != data.plan.settings.model:
+        raise InputError(f"{name} is not the model that {data.folder} was made with; give --model")
+    return load_model(name, dtype=data.plan.settings.dtype)
+
+
+def embedded(data, proteins, layer: int, model) -> tuple[list[str], list]:
+    """What `embed` takes, with the data set's model and policies."""
     from ..inference.embed import embed
     from ..sequences.fasta import FastaError
     from ..sequences.names import accession
 
     settings = data.plan.settings
-    name = args.model or data.plan.info["model"]
-    if of_model(name) != settings.model:
-        raise InputError(f"{name} is not the model that {data.folder} was made with; give --model")
-    model = load_model(name, dtype=settings.dtype)
     policies = {policy: getattr(settings, policy) for policy in ("unknown", "empty", "overlength")}
-    found = embed(model, args.query, layers=(layer,), pool=settings.pool, **policies)
+    found = embed(model, proteins, layers=(layer,), pool=settings.pool, **policies)
     try:
         pairs = [(accession(header), arrays[layer]) for header, arrays in found]
     except FastaError as error:

@@ -139,10 +139,7 @@ def build(
     def note(stage: str) -> Callable:
         return lambda *_: on_progress(progress.at(stage))
 
-    dtype = chosen_dtype(options)
-    fingerprint.of_model(options.model)  # before the load, which then need not read the file to find damage
-    model = load(dtype=dtype)
-    settings = settings_of(options, model.config, model.device, dtype)
+    model, settings = loaded(options, load)
     plan = planned(options, settings, note("planning"))
     computer = Computer(model, plan.settings, exact(plan, load), note("computing"))
     work_on(plan, mine, computer, progress, on_progress)
@@ -150,6 +147,14 @@ def build(
     if mine.count == 1:
         built.status = finished(plan, progress, on_progress)
     return built
+
+
+def loaded(options: Options, load: Callable) -> tuple:
+    """The model that computes, and what decides the bytes."""
+    dtype = chosen_dtype(options)
+    fingerprint.of_model(options.model)  # before the load, which then need not read the file to find damage
+    model = load(dtype=dtype)
+    return model, settings_of(options, model.config, model.device, dtype)
 
 
 def require_folder(folder: Path) -> None:

@@ -14,13 +14,12 @@ from ..dataset import layout, ranks
 from ..dataset.build import (
     Built,
     Options,
-    chosen_dtype,
     exact,
     finished,
+    loaded,
     loader,
     planned,
     require_folder,
-    settings_of,
     work_on,
 )
 from ..dataset.compute import NONFINITE, OVERFLOW
@@ -66,10 +65,9 @@ def build_atlas(
     def note(stage: str) -> Callable:
         return lambda *_: on_progress(progress.at(stage))
 
-    dtype = chosen_dtype(asked)
-    loaded = load(dtype=dtype)
+    scorer, settings = loaded(asked, load)
     settings = replace(
-        settings_of(asked, loaded.config, loaded.device, dtype),
+        settings,
         layers=(LAYER,),
         width=len(STANDARD),
         pool="mean",
@@ -77,7 +75,7 @@ def build_atlas(
         scan=f"{job.how.NAME} {job.window}",
     )
     plan = planned(asked, settings, note("planning"))
-    work_on(plan, share, Scanner(loaded, plan.settings, exact(plan, load), note("computing")), progress, on_progress)
+    work_on(plan, share, Scanner(scorer, plan.settings, exact(plan, load), note("computing")), progress, on_progress)
     built = Built(plan, share, progress, progress.seconds, progress.status)
     if share.count == 1:
         built.status = finished(plan, progress, on_progress)

@@ -1,9 +1,9 @@
 """Whether the bytes of a file are those that were written: checksums, read once per file and remembered.
 
 A torch archive holds a CRC of each of its records, which torch does not compare; a Hugging Face cache names its blobs
-by their SHA-256. A file that was found right is known by path, inode, size and times (mtime and ctime), in this process
-and in a small file of the user's cache, so that later starts read nothing twice. A cache that others can write to, or
-that is damaged, is ignored.
+by their SHA-256; our own files hold the SHA-256 of their tensors. A file that was found right is known by path, inode,
+size and times (mtime and ctime), in this process and in a small file of the user's cache, so that later starts read
+nothing twice. A cache that others can write to, or that is damaged, is ignored.
 """
 
 import hashlib
@@ -49,10 +49,20 @@ def identity(path: Path) -> Identity:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a file with one identity. sha256: of all its bytes. archive: each record fits its CRC."""
+    """What is known of a file with one identity.
+
+    sha256: of all its bytes. archive: each record fits its CRC. tensors: SHA-256 over what `line_of` says of each
+    tensor and its bytes, in the order of their names; of plain files that lie in that order, as ours do.
+    """
 
     sha256: str | None = None
     archive: bool = False
+    tensors: str | None = None
+
+
+def line_of(name: str, dtype: str, shape: tuple) -> bytes:
+    """What stands before a tensor's bytes in the checksum of our own files; dtype: as torch writes it."""
+    return f"{name} {dtype} {shape}\n".encode()
 
 
 def sha256(path: Path) -> str:
@@ -68,6 +78,12 @@ def require_intact_archive(path: Path) -> None:
         _read(path, known, hashed=False)
 
 
+def tensors_checksum(path: Path) -> str | None:
+    """The checksum of a plain file of ours; None where its tensors do not lie in the order of their names."""
+    known = _facts(identity(path))
+    return known.tensors or _read(path, known, hashed=False).tensors
+
+
 def require_as_named(path: Path) -> None:
     """Raises CheckpointError for a blob of a Hugging Face cache whose bytes are not those it is named after."""
     blob = Path(os.path.realpath(path))
@@ -80,13 +96,47 @@ def _read(path: Path, known: Facts, *, hashed: bool) -> Facts:
     before = identity(path)
     digest = hashlib.sha256() if hashed else None
     with open(before.path, "rb", buffering=0) as file:
-        records = _records(path, file) if file.read(4) == b"PK\x03\x04" else []
-        _compare(path, file, records, digest)
+        archived = file.read(4) == b"PK\x03\x04"
+        records = _records(path, file) if archived else _tensors(file)
+        of_tensors = None if archived or not records else hashlib.sha256()
+        _compare(path, file, records, digest, of_tensors)
     if identity(path) != before:
         raise CheckpointError(f"{path} changed while it was read; start again")
-    facts = Facts(digest.hexdigest() if digest else known.sha256, bool(records) or known.archive)
+    facts = Facts(
+        digest.hexdigest() if digest else known.sha256,
+        (archived and bool(records)) or known.archive,
+        of_tensors.hexdigest() if of_tensors else known.tensors,
+    )
     _remember(before, facts)
     return facts
+
+
+# --- our own files --------------------------------------------------------------------------------------------------
+
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+
+
+def _tensors(file) -> list["_Record"]:
+    """The tensors of a plain file of ours, by name; [] of any other, or where they do not lie in that order."""
+    file.seek(0)
+    start = 8 + int.from_bytes(file.read(8), "little")
+    if start > 8 + _LONGEST_HEADER:
+        return []
+    try:
+        header = json.loads(file.read(start - 8))
+        said = header.pop("__metadata__")
+        if said["format"] != "esm_fast" or "packed" in said:
+            return []
+        found = []
+        for name, entry in sorted(header.items()):
+            begin, end = entry["data_offsets"]
+            line = line_of(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            found.append(_Record(start + begin, end - begin, -1, name, line))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # safetensors says what is wrong
+        return []
+    ends = [start, *(record.start + record.size for record in found)]
+    return found if [record.start for record in found] == ends[:-1] else []
 
 
 # --- archives -------------------------------------------------------------------------------------------------------
@@ -97,6 +147,7 @@ class _Record(NamedTuple):
     size: int
     crc: int
     name: str
+    line: bytes = b""  # of a tensor, see `line_of`
 
 
 def _records(path: Path, file) -> list[_Record]:
@@ -136,35 +187,39 @@ def _start(file, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + name + extra
 
 
-def _compare(path: Path, file, records: list[_Record], digest) -> None:
-    """Reads a file from its beginning to its end, once."""
+def _compare(path: Path, file, records: list[_Record], digest, of_tensors=None) -> None:
+    """Reads a file from its beginning to its end, once, into the digests of all its bytes and of its tensors."""
     buffer, at = memoryview(bytearray(_CHUNK)), 0
 
-    def take(size: int | None, crc: int = 0) -> int:
+    def take(size: int | None, crc: int = 0, *digests) -> int:
         nonlocal at
         while size is None or size > 0:
             got = file.readinto(buffer[: size and min(size, _CHUNK)])
             if not got:
                 break
             piece, at = buffer[:got], at + got
-            crc = zlib.crc32(piece, crc)
-            if digest:
-                digest.update(piece)
+            crc = 0 if of_tensors else zlib.crc32(piece, crc)
+            for each in digests:
+                each.update(piece)
             size = size and size - got
         return crc
 
+    whole = [digest] if digest else []
     file.seek(0)
     for record in records:
         if digest:
-            take(record.start - at)
+            take(record.start - at, 0, *whole)
         else:
             at = file.seek(record.start)
-        if record.crc != -1 and take(record.size) != record.crc:
+        if of_tensors:
+            of_tensors.update(record.line)
+            take(record.size, 0, of_tensors, *whole)
+        elif record.crc != -1 and take(record.size, 0, *whole) != record.crc:
             raise CheckpointError(
                 f"{path} is damaged: its record {record.name!r} does not match its checksum; download or write it again"
             )
     if digest:
-        take(None)
+        take(None, 0, *whole)
 
 
 # --- what is remembered ---------------------------------------------------------------------------------------------
@@ -212,7 +267,8 @@ def _stored() -> dict[str, Facts]:
 
 
 def _checked(facts: Facts) -> Facts:
-    if type(facts.archive) is not bool or not (facts.sha256 is None or re.fullmatch("[0-9a-f]{64}", facts.sha256)):
+    sums = [text for text in (facts.sha256, facts.tensors) if text is not None]
+    if type(facts.archive) is not bool or not all(re.fullmatch("[0-9a-f]{64}", text) for text in sums):
         raise ValueError("damaged")
     return facts
 

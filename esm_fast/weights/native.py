@@ -17,6 +17,7 @@ from ..formats.weight import PrepackedWeight
 from ..memory import MappedFiles
 from ..models.encoder import Encoder
 from ..models.family import Config, config_class
+from . import integrity
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .huggingface import read_beside_config
 from .safe import parsed_json, read_safetensors, safetensors_errors
@@ -51,7 +52,7 @@ def checksum(tensors: dict[str, torch.Tensor], after: Callable[[memoryview], Non
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(integrity.line_of(key, str(tensor.dtype), tuple(tensor.shape)))
         view = prepacked_file.content(tensor)
         digest.update(view)
         after(view)
@@ -89,7 +90,11 @@ def read_file(path: Path, verify: bool) -> Checkpoint:
     def forget(view: memoryview) -> None:
         mapped.forget_bytes(prepacked_file.address(view), view.nbytes)
 
-    if ("packed" not in metadata or verify) and checksum(tensors, after=forget) != metadata.get("sha256"):
+    # Of panels only where it is asked for; of plain tensors from an earlier reading, if there was one.
+    found = None if verify or "packed" in metadata else integrity.tensors_checksum(path)
+    if found is None and (verify or "packed" not in metadata):
+        found = checksum(tensors, after=forget)
+    if found not in (None, metadata.get("sha256")):
         raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
     return Checkpoint(path, "esm_fast", config, tensors, metadata.get("sha256"))
 

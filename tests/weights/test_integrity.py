@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import hashlib
 import json
 import os
 import random
@@ -146,6 +147,34 @@ def test_a_file_is_read_once(fair_checkpoint, tmp_path, cache, passes, settled, 
     os.utime(file)
     weights.read(file)
     assert passes["tiny.pt"] == 2
+
+
+def test_both_checksums_of_our_own_file_take_one_reading(fair_checkpoint, tmp_path, cache, passes, settled):
+    file = tmp_path / "own.safetensors"
+    own = weights.save(esm_fast.load(fair_checkpoint)[0], file)
+    good = file.read_bytes()
+    assert weights.sha256(file) == hashlib.sha256(good).hexdigest()
+    assert integrity.tensors_checksum(file) == own == weights.read(file).sha256
+    assert passes["own.safetensors"] == 1
+    start = 8 + int.from_bytes(good[:8], "little")
+    header, data = json.loads(good[8:start]), good[start:]
+    last = max((entry["data_offsets"][1], name) for name, entry in header.items() if name != "__metadata__")[1]
+    begin, end = header[last]["data_offsets"]
+    for entry in header.values():  # the last tensor lies first: another order than that of the names
+        if "data_offsets" in entry:
+            at, to = entry["data_offsets"]
+            entry["data_offsets"] = [0, end - begin] if at == begin else [at + end - begin, to + end - begin]
+    text = json.dumps(header).encode()
+    turned = len(text).to_bytes(8, "little") + text + data[begin:] + data[:begin]
+    for content in (good, turned):
+        file.write_bytes(content)
+        assert np.array_equal(embedded(file), embedded(fair_checkpoint))
+        for at in (-1, -len(data) // 2, -len(data)):
+            bad = bytearray(content)
+            bad[at] ^= 1
+            file.write_bytes(bad)
+            with pytest.raises(CheckpointError, match="its tensors do not match its checksum"):
+                weights.read(file)
 
 
 @pytest.mark.parametrize("hide", ["mtime", "replace"])
