@@ -5,9 +5,10 @@ import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+
+from esm_fast.files.cpuinfo import first_processor
 
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 PACKAGES = ("esm_fast", "torch", "transformers", "fair-esm", "openvino", "nncf")
@@ -47,25 +48,15 @@ def installed(package: str) -> str:
 
 
 def cpu_model() -> str:
-    fields = _cpuinfo()
+    fields = first_processor()
     name = fields.get("model name") or platform.processor() or platform.machine()
     codes = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]  # a cloud's names say little
     return f"{name} ({', '.join(codes)})" if codes else name
 
 
 def cpu_flags() -> set[str]:
-    fields = _cpuinfo()
+    fields = first_processor()
     return set((fields.get("flags") or fields.get("Features") or "").split())
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of Linux's /proc/cpuinfo; empty elsewhere."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def gemm_peak(dtype: torch.dtype, n: int = 2048, repeats: int = 4) -> float:

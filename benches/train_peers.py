@@ -46,7 +46,7 @@ class Outcome:
 def run(task: Task) -> Outcome:
     """One peer in this process, which has to be fresh: its peak of memory is the process's."""
     torch.set_num_threads(task.threads)
-    output = tempfile.mkdtemp(dir=Path(task.recipe.store).parent)  # a new one: a run goes on where it finds another
+    output = tempfile.mkdtemp(dir=Path(task.recipe.store).parent)  # a new one: a run resumes where it finds another
     trainer = Trainer(
         replace(task.recipe, output=output), open_store(task.recipe.store), Processes(0, 1, torch.device("cpu"))
     )

@@ -1,4 +1,4 @@
-// Rows x packed weights of bf16 or 8 bits on AMX's tile registers, in the place of the formats' own products where
+// Rows x prepacked weights of bf16 or 8 bits on AMX's tile registers, in the place of the formats' own products where
 // the CPU has them.
 //
 // A tile of 32 rows x 32 outputs takes all eight registers: four of sums, two of rows, two of weights, so that every

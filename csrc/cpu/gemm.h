@@ -1,4 +1,4 @@
-// rows x packed weights -> an epilogue, one thread. Every output element is one chain of products in the order of the
+// rows x prepacked weights -> an epilogue, one thread. Every output element is one chain of products in the order of the
 // inputs, whatever the number of rows, so a row's result does not depend on its neighbours or on the threads.
 #pragma once
 

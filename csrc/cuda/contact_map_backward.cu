@@ -5,7 +5,7 @@
 //
 //     w g_ij + e_i + e_j, where e = w (r . g r / (2 t) - g r) / t
 //
-// from where it goes on through the softmax. A row that is not kept has no gradient: its log-sum-exp counts as
+// from where it continues through the softmax. A row that is not kept has no gradient: its log-sum-exp counts as
 // infinite, so that its weights are 0. A kept row's weight of a column that is not kept still moves with the row's sum.
 #include "attention.cuh"
 

@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> None:
         waiting: deque = deque()  # the residues of proteins that are being computed, in their order
         check_space(out.parent, 4 * expected.squares)
         with (_archive if single else _folder)(out) as add, progress(expected.residues) as bar:
-            for protein in run_model(
-                model, _noted(source.tokens(counts), waiting), [make("contacts")], budget, bar.update
-            ):
+            tokens, with_letters = source.tokens(counts), args.png or truths.chains
+            if with_letters:
+                tokens = _noted(tokens, waiting)
+            for protein in run_model(model, tokens, [make("contacts")], budget, bar.update):
                 name, contacts = protein.label.name, protein.arrays[0]
                 add(name, contacts)
+                if not with_letters:
+                    continue
                 chain = truths.of(sequence := waiting.popleft(), name, contacts)
                 if args.png:
                     folder = out.with_suffix("") if single else out

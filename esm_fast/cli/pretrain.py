@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if args.fast_dev_run:
             if args.fork:
                 raise InputError(
-                    "--fast-dev-run makes its first steps, and a fork goes on from others; try it without --fork"
+                    "--fast-dev-run makes its first steps, and a fork starts from others; try it without --fork"
                 )
             recipe = _small(recipe, processes.world)
             if processes.first:

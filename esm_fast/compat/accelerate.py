@@ -13,13 +13,13 @@ from ..ops.registry import require_backend
 from .shared import PackedEncoder, examine
 
 # Original class -> our subclass. Its module imports the other package, so it is imported only when it is needed.
-_FACES = {
+_APIS = {
     ("transformers.models.esm.modeling_esm", "EsmModel"): ("hf", "EsmModel"),
     ("transformers.models.esm.modeling_esm", "EsmForMaskedLM"): ("hf", "EsmForMaskedLM"),
 }
 for _family in families().values():
     _module, _, _name = _family.fair_esm_class.partition(":")
-    _FACES[_module, _name] = "fair_esm_host", _name
+    _APIS[_module, _name] = "fair_esm_host", _name
 _OTHER_FAMILIES = {"MSATransformer": "the MSA transformer", "GVPTransformerModel": "ESM-IF1"}
 
 
@@ -57,11 +57,11 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> nn.Module:
 
 
 def unaccelerate(model: nn.Module) -> nn.Module:
-    """Gives every packed model inside a model the class of its own package again, and returns the model."""
+    """Gives what was accelerated in a model the classes of its own package again, and returns the model."""
     for module in model.modules():
         if _is_ours(type(module)):
             module.__dict__.pop("esm_fast_backend", None)
-            module.__class__ = next(kind for kind in type(module).__mro__ if _key(kind) in _FACES)
+            module.__class__ = next(kind for kind in type(module).__mro__ if _key(kind) in _APIS)
     return model
 
 
@@ -70,16 +70,16 @@ def _key(kind: type) -> tuple[str, str]:
 
 
 def _is_ours(kind: type) -> bool:
-    return _key(kind) in {(f"{__package__}.{module}", name) for module, name in _FACES.values()}
+    return _key(kind) in {(f"{__package__}.{module}", name) for module, name in _APIS.values()}
 
 
 def _api(kind: type) -> type | None:
     """Our class for an original one, itself for ours, None for any other: a subclass may compute something else."""
     if _is_ours(kind):
         return kind
-    if _key(kind) not in _FACES:
+    if _key(kind) not in _APIS:
         return None
-    module, name = _FACES[_key(kind)]
+    module, name = _APIS[_key(kind)]
     return getattr(importlib.import_module(f".{module}", __package__), name)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's face: transformers' ESM classes with another forward, computing only the tokens that are there.
+"""Hugging Face's API: transformers' ESM classes with another forward, computing only the tokens that are there.
 
 Parameters, state_dict, configuration, save_pretrained and outputs are transformers' own. What cannot run packed (see
 `shared`; also decoders, 4-D masks, cross-attention) runs on transformers' code, and a warning says why.

@@ -30,7 +30,7 @@ def _escaped(character: str) -> str:
 class Screen:
     """A text stream that only what is printable goes through.
 
-    lossy: what cannot be written is dropped, as messages are that nobody hears any more; the work goes on. Otherwise
+    lossy: what cannot be written is dropped, as messages are that nobody hears any more; the work continues. Otherwise
     OSError is raised, and says which stream it was.
     """
 

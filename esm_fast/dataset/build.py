@@ -195,7 +195,7 @@ def said_dtype(options: Options) -> Options:
 
 
 def _begun(options: Options) -> Settings | None:
-    """Of the data set that is there: what computed it goes on to, whatever would be chosen today."""
+    """Of the data set that is there: what computed it still does, whatever would be chosen today."""
     return load_plan(options.folder).settings if (options.folder / layout.PLAN).exists() else None
 
 

@@ -25,7 +25,7 @@ _READ_BYTES = 1 << 20
 
 @contextmanager
 def atomic(path: Path, *, durable: bool = True, tidy: bool = True) -> Iterator[Path]:
-    """Yields a temporary path to write to, which takes the place of `path` at the end, or goes on an error.
+    """Yields a temporary path to write to, which takes the place of `path` at the end, or is removed on an error.
 
     A symbolic link stays, and what it leads to is replaced; a device or a pipe stays and is written to at the end.
 
@@ -56,7 +56,7 @@ def atomic(path: Path, *, durable: bool = True, tidy: bool = True) -> Iterator[P
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder, which gets the name `path` at the end with its files synced, or goes on an error.
+    """Yields a new folder, which gets the name `path` at the end with its files synced, or is removed on an error.
 
     Raises FileExistsError where the name is taken, at the beginning or by then.
     """
@@ -123,7 +123,7 @@ class Output:
 def committed(
     path: Path, check: Callable[[Path], None] = lambda path: None, *, replace: bool = True
 ) -> Iterator[Output]:
-    """Yields the file to write `path` to. It takes the place of `path` at the end, or goes on an error.
+    """Yields the file to write `path` to. It takes the place of `path` at the end, or is removed on an error.
 
     What was read back must be what was written, and `check` may raise for what it finds in the file. Without `replace`,
     raises FileExistsError where `path` is there by then.

@@ -18,7 +18,7 @@ def fastest(model: str, device: str, backend: str | None = None) -> tuple[str, s
     # Nothing published is prepacked, and only the header of another file is read.
     own = model.startswith("random:") or hub.is_published(model)
     if not own and (prepacked := weights.prepacked_dtype(hub.resolve(model))):
-        return prepacked, "that of the packed file"
+        return prepacked, "that of the prepacked file"
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return of_gpu(torch.cuda.get_device_capability(None if device == "auto" else device))
     if backend not in (None, "cpu"):

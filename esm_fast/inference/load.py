@@ -30,7 +30,7 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
             the torch-hub or Hugging Face cache or downloaded; a fair-esm .pt file; a Hugging Face folder; a file
             written by `esm-fast convert`; or random:NAME[:seed], that architecture with seeded random weights.
         device: "auto" (a GPU if there is one and the weights are not packed), or anything torch.device takes.
-        dtype: "auto" (float32, the reference's numbers; that of a packed file), "float32", "bfloat16", "float16",
+        dtype: "auto" (float32, the reference's numbers; that of a prepacked file), "float32", "bfloat16", "float16",
             "float64" or a torch.dtype. "int8": the layers' matrices in 8 bits, bfloat16 around them; for inference on
             CPUs, and less exact (docs/cpu.md says by how much).
         backend: name of a backend that must run every op it implements; None takes the best that can run.
@@ -91,7 +91,7 @@ def _device(device, packed: bool) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not packed else "cpu"
     if packed and torch.device(device).type != "cpu":
-        raise ValueError(f"packed weights are for the CPU kernels, not for {device}; load with packed=False")
+        raise ValueError(f"prepacked weights are for the CPU kernels, not for {device}; load with packed=False")
     return torch.device(device)
 
 
@@ -111,7 +111,7 @@ def _require_own_dtype(checkpoint: weights.Checkpoint, wanted: torch.dtype | Non
     if wanted not in (None, checkpoint.dtype):
         own = str(checkpoint.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{checkpoint.source} holds {own} weights, packed; load it with dtype={own!r} or 'auto', or convert its "
+            f"{checkpoint.source} holds {own} weights, prepacked; load it with dtype={own!r} or 'auto', or convert its "
             "original to the type you want"
         )
 

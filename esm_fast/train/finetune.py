@@ -31,7 +31,7 @@ class Settings:
     """What is trained, and how.
 
     trained: "frozen", the head alone; "full", everything; "lora", the head and low-rank adapters of `rank`.
-    head: "solved" in closed form on the frozen model, from which training goes on where the model is trained too; or
+    head: "solved" in closed form on the frozen model, from which training continues where the model is trained too; or
     "descent", from 0 by AdamW. layer: the head's, counted from the last where negative; "best": of all, the one with
     the lowest held-out loss. class_weights: "balanced", every class weighs alike, or "none". learning_rate,
     head_learning_rate: None for the defaults. patience: epochs without a better held-out loss before it stops.

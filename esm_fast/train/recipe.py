@@ -184,7 +184,8 @@ def _group(name: str, make: Callable, values):
     try:
         return make(values)
     except ValueError as error:
-        raise RecipeError(str(error) if name in str(error) else f"{name}: {error}") from None
+        is_named = str(error).startswith((f"{name} ", f"{name}:"))  # as what _fields says of the group
+        raise RecipeError(str(error) if is_named else f"{name}: {error}") from None
 
 
 def initial(name: str) -> weights.Checkpoint:

@@ -4,7 +4,7 @@ Nothing is unpickled but tensors, plain containers and argparse.Namespace (which
 Tensors stay memory-mapped where they need no conversion, so loading costs little more than the weights.
 """
 
-from .builder import build
+from .builder import NoRegressionWarning, build
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .huggingface import config_from_hf
 from .integrity import sha256
@@ -18,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "FORMAT",
+    "NoRegressionWarning",
     "attach",
     "beside",
     "build",

@@ -18,6 +18,10 @@ from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError, raise_problem
 from .safe import require_dense
 
 
+class NoRegressionWarning(UserWarning):
+    """A model that cannot tell contacts was loaded."""
+
+
 def build(
     checkpoint: Checkpoint,
     model_class: type[Encoder] | None = None,
@@ -51,7 +55,8 @@ def build(
     _tie(checkpoint.source, model.tied(), tensors)
     if not CONTACT_KEYS & set(tensors):
         if checkpoint.kind != "esm_fast":  # one that we wrote lacks it because its original did
-            warnings.warn(f"{checkpoint.source} has no contact regression: contacts are not available", stacklevel=2)
+            text = f"{checkpoint.source} has no contact regression: contacts are not available"
+            warnings.warn(text, NoRegressionWarning, stacklevel=2)
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)

@@ -28,7 +28,7 @@ FORMAT = "esm_fast"
 def save(model: Encoder, path: str | Path) -> str:
     """Writes a model as our own safetensors (no pickle) with its configuration and checksum; returns the checksum.
 
-    The matrices of a packed model are stored packed.
+    The matrices of a prepacked model are stored prepacked.
     """
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k not in model.tied()}
     if not bool(tensors["contact_head.regression.weight"].any()):
@@ -60,7 +60,7 @@ def checksum(tensors: dict[str, torch.Tensor], after: Callable[[memoryview], Non
 
 
 def _start_checksum(config: str, tensors: dict[str, torch.Tensor]) -> str:
-    """What is checked each time a packed file is loaded: all but the panels, which are 99 % of it."""
+    """What is checked each time a prepacked file is loaded: all but the panels, which are 99 % of it."""
     rest = {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, PrepackedWeight)}
     return hashlib.sha256((config + checksum(rest)).encode()).hexdigest()
 
@@ -120,7 +120,7 @@ def _packed(path: Path, config: Config, stored: dict[str, torch.Tensor], metadat
     """The tensors of a file of `esm-fast convert --pack`; the panels stay unread."""
     if metadata.get("layout") != str(_C.LAYOUT):
         raise CheckpointError(
-            f"{path} holds packed weights in layout {metadata.get('layout')}, this version of esm_fast reads layout "
+            f"{path} holds prepacked weights in layout {metadata.get('layout')}, this version of esm_fast reads layout "
             f"{_C.LAYOUT}; convert the original again"
         )
     try:

@@ -12,7 +12,7 @@ def read(path: str | Path, *, verify: bool = False) -> Checkpoint:
     """Reads a checkpoint file or a Hugging Face folder, with the contact regression that lies beside it, if one does.
 
     Args:
-        verify: also compare the packed matrices of a packed file with its checksum, which means to read them all.
+        verify: also compare the prepacked matrices of a prepacked file with its checksum, which means to read them all.
             Otherwise their names and sizes are checked, and everything else in full.
 
     Raises:

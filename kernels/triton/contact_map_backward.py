@@ -5,7 +5,7 @@ With g the gradient of the logits plus its mirror image, r a map's row sums, t t
     a map's gradient      w g_ij + e_i + e_j, where e = (w (r . g r) / (2 t) - w g r) / t
     the weight's gradient sum g_ij A_ij - (r . g r) / (2 t)
 
-from where it goes on through the softmax as in attention. Only kept rows and columns take part.
+from where it continues through the softmax as in attention. Only kept rows and columns take part.
 """
 
 import torch

@@ -126,7 +126,7 @@ def test_auto_dtype_is_that_of_a_packed_file(embed, fasta, fair_checkpoint, tmp_
     packed = tmp_path / "packed.safetensors"
     assert main(["convert", str(fair_checkpoint), str(packed), "--dtype", dtype, "--pack"]) == 0
     result = embed(fasta, "--dtype", "auto", "--device", "cpu", model=packed)
-    assert result.code == 0 and f"dtype     {dtype} (that of the packed file)" in result.err
+    assert result.code == 0 and f"dtype     {dtype} (that of the prepacked file)" in result.err
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_weights_of_two_dtypes_are_refused():
         run("gelu_ffn", **arguments)
 
 
-# --- packed weights --------------------------------------------------------------------------------------------------
+# --- prepacked weights -----------------------------------------------------------------------------------------------
 
 
 def test_changed_weights_are_packed_again():

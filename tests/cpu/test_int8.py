@@ -348,7 +348,7 @@ def test_a_file_of_8_bits(tmp_path):
         for given, more in [((packed,), {}), ((plain,), {"dtype": "int8"})]
     )
     assert (ours[-1] == theirs[-1]).all()
-    with pytest.raises(ValueError, match="holds int8 weights, packed"):
+    with pytest.raises(ValueError, match="holds int8 weights, prepacked"):
         esm_fast.load(packed, dtype="bfloat16")
     unpacked, _ = esm_fast.load(packed, packed=False)
     assert not isinstance(unpacked.layers[0].fc1.weight, PrepackedWeight)

@@ -1,6 +1,7 @@
 """One word, one thing: docs/architecture.md says which; names in the code keep to it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def asks_for_a_share(tree: ast.AST) -> list[str]:
     ]
 
 
+# In prose: resume or continue, API, prepacked weights.
+GONE_IN_TEXT = re.compile(r"\b(go(es)? on|look(s|ing)? on)\b|\bface\b|(?<!pre)\bpacked (weights?|file|model|matri)\b")
+PROPER = re.compile(r"hugging\s+(?://|#)?\s*face", re.IGNORECASE)
+TEXTS = (".py", ".md", ".h", ".cpp", ".cu", ".cuh")
+
+
 def names(tree: ast.AST):
     for node in ast.walk(tree):
         yield from (getattr(node, field) for field in ("id", "arg", "attr", "name") if hasattr(node, field))
@@ -34,6 +41,15 @@ def test_a_share_is_called_a_share_and_words_that_went_stay_away(folder):
         tree = ast.parse(path.read_text())
         assert set(asks_for_a_share(tree)) <= PUBLISHED, path
         assert not GONE & set(names(tree)), path
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "csrc", "docs", "examples"])
+def test_prose_says_the_words_of_the_field(folder):
+    for path in sorted((ROOT / folder).rglob("*")):
+        if path.suffix in TEXTS and path != Path(__file__):
+            text = PROPER.sub("", path.read_text())
+            found = [line for line in text.splitlines() if GONE_IN_TEXT.search(line)]
+            assert not found, (path, found)
 
 
 def test_another_name_is_found():

@@ -36,7 +36,7 @@ def proteins(count, seed=0, longest=90):
 
 
 def reference(model, sequence, layer, pool):
-    """One protein alone through the padded face."""
+    """One protein alone through the padded API."""
     _, _, tokens = model.alphabet.get_batch_converter()([("x", sequence)])
     with torch.no_grad():
         x = model(tokens, repr_layers=[layer])["representations"][layer][0].numpy()
@@ -84,7 +84,7 @@ def test_strings_paths_and_open_files(model, tmp_path):
 
 
 def test_it_streams(model):
-    """The first results come while the input still goes on, and memory does not grow with it."""
+    """The first results come while there is still input, and memory does not grow with it."""
     endless = (("p", "ACDEFGHIKL") for _ in itertools.count())
     results = esm_fast.embed(model, endless, batch_tokens=64)
     list(itertools.islice(results, 200))

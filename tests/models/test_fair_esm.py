@@ -1,4 +1,4 @@
-"""The fair-esm face against fair-esm itself: same tokens in, same numbers out on every valid row."""
+"""fair-esm's API against fair-esm itself: same tokens in, same numbers out on every valid row."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The Hugging Face face against transformers itself, in its eager attention: same arguments in, same numbers out."""
+"""Hugging Face's API against transformers itself, in its eager attention: same arguments in, same numbers out."""
 
 import copy
 import os

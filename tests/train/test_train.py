@@ -354,7 +354,7 @@ def test_processes_share_a_run(store, tmp_path):
         path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps, batch_tokens=batch)))
         launch(count, tmp_path, path, "several")
         assert len(curve(tmp_path / "several")) == steps
-    for output in ("alone", "several"):  # the second goes on where the processes ended
+    for output in ("alone", "several"):  # the second resumes where the processes ended
         Trainer(recipe_from(values | dict(output=str(tmp_path / output))), store, ALONE).train()
     several, alone = curve(tmp_path / "several"), curve(tmp_path / "alone")
     assert len(several) == len(alone) == 12
@@ -436,7 +436,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_can_be_skipped(store, tmp_path):
-    """The step changes nothing, the next one goes on; eleven in a row stop the run all the same."""
+    """The step changes nothing, the next one counts; eleven in a row stop the run all the same."""
     trainer = Trainer(recipe(store, tmp_path, non_finite="skip", steps=40), store, ALONE)
     weight = trainer.esm.layers[0].fc1.weight
     hook = weight.register_hook(lambda gradient: gradient * float("nan"))

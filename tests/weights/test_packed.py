@@ -24,7 +24,7 @@ def matrix(shape=(70, 37), dtype=torch.bfloat16):
 
 
 def packed_linear(dtype=torch.bfloat16):
-    """A linear layer with a packed weight, and the plain weight."""
+    """A linear layer with a prepacked weight, and the plain weight."""
     linear = nn.Linear(37, 70, dtype=dtype).requires_grad_(False)
     plain = linear.weight.clone()
     linear.weight = nn.Parameter(PrepackedWeight.pack(plain), requires_grad=False)

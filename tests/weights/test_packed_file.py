@@ -83,7 +83,7 @@ def test_packed_models_embed_the_same_bits(plain_file, tmp_path, dtype):
 def test_a_packed_model_uses_the_kernels_without_no_grad(packed_file, monkeypatch):
     """Were a parameter left asking for gradients, every op would unpack its weights for the reference."""
     model, _ = esm_fast.load(packed_file)
-    monkeypatch.setattr(PrepackedWeight, "unpack", lambda self: pytest.fail("a packed weight was unpacked"))
+    monkeypatch.setattr(PrepackedWeight, "unpack", lambda self: pytest.fail("a prepacked weight was unpacked"))
     model(torch.tensor([[0, 20, 15, 11, 2]]), repr_layers=[3], return_contacts=True)
 
 
@@ -121,7 +121,7 @@ def test_an_unproven_level_packs_only_by_name(plain_file, packed_file):
 
 
 def test_a_packed_file_has_one_type(packed_file):
-    with pytest.raises(ValueError, match=r"holds bfloat16 weights, packed; load it with dtype='bfloat16' or 'auto'"):
+    with pytest.raises(ValueError, match=r"holds bfloat16 weights, prepacked; load it with dtype='bfloat16' or 'auto'"):
         esm_fast.load(packed_file, dtype="float32")
     model, _ = esm_fast.load(packed_file, packed=False, dtype="float32")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -11,7 +11,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the registers that a function must keep on this stack, and goes on where the other stack was left.
+// Saves the registers that a function must keep on this stack, and continues where the other stack was left.
 extern "C" void emulator_switch(void** left, void* entered);
 #if !defined(__x86_64__)
 #error "the emulator switches stacks on x86-64 only"

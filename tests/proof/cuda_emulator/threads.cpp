@@ -1,4 +1,4 @@
-// The scheduler: which thread runs next, and when those that wait may go on.
+// The scheduler: which thread runs next, and when those that wait may continue.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>

@@ -232,7 +232,7 @@ def main() -> int:
             for done, facts in enumerate(pool.map(audit_number, new), start=1):
                 known[facts.key] = facts
                 print(f"\r{done} of {len(new)} compiled", end="", file=sys.stderr)
-        finally:  # an interrupted run goes on where it stopped
+        finally:  # an interrupted run resumes where it stopped
             pool.shutdown(wait=False, cancel_futures=True)
             rows = sorted((known[key] for key in wanted if key in known), key=lambda facts: facts[1:])
             _write(rows)
