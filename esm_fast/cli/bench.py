@@ -47,18 +47,21 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print("\n".join(facts))
         print(f"\nmodel     {args.model}, {len(proteins):,} proteins to choose from")
-    rows = []
+    rows, errors = [], []
     for dtype, backend in [(dtype, None) for dtype in _TYPES] + [(dtype, "reference") for dtype in _TYPES[:2]]:
         rows.append({"dtype": dtype, "backend": backend or "chosen here"})
         try:
             model = load_model(args.model, device=args.device, dtype=dtype, backend=backend)
         except (InputError, ValueError) as error:
             rows[-1]["why_not"] = " ".join(str(error).split())
+            errors.append(error)
             continue
         rows[-1] |= _timed(model, proteins, args.seconds)
         del model  # one at a time: all together are five times the model's file
         if args.fasta:
             rows[-1]["estimated_seconds"] = total / rows[-1]["residues_per_second"]
+    if len(errors) == len(rows):
+        raise errors[0]
     if args.json:
         print(json.dumps({"machine": facts, "model": args.model, "residues": total, "runs": rows}))
         return

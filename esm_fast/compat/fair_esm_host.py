@@ -6,9 +6,11 @@ from esm import modules as theirs
 from esm.multihead_attention import MultiheadAttention
 from torch import nn
 
-from ..alphabet import EOS
+from ..alphabet import EOS, PAD
 from ..models.arguments import refuse_recording
+from ..models.attached import require_numbers
 from ..models.family import Family, families
+from ..models.padded import token_dropout_of
 from .shared import Layout, NotPackable, PackedEncoder, Part, check_tokens, same_heads, warn_not_packed
 
 
@@ -24,7 +26,11 @@ def _family_of(host) -> Family:
 
 def _describe(host, top, layers) -> dict:
     tokens = top["embed_tokens"]
-    token_dropout = bool(getattr(getattr(host, "args", host), "token_dropout", False))
+    token_dropout = token_dropout_of(host)
+    require_numbers(host, "the model", embed_scale=1, padding_idx=PAD)
+    for number, layer in enumerate(layers):
+        attention = layer["self_attn"]
+        require_numbers(attention, f"layers.{number}.self_attn", scaling=attention.head_dim**-0.5)
     check_tokens(tokens, token_dropout, host.mask_idx)
     contacts = top["contact_head"]
     if not (contacts.prepend_bos and contacts.append_eos and contacts.eos_idx == EOS):
@@ -49,6 +55,7 @@ LAYOUT = Layout(
         _same("lm_head.dense", nn.Linear),
         _same("lm_head.layer_norm", _NORM),
         Part("contact_head", theirs.ContactPredictionHead),
+        Part("contact_head.activation", nn.Sigmoid),
         _same("contact_head.regression", nn.Linear),
         Part("layers", nn.ModuleList),
     ),

@@ -9,6 +9,7 @@ from transformers.models.esm import modeling_esm as theirs
 from .. import ops
 from ..alphabet import EOS, MASK, X
 from ..models.arguments import refuse_recording, require_tensor
+from ..models.attached import require_numbers
 from ..models.encoder import Encoder
 from ..models.family import Family, families, titles
 from ..ops.common import accumulate_dtype
@@ -32,6 +33,8 @@ def _describe(esm, top, layers) -> dict:
     check_tokens(tokens, bool(embeddings.token_dropout), embeddings.mask_token_id)
     if top["contact_head"].eos_idx != EOS:
         raise NotPackable(f"its <eos> token is {top['contact_head'].eos_idx}; in the models esm_fast knows it is {EOS}")
+    for number, layer in enumerate(layers):
+        require_numbers(layer["attention.self"], f"encoder.layer.{number}.attention.self", scaling=1.0)
     return dict(
         layers=len(layers),
         embed_dim=tokens.embedding_dim,
@@ -69,6 +72,7 @@ LAYOUT = Layout(
         Part("encoder.layer", nn.ModuleList),
         Part("encoder.emb_layer_norm_after", nn.LayerNorm, "emb_layer_norm_after"),
         Part("contact_head", theirs.EsmContactPredictionHead),
+        Part("contact_head.activation", nn.Sigmoid),
         Part("contact_head.regression", nn.Linear, "contact_head.regression"),
     ),
     layers="encoder.layer",

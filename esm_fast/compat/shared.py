@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from ..alphabet import MASK, PAD
-from ..models.attached import NotPackable, NotPackedWarning, is_plain, require_own, warn_not_packed
+from ..models.arguments import Unscriptable
+from ..models.attached import (
+    NotPackable,
+    NotPackedWarning,
+    is_plain,
+    left_out,
+    require_nothing_for_all,
+    require_own,
+    warn_not_packed,
+)
 from ..models.encoder import Encoder
 from ..models.family import Config, Family, LayoutError, of_config
 from ..models.padded import api_class
@@ -53,6 +62,9 @@ class Layout:
     describe: Callable[[nn.Module, dict, list[dict]], dict]
     dropouts: Callable[[dict], tuple[float, float]] = lambda layer: (0.0, 0.0)
     recomputes: Callable[[list[dict]], bool] = lambda layers: False
+
+    def __post_init__(self):
+        left_out(*(part.kind for part in (*self.top, *self.per_layer)))
 
     def own(self, family: Family) -> tuple[Part, ...]:
         """The parts that the family has besides `top`."""
@@ -104,6 +116,7 @@ def examine(host: nn.Module, layout: Layout) -> tuple[Config, dict, list[dict]]:
     Raises:
         NotPackable: the host is of no family that we have, or was changed in a way ours does not know.
     """
+    require_nothing_for_all()
     family = layout.family_of(host)
     own = layout.own(family)
     top = find(host, layout.top[:1] + own + layout.top[1:])
@@ -120,7 +133,7 @@ def examine(host: nn.Module, layout: Layout) -> tuple[Config, dict, list[dict]]:
         raise NotPackable(str(reason)) from None
 
 
-class PackedEncoder:
+class PackedEncoder(Unscriptable):
     """What our subclasses of the hosts' classes share."""
 
     esm_fast_layout: Layout

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dis import opmap
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def _tell(name: str, error: Exception, args: Namespace, words: Callable[[str], s
 
 def expected(error: BaseException, args: Namespace = Namespace()) -> str | None:  # noqa: B008, never changed
     """The message for an error of a kind that users cause or can mend; None for an error of ours."""
-    for tell in (_memory, _system, _on_purpose, _missing_package, _unreadable):
+    for tell in (_memory, _system, _name, _on_purpose, _missing_package, _unreadable):
         if (message := tell(error, args)) is not None:
             return message
     return None
@@ -146,6 +146,17 @@ def _system(error: BaseException, args: Namespace) -> str | None:
     where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes, os.PathLike)) and name else ""
     cure = _CURES.get(error.errno)
     return where + error.strerror + (f"; {cure}" if cure else "")
+
+
+def _name(error: BaseException, args: Namespace) -> str | None:
+    """What Python and libraries say of names that no file has, or that they cannot be told."""
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "the name of a file holds a NUL character, which no name has; look at the names that were given"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        for text in _texts(args):
+            if any("\udc80" <= character <= "\udcff" for character in text):
+                return f"{text}: the name is not UTF-8, as a library that writes or reads it needs; choose another"
+    return None
 
 
 def _on_purpose(error: BaseException, args: Namespace) -> str | None:
@@ -196,9 +207,13 @@ def _module(kind: type) -> str:
 
 def _inputs(args: Namespace) -> str:
     """The files and folders among the arguments but the output: those that an error without a name can be about."""
-    found = []
-    for name, value in vars(args).items():
+    given = Namespace(**{name: value for name, value in vars(args).items() if name != "output"})
+    return ", ".join(dict.fromkeys(text for text in _texts(given) if text and Path(text).exists()))
+
+
+def _texts(args: Namespace) -> Iterator[str]:
+    """Each text among the arguments."""
+    for value in vars(args).values():
         for text in value if isinstance(value, (list, tuple)) else [value]:
-            if name != "output" and isinstance(text, (str, os.PathLike)) and text != "" and Path(text).exists():
-                found.append(os.fsdecode(text))
-    return ", ".join(dict.fromkeys(found))
+            if isinstance(text, (str, os.PathLike)):
+                yield os.fsdecode(text)

@@ -7,6 +7,7 @@ list has no `ndim`, a tensor on the meta device no values, and to read freed mem
 from typing import Any
 
 import torch
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..ops.contract import PLAIN
@@ -14,16 +15,24 @@ from ..ops.opaque import transformed
 
 _KEYS = torch._C._TorchDispatchModeKey
 _EXPORT = (
-    "torch.export, make_fx and FakeTensorMode record a call without the values of its tokens, which decide here how "
+    "torch.export, torch.fx, torch.jit.script, make_fx and FakeTensorMode record a call without the values of its "
+    "tokens, which decide here how "
     "many rows there are to compute with: use torch.compile, or export the original package's model"
 )
 
 
 def refuse_recording() -> None:
     """Raises RuntimeError where a call is recorded with tensors that have no values. torch.compile is none of these."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or is_fx_tracing():
         raise RuntimeError(_EXPORT)
     if not torch.compiler.is_compiling() and any(map(torch._C._get_dispatch_mode, (_KEYS.FAKE, _KEYS.PROXY))):
+        raise RuntimeError(_EXPORT)
+
+
+class Unscriptable:
+    """What torch.jit.script asks first: it would read the source, and end in what it does not know there."""
+
+    def __prepare_scriptable__(self):
         raise RuntimeError(_EXPORT)
 
 

@@ -34,8 +34,24 @@ def warn_not_packed(reason: NotPackable, stacklevel: int = 4) -> None:
     warnings.warn(text, NotPackedWarning, stacklevel=stacklevel)
 
 
-def require_no_global_hooks() -> None:
-    """NotPackable where torch is asked to call a hook for every module there is."""
+# Classes whose calls the fused path leaves out -> the forward that it computes.
+_FORWARDS: dict[type[nn.Module], object] = {}
+
+
+def left_out(*kinds: type[nn.Module]) -> None:
+    """Notes classes of modules that are read and not called: what replaces their forward has to be noticed."""
+    for kind in kinds:
+        _FORWARDS.setdefault(kind, kind.forward)
+
+
+left_out(nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
+
+
+def require_nothing_for_all() -> None:
+    """NotPackable where torch is asked to call a hook for every module there is, or a class got another forward."""
+    for kind, forward in _FORWARDS.items():
+        if kind.forward is not forward:
+            raise NotPackable(f"the forward of the class {kind.__module__}.{kind.__qualname__} was replaced")
     found = torch_module
     if (
         found._global_forward_hooks
@@ -81,6 +97,25 @@ def require_own(module: nn.Module | None, kind: type[nn.Module], path: str) -> N
         or "forward" in module.__dict__
     ):
         _require_harmless(module, path)
+
+
+def fixed(*names: str):
+    """A class's __setattr__ under which numbers that its forward does not read keep their first value."""
+
+    def set_attribute(self, name, value):
+        if name in names and value != (before := self.__dict__.get(name, value)):
+            raise AttributeError(f"{name} is {before!r} in all models that esm_fast computes, and cannot be set")
+        nn.Module.__setattr__(self, name, value)
+
+    return set_attribute
+
+
+def require_numbers(module: nn.Module, path: str, **numbers: float | None) -> None:
+    """NotPackable for a module that was given another number than it was made with, which only calling it heeds."""
+    for name, number in numbers.items():
+        found = module.__dict__.get(name, number)
+        if found != number:
+            raise NotPackable(f"{path}.{name} is {found!r}, not {number!r}")
 
 
 # Hooks that do to a module's weights, or to no numbers at all, what calling the module does anyway.

@@ -17,8 +17,8 @@ from ..ops.common import accumulate_dtype
 from ..ops.embedding import token_dropout_scale
 from ..sequences.batching import PackedBatch
 from . import unfused
-from .arguments import require_tensor
-from .attached import NotPackable, is_plain, require_no_global_hooks, require_own, warn_not_packed
+from .arguments import Unscriptable, require_tensor
+from .attached import NotPackable, is_plain, require_nothing_for_all, require_numbers, require_own, warn_not_packed
 from .family import Config
 from .layers import ContactHead, Halves, LayerNorm, LMHead, TransformerLayer
 from .results import Outputs
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
     halves: list[Halves]
 
 
-class Encoder(nn.Module):
+class Encoder(Unscriptable, nn.Module):
     """A model on packed batches; parameter names are fair-esm's. A family's own class says what positions are.
 
     backend: name of the backend for every op it implements, or None for the best one that can run.
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
 
     def examine(self, *, contacts: bool) -> "Parts":
         """What of the model can be computed fused; raises NotPackable where nothing can. See `attached`."""
-        require_no_global_hooks()
+        require_nothing_for_all()
         own = self._modules
         layers = own["layers"]
         require_own(layers, nn.ModuleList, "layers")
@@ -130,6 +130,8 @@ class Encoder(nn.Module):
             halves.append(layer.halves(f"layers.{number}"))
         if contacts:
             require_own(own["contact_head"], ContactHead, "contact_head")
+            if (activation := own["contact_head"]._modules.get("activation")) is not None:
+                require_own(activation, nn.Sigmoid, "contact_head.activation")
             if not is_plain(own["contact_head"].regression, nn.Linear, "contact_head.regression"):
                 raise NotPackable("contact_head.regression has something attached")
             self.contact_head.require_fitted(len(layers) * self._config.attention_heads)
@@ -218,7 +220,9 @@ class Encoder(nn.Module):
 
     def embedding_is_plain(self) -> bool:
         """Whether `embed` says all, or the modules before the layers are to be called; raises NotPackable."""
-        return is_plain(self._modules["embed_tokens"], nn.Embedding, "embed_tokens")
+        table = self._modules["embed_tokens"]
+        require_numbers(table, "embed_tokens", padding_idx=PAD, max_norm=None)
+        return is_plain(table, nn.Embedding, "embed_tokens")
 
     def embed_by_modules(self, tokens: torch.Tensor, positions: torch.Tensor, factor) -> torch.Tensor:
         """As `embed`, its modules called: on packed or padded tokens, all of one shape.

@@ -11,7 +11,7 @@ from .. import ops
 from ..alphabet import MASK, PAD, TOKENS
 from ..sequences.batching import PackedBatch
 from . import family
-from .attached import is_plain
+from .attached import is_plain, require_numbers
 from .encoder import Encoder
 from .family import LayoutError, Part
 from .layers import LayerNorm
@@ -56,6 +56,7 @@ class ESM1(Encoder):
 
     def embedding_is_plain(self) -> bool:
         own, plain = self._modules, [super().embedding_is_plain()]
+        require_numbers(own["embed_positions"], "embed_positions", padding_idx=PAD, max_norm=None)
         plain.append(is_plain(own["embed_positions"], nn.Embedding, "embed_positions"))
         if (norm := own.get("emb_layer_norm_before")) is not None:
             plain.append(is_plain(norm, LayerNorm, "emb_layer_norm_before"))
@@ -78,7 +79,7 @@ class ESM1(Encoder):
             ln_bias=None if norm is None else norm.bias,
             token_dropout=self.config.token_dropout,
             scale=scale,
-            eps=self.config.layer_norm_eps,
+            eps=self.config.layer_norm_eps if norm is None else norm.eps,
             backend=self.backend,
         )
 

@@ -10,7 +10,8 @@ from .. import ops
 from ..alphabet import MASK, PAD, TOKENS
 from ..sequences.batching import PackedBatch
 from . import family
-from .encoder import Encoder
+from .attached import NotPackable, require_own
+from .encoder import Encoder, Parts
 from .family import LayoutError, Part
 
 _BASE = 10000.0
@@ -45,6 +46,8 @@ CONFIGS: dict[str, Config] = {
     "esm2_t36_3B_UR50D": _sizes(36, 2560, 40),
     "esm2_t48_15B_UR50D": _sizes(48, 5120, 40),
 }
+
+_DIFFERENT = f"the layers have different rotary frequencies ({_FREQUENCIES})"
 
 
 class RotaryEmbedding(nn.Module):
@@ -81,17 +84,46 @@ class RotaryEmbedding(nn.Module):
 
 
 class ESM2(Encoder):
-    """ESM-2: queries and keys are rotated by their position's angles, the same in every layer."""
+    """ESM-2: queries and keys are rotated by their position's angles, the same in every layer.
+
+    Each layer has its frequencies, as in fair-esm, so that whoever edits one layer's or loops over all gets what is
+    meant; layers that turn differently run by their modules.
+    """
+
+    _compared: list | None = None  # the frequencies that were found to be one, and how often they were written
 
     def __init__(self, config: Config, *, backend: str | None = None):
         super().__init__(config, backend=backend)
-        rotation = RotaryEmbedding(config.head_dim)  # one, under the name it has in each of fair-esm's layers
         for layer in self.layers:
-            layer.self_attn.rot_emb = rotation
+            layer.self_attn.rot_emb = RotaryEmbedding(config.head_dim)
         self.register_load_state_dict_pre_hook(_require_one_rotation)
 
     def reset_buffers(self) -> None:
-        self.layers[0].self_attn.rot_emb.reset()
+        for layer in self.layers:
+            layer.self_attn.rot_emb.reset()
+
+    def examine(self, *, contacts: bool) -> Parts:
+        parts = super().examine(contacts=contacts)
+        if self.pads_by_itself:  # of another package's model its own layout tells
+            self._require_one_rotation()
+        return parts
+
+    def _require_one_rotation(self) -> None:
+        found = []
+        for number, layer in enumerate(self.layers):
+            rotation = layer._modules["self_attn"]._modules.get("rot_emb")
+            require_own(rotation, RotaryEmbedding, f"layers.{number}.{_ROTATION}")
+            found.append(rotation._buffers["inv_freq"])
+        if torch.compiler.is_compiling():
+            for other in found[1:]:  # a graph cannot branch on a value; this raises when it runs
+                torch._assert_async((other == found[0]).all(), _DIFFERENT)
+            return
+        state = [(id(each), None if each.is_inference() else each._version) for each in found]
+        if self.device.type != "cpu" and state == self._compared:  # there each comparison would wait for the device
+            return
+        if any(not torch.equal(other, found[0]) for other in found[1:]):
+            raise NotPackable(_DIFFERENT)
+        self._compared = state
 
     def embed(self, batch: PackedBatch, scale) -> torch.Tensor:
         return ops.embedding(
@@ -119,7 +151,7 @@ def _require_one_rotation(model: ESM2, state: dict, prefix: str, *_) -> None:
     """Layers with other frequencies than the first one's would be computed with those of the first."""
     found = [tensor for key, tensor in state.items() if key.startswith(prefix) and key.endswith(_FREQUENCIES)]
     if any(not torch.equal(tensor, found[0]) for tensor in found[1:] if not tensor.is_meta):
-        raise ValueError(f"the layers have different rotary frequencies ({_FREQUENCIES}), which esm_fast does not run")
+        raise ValueError(f"{_DIFFERENT}, which no file of esm_fast holds")
 
 
 class _ESM2Family(family.Family):
@@ -137,7 +169,7 @@ class _ESM2Family(family.Family):
 
     def fair_esm_attributes(self, config: Config) -> dict:
         names = ("embed_dim", "attention_heads", "token_dropout")
-        return {name: getattr(config, name) for name in names} | {"embed_scale": 1}
+        return {name: getattr(config, name) for name in names}
 
     def from_fair_esm(self, content: dict):
         cfg = content.get("cfg")

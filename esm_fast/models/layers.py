@@ -16,7 +16,7 @@ from ..alphabet import EOS
 from ..ops.common import accumulate_dtype, gelu, layer_norm
 from ..ops.pre_ln_attention import rotate
 from ..sequences.batching import PackedBatch
-from .attached import acts_on_rows, is_plain, require_own
+from .attached import acts_on_rows, fixed, is_plain, left_out, require_numbers, require_own
 
 
 @acts_on_rows
@@ -33,6 +33,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = width, heads, width // heads
+        self.scaling = self.head_dim**-0.5
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -41,8 +42,9 @@ class SelfAttention(nn.Module):
     def forward(self, query, key=None, value=None, key_padding_mask=None, need_weights=True, need_head_weights=False,
                 attn_mask=None):  # fmt: skip
         """fair-esm's padded call: query (T, B, width) -> the same, and (heads, B, T, T) or their mean (B, T, T)."""
-        query, scale = _cast(query, self.q_proj), self.head_dim**-0.5
+        query = _cast(query, self.q_proj)
         q, k, v = (self._heads(part(query), part is self.v_proj) for part in (self.q_proj, self.k_proj, self.v_proj))
+        scale = self.__dict__.get("scaling", self.head_dim**-0.5)  # files of whole models may be older than it
         scores = (q * scale) @ k.transpose(-1, -2)  # (B, heads, T, T)
         if attn_mask is not None:
             scores = scores + attn_mask
@@ -92,8 +94,8 @@ class TransformerLayer(nn.Module):
         own, attention = self._modules, self._modules["self_attn"]
         require_own(self, TransformerLayer, path)
         require_own(attention, SelfAttention, f"{path}.self_attn")
-        if (rotation := attention._modules.get("rot_emb")) is not None:
-            require_own(rotation, type(rotation), f"{path}.self_attn.rot_emb")
+        size = attention.embed_dim // self.heads
+        require_numbers(attention, f"{path}.self_attn", num_heads=self.heads, head_dim=size, scaling=size**-0.5)
         plain = [is_plain(own["self_attn_layer_norm"], LayerNorm, f"{path}.self_attn_layer_norm")]
         for name in _PROJECTIONS:
             plain.append(is_plain(attention._modules[name], nn.Linear, f"{path}.self_attn.{name}"))
@@ -264,6 +266,10 @@ class ContactHead(nn.Module):
     def __init__(self, maps: int):
         super().__init__()
         self.regression = nn.Linear(maps, 1)
+        self.activation = nn.Sigmoid()
+        self.prepend_bos, self.append_eos, self.eos_idx = True, True, EOS
+
+    __setattr__ = fixed("prepend_bos", "append_eos", "eos_idx")
 
     def require_fitted(self, maps: int | None = None) -> None:
         """Raises ValueError when no regression was loaded (all zero), as from bare files of fair-esm, or for other
@@ -288,4 +294,8 @@ class ContactHead(nn.Module):
         rows, whole = maps.sum(-1, keepdim=True), maps.sum((-1, -2), keepdim=True)
         maps = maps - rows * rows.transpose(-1, -2) / whole
         logits = self.regression(_cast(maps, self.regression).permute(0, 2, 3, 1))
-        return torch.sigmoid(logits).squeeze(-1)
+        activation = self._modules.get("activation", torch.sigmoid)  # files of whole models may be older than it
+        return activation(logits).squeeze(-1)
+
+
+left_out(LayerNorm, SelfAttention, TransformerLayer, LMHead, ContactHead)

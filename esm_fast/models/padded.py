@@ -13,8 +13,16 @@ from ..alphabet import EOS, TOKENS, Alphabet
 from ..sequences.batching import PackedBatch, pack_padded
 from . import unfused
 from .arguments import refuse_recording, require_tensor
-from .attached import NotPackable, warn_not_packed
+from .attached import NotPackable, fixed, warn_not_packed
 from .family import Config, families, of_config
+
+_OF_ALPHABET = ("padding_idx", "mask_idx", "cls_idx", "eos_idx", "prepend_bos", "append_eos")
+
+
+def token_dropout_of(model: torch.nn.Module, default: bool = False) -> bool:
+    """As the forward of fair-esm's classes finds it, of a model that has it already."""
+    own = model.__dict__
+    return bool(getattr(own["args"], "token_dropout", False) if "args" in own else own.get("token_dropout", default))
 
 
 class _Padded:
@@ -31,8 +39,18 @@ class _Padded:
         for name, value in of_config(config).fair_esm_attributes(config).items():
             setattr(self, name, value)
         self.alphabet_size = len(self.alphabet)
-        for name in ("padding_idx", "mask_idx", "cls_idx", "eos_idx", "prepend_bos", "append_eos"):
+        self.embed_scale = 1
+        for name in _OF_ALPHABET:
             setattr(self, name, getattr(self.alphabet, name))
+
+    __setattr__ = fixed(*_OF_ALPHABET, "embed_scale")  # fair-esm's forward reads them
+
+    @property
+    def config(self) -> Config:
+        """The sizes; token_dropout as fair-esm's forward would find it now."""
+        config = super().config
+        wanted = token_dropout_of(self, config.token_dropout)
+        return config if config.token_dropout == wanted else replace(config, token_dropout=wanted)
 
     @property
     def num_layers(self) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _read(source, path: Path | None) -> tuple[list[str] | None, Iterator[tuple[i
         rows = source.to_dict("records") if hasattr(source, "to_dict") and hasattr(source, "columns") else source
         rows = [{str(name): _text(value) for name, value in row.items()} for row in rows]
         return list(dict.fromkeys(name for row in rows for name in row)), enumerate(rows, start=1)
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         if file.read(4) == b"PAR1":
             return _parquet(path)
         file.seek(0)
@@ -111,6 +112,14 @@ def _read(source, path: Path | None) -> tuple[list[str] | None, Iterator[tuple[i
     names = [name.strip() for name in table.columns]
     given = ((row.line, dict(zip(names, row.values.values(), strict=True))) for row in table.rows)
     return names, given
+
+
+@contextmanager
+def _naming(path: Path):
+    try:
+        yield
+    except DamagedStreamError as error:
+        raise ExamplesError(f"{path}: {error}") from None
 
 
 def _text(value) -> str:
@@ -142,7 +151,7 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, dict]]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """A JSON object a line, as `datasets` and pandas (`to_json(orient="records", lines=True)`) write them."""
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         for number, line in enumerate(io.BufferedReader(Decompressed(file)), start=1):
             if not line.strip():
                 continue

@@ -138,7 +138,7 @@ class _Conversion:
         if converted is not tensor:
             self.mapped.forget(tensor)
             return converted
-        return tensor if key in self.tied else self._apart(tensor)
+        return tensor if key in self.tied and key not in self.fixed else self._apart(tensor)
 
     def _apart(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy if it shares memory with an earlier one, as a file may have it: training would change both."""

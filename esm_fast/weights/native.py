@@ -30,7 +30,11 @@ def save(model: Encoder, path: str | Path) -> str:
 
     The matrices of a prepacked model are stored prepacked.
     """
-    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k not in model.tied()}
+    found, tied = model.state_dict(), model.tied()
+    for key, of in tied.items():  # which a file holds once
+        if found[key].data_ptr() != found[of].data_ptr() and not torch.equal(found[key], found[of]):
+            raise CheckpointError(f"{key} differs from {of}; in files of this model they are one")
+    tensors = {key: value.detach().contiguous().cpu() for key, value in found.items() if key not in tied}
     if not bool(tensors["contact_head.regression.weight"].any()):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
     config = json.dumps(asdict(model.config))

@@ -62,8 +62,11 @@ class safetensors_errors:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, SafetensorError):
-            raise CheckpointError(f"{self.path} is damaged or incomplete: {error}") from None
+        if not isinstance(error, SafetensorError):
+            return
+        if "not valid UTF-8" in str(error) and not str(self.path).isprintable():
+            raise CheckpointError(f"{self.path}: the name is not UTF-8, which safetensors needs; rename it") from None
+        raise CheckpointError(f"{self.path} is damaged or incomplete: {error}") from None
 
 
 def read_tensors(path: Path) -> dict:

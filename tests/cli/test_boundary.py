@@ -124,6 +124,14 @@ def test_a_librarys_error_is_ours_to_mend_and_our_own_is_for_the_user(capsys):
     assert boundary.expected(caught.value) is None
 
 
+@pytest.mark.parametrize("command", ["embed good.fa -o {}/", "convert esm1b_t6_demo {}.safetensors"])
+def test_names_that_a_library_cannot_be_told_are_one_line(command, folder, capsys):
+    for name, what in (("b\udcffd", "not UTF-8"), ("b\0d", "NUL")):
+        code, line = said(capsys, command.replace("{}", name).split(" "))
+        assert code == 1 and what in line and "damaged" not in line, line
+        assert not [path for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors", ".partial")]
+
+
 def test_an_error_of_ours_asks_for_a_report(monkeypatch, capsys):
     module = next(command.module() for command in cli.commands() if command.name == "info")
 
@@ -168,6 +176,18 @@ COMMANDS = {  # the input in question is {}
     "pretrain": "pretrain {} -o o",
     "pretrain --store": "pretrain good.yaml -o o --store {}",
     "warmup": "warmup --model {}",
+    "bench": "bench {} --seconds 0.01",
+    "bench --model": "bench good.fa --seconds 0.01 --model {}",
+    "report": "report {} -o o.html",
+    "report --data-set": "report good.fa -o o.html --scan wt --data-set {}",
+    "report --regression": "report good.fa -o o.html --regression {}",
+    "fit-contacts": "fit-contacts {} nowhere.pdb -o o.safetensors",
+    "fit-contacts STRUCTURE": "fit-contacts esm1b_t6_demo {} -o o.pt",
+    "contacts --structure": "contacts good.fa -o o.npz --structure {}",
+    "finetune --labels": "finetune good.fa -o o --task regression --labels {}",
+    "finetune --clusters": "finetune good.csv -o o --task regression --clusters {}",
+    "pretrain --fork": "pretrain good.yaml -o o --fork {}",
+    "prepare --valid": "prepare good.fa -o o --valid {}",
 }
 BROKEN = {
     "missing": None,

@@ -110,7 +110,7 @@ def test_trace_is_refused(pair):
         torch.jit.trace(_Call(ours, call), TOKENS, check_trace=False)
 
 
-@pytest.mark.parametrize("how", ["export", "strict export", "make_fx", "make_fx, fake", "fake"])
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx", "make_fx, fake", "fake", "script", "symbolic"])
 def test_recording_without_values_is_refused(pair, how):
     """Tokens decide what is computed: a graph of one batch would be wrong for every other. torch.compile is tested with
     the ops."""
@@ -121,6 +121,8 @@ def test_recording_without_values_is_refused(pair, how):
         "make_fx": lambda: make_fx(call(ours))(TOKENS),
         "make_fx, fake": lambda: make_fx(call(ours), tracing_mode="fake")(TOKENS),
         "fake": lambda: _fake(call(ours)),
+        "script": lambda: torch.jit.script(ours),
+        "symbolic": lambda: torch.fx.symbolic_trace(_Call(ours, call)),
     }
     # What strict export raises has the reason in it; it is an error of torch's own.
     with pytest.raises(Exception if how == "strict export" else RuntimeError, match=r"use torch\.compile"):
