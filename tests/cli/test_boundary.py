@@ -124,12 +124,21 @@ def test_a_librarys_error_is_ours_to_mend_and_our_own_is_for_the_user(capsys):
     assert boundary.expected(caught.value) is None
 
 
-@pytest.mark.parametrize("command", ["embed good.fa -o {}/", "convert esm1b_t6_demo {}.safetensors"])
-def test_names_that_a_library_cannot_be_told_are_one_line(command, folder, capsys):
-    for name, what in (("b\udcffd", "not UTF-8"), ("b\0d", "NUL")):
-        code, line = said(capsys, command.replace("{}", name).split(" "))
-        assert code == 1 and what in line and "damaged" not in line, line
-        assert not [path for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors", ".partial")]
+@pytest.mark.parametrize(
+    ("command", "name", "what"),
+    [
+        ("embed good.fa -o {}/", "b\udcffd", "not UTF-8"),
+        ("convert esm1b_t6_demo {}/m.safetensors", "b\udcffd", "not UTF-8"),
+        ("embed good.fa -o {}/", "b\0d", "NUL"),
+        ("report good.fa -o {}.html", "b\0d", "NUL"),
+    ],
+)
+def test_names_that_a_library_cannot_be_told_are_one_line(command, name, what, folder, capsys):
+    if command.startswith("convert"):
+        Path(name).mkdir()
+    code, line = said(capsys, command.replace("{}", name).split(" "))
+    assert code == 1 and what in line and "damaged" not in line, line
+    assert not [path for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors", ".partial")]
 
 
 def test_an_error_of_ours_asks_for_a_report(monkeypatch, capsys):
@@ -186,7 +195,6 @@ COMMANDS = {  # the input in question is {}
     "contacts --structure": "contacts good.fa -o o.npz --structure {}",
     "finetune --labels": "finetune good.fa -o o --task regression --labels {}",
     "finetune --clusters": "finetune good.csv -o o --task regression --clusters {}",
-    "pretrain --fork": "pretrain good.yaml -o o --fork {}",
     "prepare --valid": "prepare good.fa -o o --valid {}",
 }
 BROKEN = {
