@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lookup", nargs="+", metavar="QUERY", help="scores of a data set, which stands for the FASTA")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--json", action="store_true", help="print the summary, or what --lookup finds, as JSON")
     parser.add_argument("--variants", nargs="+", default=[], metavar="FILE", help="tables of variants")
     parser.add_argument("--variant-col", metavar="NAME", help="column with the variants (default: found by its name)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """esm-fast variants -o OUT/: all substitutions of a proteome as a data set; and --lookup, which reads it."""
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,31 @@ def _tell(args: argparse.Namespace, built) -> int:
     from ..dataset import report
 
     plan, done, folder = built.plan, built.progress, Path(args.output)
+    failed = report.failures(built)
+    if args.json:
+        facts = {"residues": done.residues, "seconds": built.seconds, "committed": done.units, "failed": failed}
+        facts |= {"already_done": done.already_done, "scan": plan.settings.scan, "store": plan.settings.store}
+        print(
+            json.dumps(
+                {
+                    **facts,
+                    "model": args.model,
+                    "share": f"{built.share.rank}/{built.share.count}",
+                    "output": str(folder),
+                }
+            )
+        )
+    else:
+        _say(args, built, folder)
+    for word, count in failed.items():
+        print(f"failed    {count:,} {word}", file=sys.stderr)
+    return report.SOME_FAILED if failed else 0
+
+
+def _say(args: argparse.Namespace, built, folder: Path) -> None:
+    from ..dataset import report
+
+    plan, done = built.plan, built.progress
     size = report.human_bytes(report.size_of(folder))
     lines = [line for line in report.plan_lines(plan) if not line.startswith("layers")]
     lines += [
@@ -67,9 +93,6 @@ def _tell(args: argparse.Namespace, built) -> int:
     else:
         lines.append(f"next      esm-fast variants {args.output} --lookup 'P04637 R175H'")
     print("\n".join(lines))
-    for word, count in report.failures(built).items():
-        print(f"failed    {count:,} {word}", file=sys.stderr)
-    return report.SOME_FAILED if report.failures(built) else 0
 
 
 def look_up(args: argparse.Namespace) -> int:
@@ -85,10 +108,16 @@ def look_up(args: argparse.Namespace) -> int:
     atlas, offset = Atlas(args.fasta[0]), args.offset
     if offset == "auto":
         raise InputError("--lookup takes an --offset that is a number")
-    print("protein\tvariant\tscore")
+    found = []
     for query in args.lookup:
         name, variant = split_query(query)
         if name not in atlas:
             raise InputError(f"{args.fasta[0]} has no protein {name!r}")
-        print(f"{name}\t{variant}\t{atlas.lookup(name, variant, offset):.4f}")
+        found.append({"protein": name, "variant": variant, "score": atlas.lookup(name, variant, offset)})
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print("protein\tvariant\tscore")
+    for each in found:
+        print(f"{each['protein']}\t{each['variant']}\t{each['score']:.4f}")
     return 0

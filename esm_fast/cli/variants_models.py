@@ -1,7 +1,9 @@
 """What the forms of `esm-fast variants` share: the models, one after another, and what is said at the end."""
 
 import argparse
+import json
 from collections import Counter
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -69,9 +71,17 @@ def protein_lines(proteins: dict[str, str], report) -> list[str]:
     return lines
 
 
-def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float) -> None:
+def summary(
+    args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float, facts: dict | None = None
+) -> None:
+    """Prints what was done; with --json as one object, with the `facts` that the lines say in words."""
     from ..inference.dtype import line
 
+    if args.json:
+        made_by = {"strategy": args.strategy, "window": args.window, "model": args.model, "dtype": models.dtypes}
+        rows = {"rows": counts["rows"], "counted": {what: n for what, n in counts.items() if n and what != "rows"}}
+        print(json.dumps({**rows, **(facts or {}), "seconds": seconds, **made_by, "output": str(out)}))
+        return
     window = "" if args.window == "auto" else f", windows {args.window}"
     notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
     print("\n".join(lines))
@@ -82,6 +92,6 @@ def summary(args, models: Models, lines: list[str], counts: Counter, out: Path, 
     print(f"output    {out} ({human_bytes(out.stat().st_size)})")
 
 
-def listed(problems) -> list[str]:
-    lines = [f"  row {problem.row + 1}: {problem.error}" for problem in problems[:_LISTED]]
+def listed(problems, where: Callable[[int], str]) -> list[str]:
+    lines = [f"  {where(problem.row)}: {problem.error}" for problem in problems[:_LISTED]]
     return lines + ([f"  and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else [])

@@ -28,7 +28,7 @@ def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], 
         raise InputError("give the FASTA of the wild types: a table has none, unless it has wt_seq and mut_seq")
     made = [Collection(proteins, protein_column=args.protein_col is not None) for _ in args.strategy]
     for rows, (table, layout) in product(made, list(zip(tables, layouts, strict=True))):
-        rows.add(table.columns, layout, table.rows())
+        rows.add(str(table.path), table.columns, layout, table.rows())
     jobs = [job_factory(args, strategy) for strategy in args.strategy]
     # Those that a strategy has no score for are the only ones that the strategies differ in.
     found = reduce(or_, [rows.check(job_of, args.offset) for rows, job_of in zip(made, jobs, strict=True)])
@@ -44,9 +44,11 @@ def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], 
     offsets = {group.offset for group in made[0].groups.values() if not group.pairs}
     if args.offset == "auto" and offsets:
         lines.append(f"offset    {', '.join(map(str, sorted(offsets)[:5]))} (found)")
-    summary(args, models, lines, found, out, time.perf_counter() - start)
+    facts = {"offsets": sorted(offsets), "not_scored": len(why)}
+    summary(args, models, lines, found, out, time.perf_counter() - start, facts)
     if why:
-        print("\n".join([f"not scored {len(why):,} rows", *listed([why[row] for row in sorted(why)])]), file=sys.stderr)
+        wrong = listed([why[row] for row in sorted(why)], made[0].where)
+        print("\n".join([f"not scored {len(why):,} rows", *wrong]), file=sys.stderr)
     return SOME_FAILED if why else 0
 
 
@@ -87,26 +89,31 @@ def _write(args: argparse.Namespace, out: Path, tables, scores: dict, why: dict[
     """The tables' rows one after the other; of several tables, the columns of all and the file's name."""
     from ..variants.tables import writer
 
-    inputs = list(dict.fromkeys(name for table in tables for name in table.columns))
-    if len(tables) > 1:
-        inputs.append("file")
-    taken = dict.fromkeys(inputs)
+    numbered = [_numbered(table.columns) for table in tables]
+    inputs = list(dict.fromkeys(key for keys in numbered for key in keys))
+    headers = [name for name, _ in inputs] + (["file"] if len(tables) > 1 else [])
+    taken = dict.fromkeys(headers)
     names = [_new(name, taken) for name in [*scores, *([_WHY] if args.invalid == "keep" else [])]]
     numbers, values = set(names[: len(scores)]), list(scores.values())
     comments = tables[0].comments if len(tables) == 1 else []
-    with atomic(out) as temporary, writer(temporary, args.output.lower(), [*inputs, *names], numbers, comments) as add:
+    with atomic(out) as temporary, writer(temporary, args.output.lower(), [*headers, *names], numbers, comments) as add:
         row = 0
-        for table in tables:
-            places = [table.columns.index(name) if name in table.columns else -1 for name in inputs]
+        for table, keys in zip(tables, numbered, strict=True):
+            places = [keys.index(key) if key in keys else -1 for key in inputs]
             for cells in table.rows():
                 given = [cells[at] if at >= 0 else "" for at in places]
                 if len(tables) > 1:
-                    given[-1] = table.path.name
+                    given.append(table.path.name)
                 reason = [why.get(row, "")] if args.invalid == "keep" else []
                 add([*given, *(float(column[row]) for column in values), *reason])
                 row += 1
     if values and row != len(values[0]):
         raise InputError("the tables changed while they were read; start again")
+
+
+def _numbered(columns: list[str]) -> list[tuple[str, int]]:
+    """Each column's name, and how often it stood before: names may be empty, or there twice."""
+    return [(name, columns[:at].count(name)) for at, name in enumerate(columns)]
 
 
 def _new(name: str, taken: dict) -> str:

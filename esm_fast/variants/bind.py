@@ -254,9 +254,16 @@ def _bound_or_error(text: str, protein: str, offset: int, refuse: Callable[[Boun
         return error
 
 
-def explain(problems: Sequence[Problem], texts: Sequence[str], protein: str, offset: int, listed: int = 3) -> str:
+def explain(
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    protein: str,
+    offset: int,
+    listed: int = 3,
+    where: Callable[[int], str] = lambda row: f"row {row + 1}",
+) -> str:
     """What is wrong with which rows, and where it may help the offset that would fit most of them."""
-    lines = [f"row {problem.row + 1}: {problem.error}" for problem in problems[:listed]]
+    lines = [f"{where(problem.row)}: {problem.error}" for problem in problems[:listed]]
     if len(problems) > listed:
         lines.append(f"and {len(problems) - listed:,} more rows")
     said = "; ".join(lines)
@@ -272,7 +279,8 @@ def offset_advice(texts: Sequence[str], protein: str, offset: int) -> str:
         return "no offset fits any of the rows: is this the protein they were made of?"
     if best.offset == offset:
         return f"no other offset fits more than {offset}, which fits {best.fits:,} of {best.of:,}"
-    return f"offset={best.offset} would fit {best.fits:,} of {best.of:,} rows"
+    others = f" (the nearest of {best.ties + 1:,} that would: more rows would tell)" if best.ties else ""
+    return f"offset={best.offset} would fit {best.fits:,} of {best.of:,} rows{others}"
 
 
 def readable(texts: Iterable[str]) -> list[Variant]:

@@ -1,12 +1,12 @@
 """The forms that tables of variants come in, told apart by their columns, and those that scans are written in."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from .parse import STANDARD, THREE_LETTERS
+from .parse import STANDARD, THREE_LETTERS, shown
 from .tables import Table, TableError
 
 BRANDES_ORDER = "KRHEDNQTSCGAVLIMPYFW"  # rows of esm-variants' matrix
@@ -20,13 +20,18 @@ _KNOWN = (
     ("variant", "", ""),
     ("mutation", "", ""),
     ("mutations", "", ""),
+    *((name, "", "") for name in ("variants", "mut", "substitution", "substitutions", "aa_change", "hgvs_p", "hgvsp")),
 )
 _PROTEINS = ("seq_id", "uniprot_id", "protein_id", "protein", "accession", "uniprot", "id")
 PAIRS = ("wt_seq", "mut_seq", "start_pos")
+MUTATED = "mutated_sequence"
 
 
 class Layout(NamedTuple):
-    """Where a table has what; -1 for what it has not."""
+    """Where a table has what; -1 for what it has not.
+
+    Without a column for variants, `mutated` has them: ProteinGym's tables of insertions and deletions.
+    """
 
     variant: int
     protein: int = -1
@@ -35,25 +40,42 @@ class Layout(NamedTuple):
 
 
 def layout_of(table: Table, variant: str | None = None, protein: str | None = None) -> Layout:
-    """Raises TableError where no column holds variants."""
+    """Raises TableError where no column holds variants, or several may.
+
+    Names that are not given are found in any case: Mutant, HGVSp.
+    """
     columns = table.columns
-    if variant is None and all(name in columns for name in PAIRS):
-        return Layout(-1, pairs=tuple(columns.index(name) for name in PAIRS))
-    if variant is None:
-        variant = next((name for name, *_ in _KNOWN if name in columns), None)
+    if variant is None and all(_place(table, name) >= 0 for name in PAIRS):
+        return Layout(-1, pairs=tuple(_place(table, name) for name in PAIRS))
     for name in (variant, protein):
-        if name is not None and name not in columns:
-            raise TableError(f"{table.path} has no column {name!r}; there are {', '.join(map(repr, columns))}")
-    if variant is None:
+        if name is not None and columns.count(name) != 1:
+            what = f"{columns.count(name)} columns" if name in columns else "no column"
+            raise TableError(f"{table.path} has {what} {name!r}; there are {', '.join(map(shown, columns))}")
+    at = columns.index(variant) if variant is not None else _first(table, [name for name, *_ in _KNOWN])
+    mutated = _place(table, MUTATED)
+    if at < 0 and mutated < 0:
         known = ", ".join(name for name, *_ in _KNOWN)
+        names = ", ".join(map(shown, columns[:8]))
         raise TableError(
-            f"{table.path}: none of its columns ({', '.join(columns[:8])}) is one for variants ({known}); name it with "
+            f"{table.path}: none of its columns ({names}) is one for variants ({known}, {MUTATED}); name it with "
             "--variant-col"
         )
-    if protein is None:
-        protein = next((name for name in _PROTEINS if name in columns and name != variant), None)
-    places = [columns.index(name) if name in columns else -1 for name in (protein, "mutated_sequence")]
-    return Layout(columns.index(variant), places[0], mutated=places[1])
+    of_protein = columns.index(protein) if protein is not None else _first(table, _PROTEINS, but=at)
+    return Layout(-1 if at == mutated else at, of_protein, mutated=mutated)
+
+
+def _first(table: Table, names: Iterable[str], but: int = -1) -> int:
+    """The place of the first of these columns that there is, but not that one; -1 for none."""
+    return next((at for name in names if (at := _place(table, name)) >= 0 and at != but), -1)
+
+
+def _place(table: Table, wanted: str) -> int:
+    """The column of this name, or in another case; -1 for none."""
+    same = [at for at, name in enumerate(table.columns) if name == wanted]
+    same = same or [at for at, name in enumerate(table.columns) if name.strip().lower() == wanted]
+    if len(same) > 1:
+        raise TableError(f"{table.path} has {len(same)} columns {wanted!r}: rename those that are not meant")
+    return same[0] if same else -1
 
 
 class Matrix:

@@ -62,7 +62,7 @@ _SEPARATOR = re.compile(r"\s*[:;,]\s*")
 _UNSUPPORTED = (
     (re.compile(r"fs"), "a frame shift cannot be told from the protein alone; give its result as delins"),
     (re.compile(r"ext"), "an extension cannot be told from the protein alone; give its result as ins"),
-    (re.compile(r"^\(?(?:0\??|\?)\)?$|\?\)?$"), "the protein it makes is not known"),
+    (re.compile(r"^\(?(?:0\??|\?)\)?$|\d\?\)?$"), "the protein it makes is not known"),
     (re.compile(r"ins\(?\d|ins\w+\[\d|\(\d+_\d+\)"), "what is inserted has to be written out"),
 )
 
@@ -103,6 +103,11 @@ def _is_item(text: str) -> bool:
     return any(pattern.fullmatch(_without_brackets(text)) for pattern, *_ in _ITEMS)
 
 
+def _is_several(item: str) -> bool:
+    parts = re.split(r"[\s/|+&_-]+", item)
+    return len(parts) > 1 and all(map(_is_item, parts))
+
+
 def _edit(item: str, text: str) -> Edit:
     for pattern, residue, codes in _ITEMS:
         if (found := pattern.fullmatch(item)) is not None:
@@ -116,7 +121,9 @@ def _edit(item: str, text: str) -> Edit:
 def _hint(item: str) -> str:
     if _is_item(item.upper()):
         return "write residues in upper case, as in A1P"
-    if re.fullmatch(r"[A-Za-z]\d{1,9}[A-Za-z]", item):
+    if _is_several(item):
+        return "write ':', ',' or ';' between changes, as in A1P:D2N"
+    if re.fullmatch(r"[A-Za-z]\d{1,9}[A-Za-z]", item, re.ASCII):
         return f"{item[0] if item[0].upper() not in _ONE else item[-1]} is no residue"
     return "expected A1P, A1P:D2N, or HGVS such as p.Ala1Pro, p.A3_S5del, p.Gly4dup, p.H4_Q5insA, p.Arg97Ter or p.="
 

@@ -5,6 +5,7 @@ strategy pseudo-ppl is computed as it was meant; --compat gives the published sc
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -52,13 +53,22 @@ def _run(args: argparse.Namespace) -> None:
         print("note: pseudo-ppl without the published script's off by one; --compat reproduces it", file=sys.stderr)
     options = dict(strategy=args.scoring_strategy, offset=args.offset_idx - 1, combine="none", compat=args.compat)
     device = "cpu" if args.nogpu else "auto"
-    scores = score(args.model_location, args.sequence, variants, device=device, packed="auto", **options)
+    try:
+        scores = score(args.model_location, args.sequence, variants, device=device, packed="auto", **options)
+    except ValueError as error:
+        raise ValueError(_in_its_terms(str(error))) from None
     # As pandas names columns without a name, and numbers the rows in the first.
     names = [name or f"Unnamed: {i}" for i, name in enumerate(table.columns)]
     columns = ["", *names, *args.model_location]
     with atomic(args.dms_output) as temporary, writer(temporary, str(args.dms_output), columns, set()) as add:
         for number, (row, found) in enumerate(zip(table.rows(), scores.tolist(), strict=True)):
             add([str(number), *row, *map(repr, found)])
+
+
+def _in_its_terms(message: str) -> str:
+    """Offsets as --offset-idx counts them: the position of the first residue."""
+    said = re.sub(r"\boffset=(-?\d+)", lambda found: f"--offset-idx {int(found[1]) + 1}", message)
+    return re.sub(r"(fits more than )(-?\d+)", lambda found: f"{found[1]}{int(found[2]) + 1}", said)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Rows of tables to proteins and variants: each row is scored or has a reason why not, and stands where it stood."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..sequences.names import accession
 from .bind import WILD_TYPE, Checked, Problem, between, check, explain, offset_for, require_protein
-from .formats import Layout
-from .parse import VariantError, parse
+from .formats import PAIRS, Layout
+from .parse import VariantError, parse, shown
 from .scores import Asked, Job
 
 _TRUSTED = ("seq_id", "uniprot_id")  # columns that name proteins also where there is one protein only
@@ -21,7 +23,7 @@ class Group:
     name: str
     protein: str
     rows: list[int] = field(default_factory=list)
-    texts: list = field(default_factory=list)  # variants; or (mutated protein, start) for tables of pairs
+    texts: list = field(default_factory=list)  # variants; or (mutated protein, start or None) for tables of pairs
     mutated: list[int] = field(default_factory=list)  # hashes of mutated_sequence, where the table has it
     pairs: bool = False
     checked: Checked | None = None
@@ -37,24 +39,37 @@ class Collection:
         self.problems: list[Problem] = []
         self.count = 0
         self._texts: dict[str, str] = {}  # equal texts are one
+        self._starts: list[int] = []  # the number of each table's first row
+        self._tables: list[tuple[str, str]] = []  # their names, and of their columns with the variants
 
-    def add(self, columns: list[str], layout: Layout, rows: Iterable[list[str]]) -> None:
-        trusted = layout.protein >= 0 and (self.strict or len(self.proteins) > 1 or columns[layout.protein] in _TRUSTED)
+    def add(self, name: str, columns: list[str], layout: Layout, rows: Iterable[list[str]]) -> None:
+        trusted = layout.protein >= 0 and (
+            self.strict or len(self.proteins) > 1 or columns[layout.protein].strip().lower() in _TRUSTED
+        )
+        at = layout.variant if layout.variant >= 0 else layout.mutated if layout.pairs is None else layout.pairs[1]
+        self._starts.append(self.count)
+        self._tables.append((name, columns[at]))
         for cells in rows:
             number, self.count = self.count, self.count + 1
             try:
-                if layout.pairs is not None:
-                    self._add_pair(number, [cells[at] for at in layout.pairs])
-                    continue
-                text = self._texts.setdefault(cells[layout.variant], cells[layout.variant])
-                group = self._group(cells[layout.protein] if trusted else self._accession(text))
+                self._add_row(number, cells, layout, trusted)
             except VariantError as error:
-                self.problems.append(Problem(number, cells[layout.variant], error))
-                continue
-            group.rows.append(number)
-            group.texts.append(text)
-            if layout.mutated >= 0:
-                group.mutated.append(hash(cells[layout.mutated].strip().upper()))
+                self.problems.append(Problem(number, cells[at], error))
+
+    def _add_row(self, number: int, cells: list[str], layout: Layout, trusted: bool) -> None:
+        if layout.pairs is not None:
+            self._add_pair(number, *(cells[at] for at in layout.pairs))
+            return
+        text = cells[layout.variant] if layout.variant >= 0 else ""
+        name = self._known(cells[layout.protein].strip() if trusted else self._accession(text))
+        if layout.variant < 0:
+            self._add_pair(number, self.proteins[name], cells[layout.mutated])
+            return
+        group = self.groups.setdefault(name, Group(name, self.proteins[name]))
+        group.rows.append(number)
+        group.texts.append(self._texts.setdefault(text, text))
+        if layout.mutated >= 0:
+            group.mutated.append(hash(cells[layout.mutated].strip().upper()))
 
     def _accession(self, text: str) -> str:
         """The protein a row belongs to where no column says it."""
@@ -65,19 +80,26 @@ class Collection:
         except VariantError:
             return ""
 
-    def _group(self, name: str) -> Group:
+    def _known(self, name: str) -> str:
+        """The protein's name in the FASTA."""
+        if name not in self.proteins and accession(name) in self.proteins:  # sp|P04637|P53_HUMAN
+            name = accession(name)
         if name not in self.proteins:
-            what = f"the FASTA has no protein {name!r}" if name else "nothing says which of the proteins it belongs to"
-            raise VariantError("no protein", what)
-        return self.groups.setdefault(name, Group(name, self.proteins[name]))
+            unsaid = "nothing says which of the proteins it belongs to; name the column that does with --protein-col"
+            raise VariantError("no protein", f"the FASTA has no protein {shown(name)!r}" if name else unsaid)
+        return name
 
-    def _add_pair(self, number: int, cells: list[str]) -> None:
-        """wt_seq, mut_seq, start_pos."""
+    def _add_pair(self, number: int, wild_type: str, mutated: str, start: str | None = None) -> None:
+        """start: where a table says that the two begin to differ, which a long protein is cut around."""
         try:
-            wild_type, mutated, start = require_protein(cells[0]), require_protein(cells[1]), int(float(cells[2]))
-        except (ValueError, OverflowError) as error:
-            raise VariantError("not understood", str(error)) from None
-        group = self.groups.setdefault(wild_type, Group(f"wt_seq of row {number + 1}", wild_type, pairs=True))
+            wild_type, mutated = require_protein(wild_type), require_protein(mutated)
+        except ValueError as error:
+            raise VariantError("not understood" if mutated.strip() else "empty", str(error)) from None
+        try:
+            start = None if start is None else int(float(start))
+        except (ValueError, OverflowError):
+            raise VariantError("not understood", f"{PAIRS[2]} is {shown(start)!r}, and no whole number") from None
+        group = self.groups.setdefault(f"pairs of {wild_type}", Group("wt_seq", wild_type, pairs=True))
         group.rows.append(number)
         group.texts.append((self._texts.setdefault(mutated, mutated), start))
 
@@ -110,9 +132,14 @@ class Collection:
         """What is wrong, for a message: with the offset that would fit where all rows are of one protein."""
         problems = self.all_problems()
         group = next((g for g in self.groups.values() if g.checked.problems and not g.pairs), None)
-        return explain(
-            problems, group.texts if group else [], group.protein if group else "X", group.offset if group else 0
-        )
+        texts, protein, offset = (group.texts, group.protein, group.offset) if group else ([], "X", 0)
+        return explain(problems, texts, protein, offset, where=self.where)
+
+    def where(self, row: int) -> str:
+        """How a message names a row: by its table, its number there, from 1 below the header, and the column."""
+        table = bisect_right(self._starts, row) - 1
+        name, column = self._tables[table]
+        return f"{name}: row {row - self._starts[table] + 1}, column {shown(column)!r}"
 
 
 def _check_pairs(group: Group, job: Job) -> Checked:
@@ -120,7 +147,8 @@ def _check_pairs(group: Group, job: Job) -> Checked:
     for row, pair in enumerate(group.texts):
         counts["duplicate"] += pair in known
         if pair not in known:
-            bound = between(group.protein, pair[0])._replace(anchor=max(pair[1] - 1, 0))
+            anchor = None if pair[1] is None else max(pair[1] - 1, 0)
+            bound = between(group.protein, pair[0])._replace(anchor=anchor)
             why = job.refuse(bound)
             known[pair] = VariantError("not for this strategy", why) if why else len(variants)
             if not why:
@@ -129,6 +157,8 @@ def _check_pairs(group: Group, job: Job) -> Checked:
         if isinstance(found, VariantError):
             problems.append(Problem(row, pair[0], found))
             counts[found.reason] += 1
+        else:
+            counts["wild type"] += not variants[found].changes
         of_row.append(-1 if isinstance(found, VariantError) else found)
     return Checked(variants, np.array(of_row, np.int64), problems, counts)
 

@@ -14,6 +14,12 @@ from ..sequences.compression import DamagedStreamError, decompress
 from .parse import VariantError, parse
 
 PARQUET = b"PAR1"
+_NO_TEXT = {  # first bytes of what people take for a table
+    b"PK\x03\x04": "an Excel workbook or a zip archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"\x89HDF": "HDF5",
+}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = "\t,;"
 _READ_BYTES = 1 << 20
 
@@ -28,14 +34,17 @@ class Table:
     def __init__(self, path: Path):
         self.path, self.comments = path, []
         with path.open("rb") as file:
-            self.is_parquet = file.read(4) == PARQUET
+            start = file.read(4)
+        self.is_parquet = start == PARQUET
+        if start in _NO_TEXT:
+            raise TableError(f"{path} is {_NO_TEXT[start]}; save the table as CSV (UTF-8) or Parquet")
         if self.is_parquet:
             self.columns = _parquet(path).schema_arrow.names
             return
         with self._text() as text:
             self._skip, header = self._comments_of(text)
             self.delimiter = next((d for d in _DELIMITERS if d in header), ",")
-            cells = next(csv.reader([header], delimiter=self.delimiter), [])
+            cells = next(csv.reader([header], delimiter=self.delimiter, strict=True), [])
         self.is_list = not any(cells) or _is_variant(header.strip()) or _is_variant(cells[0])
         self.columns = ["mutant"] if self.is_list else cells
         if self.is_list and header.strip() == "":
@@ -54,8 +63,11 @@ class Table:
         try:
             with self.path.open("rb") as file:
                 stream = io.BufferedReader(_Pieces(decompress(file, _READ_BYTES)))
-                yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        except (UnicodeDecodeError, csv.Error, DamagedStreamError) as error:
+                encoding = "utf-16" if stream.peek(2)[:2] in _UTF16 else "utf-8-sig"
+                yield io.TextIOWrapper(stream, encoding=encoding, newline="")
+        except UnicodeError as error:
+            raise TableError(f"{self.path}: no table that can be read: {error}; save it as CSV in UTF-8") from None
+        except (csv.Error, DamagedStreamError) as error:
             raise TableError(f"{self.path}: no table that can be read: {error}") from None
 
     def rows(self) -> Iterator[list[str]]:
@@ -72,14 +84,22 @@ class Table:
                 yield from self._csv_rows(text)
 
     def _csv_rows(self, text) -> Iterator[list[str]]:
-        reader = csv.reader(text, delimiter=self.delimiter)
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(self.columns):
-                line = reader.line_num + self._skip + 1
+        # strict: else a quote that is never closed swallows the rows behind it
+        reader = csv.reader(text, delimiter=self.delimiter, strict=True)
+        while True:
+            line = reader.line_num + self._skip + 2
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise TableError(
+                    f"{self.path}: the row at line {line} cannot be read: {error}; look at its quotes"
+                ) from None
+            if row is None:
+                return
+            if row and len(row) != len(self.columns):
                 raise TableError(f"{self.path}: line {line} has {len(row)} cells, and the header {len(self.columns)}")
-            yield row
+            if row:
+                yield row
 
     def _parquet_rows(self) -> Iterator[list[str]]:
         file = _parquet(self.path)

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import random
 from types import SimpleNamespace
 
@@ -160,7 +161,7 @@ def test_rows_that_do_not_fit_are_errors_or_kept_and_counted(command):
         ]) + "\n")  # fmt: skip
     refused = command("--variants", "in.csv")
     assert refused.code == 1 and not refused.path.exists()
-    assert "row 2: A1P: position 1 is stated as A, and the protein has M" in refused.err
+    assert "in.csv: row 2, column 'mutant': A1P: position 1 is stated as A, and the protein has M" in refused.err
     assert "no other offset fits more" in refused.err and "--invalid keep" in refused.err
     kept = command("--variants", "in.csv", "--invalid", "keep")
     rows = read(kept.path)[1:]
@@ -181,6 +182,49 @@ def test_an_offset_is_found_or_advised(command):
     assert read(found.path) == read(command("--variants", "in.csv", "--offset", "23").path)
 
 
+def test_tables_as_programs_save_them(command, ours):
+    """Header in another case, UTF-16, columns without a name or with one twice, ids as UniProt's headers have them."""
+    rows = ["sEQ_id\t Mutant \tx\tx\t", "sp|P2|NAME\tM1P\t1\t2\t3", " P1\tV32A\t4\t5\t6"]
+    with open("excel.txt", "wb") as file:
+        file.write("\r\n".join([*rows, ""]).encode("utf-16"))
+    with open("b.csv", "w") as file:
+        file.write("x,mutant,x\n7,P1:p.Met1Pro,8\n")
+    result = command("--variants", "excel.txt", "b.csv", fasta=["two.fasta"])
+    found = read(result.path)
+    assert found[0] == [*rows[0].split("\t"), "mutant", "file", "tiny"]
+    assert [row[2:7] for row in found[1:]] == [
+        ["1", "2", "3", "", "excel.txt"],
+        ["4", "5", "6", "", "excel.txt"],
+        ["7", "8", "", "P1:p.Met1Pro", "b.csv"],
+    ]
+    with open("b.csv", "w") as file:
+        file.write("x,mutant\n7,P1:p.Met1Pro\n8,P1:p.Lys1Pro\n")
+    refused = command("--variants", "excel.txt", "b.csv", fasta=["two.fasta"]).err
+    assert "b.csv: row 2, column 'mutant': P1:p.Lys1Pro: position 1 is stated as K" in refused
+
+
+def test_mutated_sequences_alone_are_variants(command, ours):
+    """ProteinGym's insertions and deletions."""
+    with open("in.csv", "w") as file:
+        file.write(f"mutated_sequence,DMS_score\n{PROTEIN[:3]}{PROTEIN[4:]},1\n{PROTEIN},2\n,3\n{PROTEIN}1,4\n")
+    result = command("--variants", "in.csv", "--strategy", "pllr", "--invalid", "keep")
+    rows = read(result.path)[1:]
+    expected = variants.score(ours, PROTEIN, ["A4del", "="], strategy="pllr")
+    np.testing.assert_allclose([float(row[2]) for row in rows[:2]], expected, atol=1e-6)
+    assert result.code == 3 and [bool(row[3]) for row in rows] == [False, False, True, True]
+    assert "1 wild type" in result.out and "1 empty" in result.out and "column 33" in rows[3][3]
+
+
+def test_the_summary_as_json(command):
+    with open("in.txt", "w") as file:
+        file.write("M1P\nM1P\nA1P\n")
+    kept = command("--variants", "in.txt", "--invalid", "keep", "--json")
+    said = json.loads(kept.out)
+    assert kept.code == 3 and said["rows"] == 3 and said["not_scored"] == 1 and said["strategy"] == ["wt"]
+    assert said["counted"] == {"duplicate": 1, "other wild type": 1} and said["dtype"] == ["float32"]
+    assert json.loads(command("--json").out)["rows"] == 19 * len(PROTEIN)
+
+
 def test_several_models_and_likelihoods_have_their_columns(command, fair_checkpoint, ours):
     with open("in.txt", "w") as file:
         file.write("M1P\nK2A\n")
@@ -195,7 +239,10 @@ def test_several_models_and_likelihoods_have_their_columns(command, fair_checkpo
 def test_several_strategies_have_a_column_each(command, fair_checkpoint, ours):
     with open("in.txt", "w") as file:
         file.write("M1P:K2A\nK2A\np.Ala4del\n")
-    assert "row 3: p.Ala4del: wt has no score" in command("--variants", "in.txt", "--strategy", "wt,pllr").err
+    assert (
+        "row 3, column 'mutant': p.Ala4del: wt has no score"
+        in command("--variants", "in.txt", "--strategy", "wt,pllr").err
+    )
     result = command("--variants", "in.txt", "--strategy", "pllr, wt,masked", "--invalid", "keep")
     rows = read(result.path)
     assert result.code == 3 and "3: 2 not for this" not in result.out and "1 not for this strategy" in result.out
@@ -213,7 +260,10 @@ def test_several_strategies_have_a_column_each(command, fair_checkpoint, ours):
         (["--strategy", "best"], "strategy is 'best'; choose one of masked"),
         (["--variants", "none.csv"], "No such file"),
         (["--variants", "odd.csv"], "none of its columns (a, b) is one for variants"),
-        (["--variants", "odd.csv", "--variant-col", "c"], "has no column 'c'; there are 'a', 'b'"),
+        (["--variants", "odd.csv", "--variant-col", "c"], "has no column 'c'; there are a, b"),
+        (["--variants", "quote.csv"], "the row at line 3 cannot be read"),
+        (["--variants", "book.csv"], "is an Excel workbook or a zip archive; save the table as CSV"),
+        (["--variants", "same.csv"], "has 2 columns 'mutant'"),
         (["--variants", "ragged.csv"], "line 3 has 1 cells, and the header 2"),
         (["--variants", "empty.csv"], "the file is empty"),
         (["--variants", "bytes.csv"], "no table that can be read"),
@@ -225,6 +275,9 @@ def test_refusals(command, tmp_path, arguments, words):
     (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
     (tmp_path / "ragged.csv").write_text("mutant,b\nM1P,2\nM1P\n")
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "quote.csv").write_text('mutant,b\nM1P,1\nM1P,"2\nK2A,3\n')
+    (tmp_path / "book.csv").write_bytes(b"PK\x03\x04" + bytes(99))
+    (tmp_path / "same.csv").write_text("mutant,mutant\nM1P,K2A\n")
     (tmp_path / "bytes.csv").write_bytes(b"mutant\n\xff\xfe\n")
     (tmp_path / "list.txt").write_text("M1P\n")
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"mutant\nM1P\n")[:-9])
@@ -258,7 +311,7 @@ def test_predict_writes_what_fair_esms_script_writes(tmp_path, fair_model, fair_
             expected = [formula(fair_model, text, change) for change in changes]
         np.testing.assert_allclose([float(row[3]) for row in found[1:]], expected, rtol=0, atol=1e-4)
     wrong = [str(a) for a in [*arguments[:-3], "--offset-idx", 23]]
-    assert predict.main(wrong) == 1 and "offset=23 would fit 3 of 3 rows" in capsys.readouterr().err
+    assert predict.main(wrong) == 1 and "; --offset-idx 24 would fit 3 of 3 rows" in capsys.readouterr().err
 
 
 def test_ids_that_are_there_twice(command):

@@ -77,7 +77,10 @@ def test_what_a_variant_makes_of_its_protein(text, expected):
         ("J1M", "not understood", "J is no residue"),
         ("M1", "not understood", "expected A1P"),
         ("1P", "not understood", "expected A1P"),
-        ("M1P K2A", "not understood", "expected A1P"),
+        ("M1P K2A", "not understood", "between changes, as in A1P:D2N"),
+        ("M1P/K2A", "not understood", "between changes"),
+        ("M１P", "not understood", "expected A1P"),
+        ("#NAME?", "not understood", "expected A1P"),
         ("M1P:", "not understood", "expected A1P"),
         ("p.Met1P", "not understood", "expected A1P"),
         ("M" + "1" * 5000 + "P", "not understood", "expected A1P"),
@@ -290,6 +293,8 @@ def test_the_message_names_rows_positions_residues_and_the_offset_that_would_fit
     assert said.startswith("row 1: M24P: position 24 is not among 1 to 22; row 2:")
     assert "and 1 more rows" in said and said.endswith("offset=23 would fit 3 of 5 rows")
     lost = ["W1A", "W2A"]
+    alone = explain(check(["K1A"], PROTEIN).problems, ["K1A"], PROTEIN, 0)
+    assert alone.endswith("offset=-1 would fit 1 of 1 rows (the nearest of 3 that would: more rows would tell)")
     assert "no offset fits any" in explain(check(lost, PROTEIN).problems, lost, PROTEIN, 0)
     best = ["M1P", "K2A", "W3A"]
     assert "no other offset fits more than 0, which fits 2 of 3" in explain(
