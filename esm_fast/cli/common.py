@@ -119,7 +119,7 @@ def dtype_of(args: argparse.Namespace) -> str:
     return chosen
 
 
-def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=None, regression=None, contacts=True):
+def load_model(name, *, device="auto", dtype="auto", backend=None, threads=None, regression=None, contacts=True):
     """The model, packed where the CPU kernels are going to run; warnings and BackendError become lines for the user.
 
     regression: a file, for contacts; contacts: whether to warn of a model that has none.
@@ -130,7 +130,7 @@ def load_model(name: str, *, device="auto", dtype="auto", backend=None, threads=
     from ..weights import NoRegressionWarning
 
     set_threads(threads)
-    if is_random(name):
+    if isinstance(name, str) and is_random(name):
         warn_random(name)
     require_device(device)
     try:

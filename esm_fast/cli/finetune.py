@@ -26,8 +26,11 @@ EXAMPLES = """\
   esm-fast finetune stability.csv -o stability/ --task regression --model esm1b_t33_650M_UR50S
   esm-fast finetune ss3.tsv -o ss3/ --task classification --level residue --trained lora --model M
   esm-fast finetune p.fasta --labels p.csv --label-column Tm pI -o two/ --task regression --missing skip
+  torchrun --nproc-per-node 8 -m esm_fast.cli finetune p.csv -o lora/ --task regression --trained lora
   esm-fast predict stability/ proteins.fasta -o table.csv
 
+What is trained by steps is saved after each epoch and every ten minutes: the same command resumes it, bit
+for bit, and on SIGTERM or SIGUSR1 it saves and ends with exit code 75.
 The folder holds the model (esm-fast embed and esm_fast.load read it), the head, finetune.json with all
 metrics, and predictions.csv of the held-out proteins. esm_fast.train.predictor.load_predictor reads
 the whole.
@@ -44,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default=DEMO, metavar="NAME|PATH", help="as for embed (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda ... (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="default: torch's")
-    add("--force", action="store_true", help="replace a predictor that is there")
+    add("--force", action="store_true", help="replace a predictor that is there, or what was begun")
+    add("--alone", action="store_true", help="save head and adapters without the model, which stays where it is")
     _add_data(parser.add_argument_group("data"))
     _add_training(parser.add_argument_group("training"))
 
@@ -56,6 +60,14 @@ def _add_data(group) -> None:
     add("--sequence-column", metavar="NAME")
     add("--label-column", nargs="+", metavar="NAME", help="several make a predictor of them all")
     add("--split-column", metavar="NAME")
+    add(
+        "--multi-label",
+        nargs="?",
+        const=";",
+        default="",
+        metavar="SEP",
+        help="a protein has any number of classes, with SEP between them (default: ;)",
+    )
     add("--clusters", metavar="TSV", help="where splits are drawn, whole clusters; as for prepare")
     add("--folds", type=whole(0), default=0, metavar="N", help="cross-validate too, a frozen model's head")
     add("--missing", default="error", choices=("error", "skip"), help="rows without a label (default: %(default)s)")
@@ -65,7 +77,14 @@ def _add_data(group) -> None:
 
 def _add_training(group) -> None:
     add = group.add_argument
-    add("--head", default="solved", choices=("solved", "descent"), help="of a frozen model (default: %(default)s)")
+    add(
+        "--head",
+        default="solved",
+        choices=("solved", "descent", "mlp", "attention"),
+        help="linear, solved or descended to; or trained from the solved one: mlp, with a hidden layer beside; "
+        "attention, each output with weights of its own over the residues (default: %(default)s)",
+    )
+    add("--hidden", type=positive, default=128, metavar="N", help="width of mlp's layer (default: %(default)s)")
     add(
         "--no-refit",
         dest="refit",
@@ -82,6 +101,7 @@ def _add_training(group) -> None:
     add("--rank", type=positive, default=8, metavar="N", help="of the adapters (default: %(default)s)")
     add("--batch-tokens", type=positive, default=4096, metavar="N", help="in an update (default: %(default)s)")
     add("--precision", default="float32", choices=("float32", "bfloat16"), help="of the model (default: %(default)s)")
+    add("--recompute", action="store_true", help="compute layers again in the backward pass, to save memory")
     add(
         "--seed",
         type=whole(0, 2**63 - 1),
@@ -95,17 +115,20 @@ def _layer(text: str) -> int | str:
     return text if text == "best" else layer_number(text)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     environment.prepare()
     import torch
 
-    from ..inference.load import load
+    from ..train.begun import BegunError
     from ..train.examples import Columns, ExamplesError, read_examples
     from ..train.finetune import Settings
-    from ..train.predictor import written
     from ..train.prepare import read_clusters
+    from ..train.processes import joined
+    from ..train.running import STOPPED, BusyError, Stopped
 
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    if args.alone and args.trained == "full":
+        raise InputError("--alone leaves the model out, and --trained full trains all of it")
     label = tuple(args.label_column) if args.label_column else None
     columns = Columns(args.id_column, args.sequence_column, label, args.split_column)
     set_threads(args.threads)
@@ -115,32 +138,94 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     try:
         examples = read_examples(args.table, columns, labels=args.labels)
-        if (there := written(args.output)) and not args.force:
-            raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
         clusters = read_clusters(args.clusters) if args.clusters else None
-        esm, _ = load(args.model, device=args.device, dtype="float32", packed=False)
-        found = _train(esm, examples, settings, clusters)
+        with joined() as processes:
+            _finetune(args, settings, examples, clusters, processes)
+    except Stopped as stopped:
+        print(stopped)
+        return STOPPED
     except ExamplesError as error:
         text = str(error)
         raise InputError(text if args.table in text or str(args.labels) in text else f"{args.table}: {text}") from None
-    except (FloatingPointError, ImportError) as error:
+    except (FloatingPointError, ImportError, BegunError, BusyError) as error:
         raise InputError(str(error)) from None
-    found.predictor.save(args.output, found.report | {"base": args.model})
-    _write_predictions(found, Path(args.output) / "predictions.csv")
+    return 0
+
+
+def _finetune(args: argparse.Namespace, settings, examples, clusters, processes) -> None:
+    """Trains, with the output folder to itself, and writes what there is to keep."""
+    from ..inference.load import load
+    from ..train.predictor import base_of, written
+    from ..train.running import asked_to_stop, only_run
+
+    there = written(args.output)
+    if there and not args.force:
+        raise InputError(f"{there[0]} exists; choose another folder, or replace it with --force")
+    device = str(processes.device) if processes.world > 1 and args.device == "auto" else args.device
+    with only_run(Path(args.output), processes), asked_to_stop() as asked:
+        esm, _ = load(args.model, device=device, dtype="float32", packed=False)
+        begun = _begun(args, settings, examples, esm, processes, asked) if settings.descends else None
+        found = _train(esm, examples, settings, clusters, begun, processes)
+        if not processes.first:
+            return
+        report = found.report | {"base": args.model}
+        base = base_of(args.model) if args.alone else None
+        found.predictor.save(args.output, report, base=base)
+        _write_predictions(found, Path(args.output) / "predictions.csv")
+        if begun is not None:
+            begun.remove()
+            _draw(report, Path(args.output) / "curves.png")
     print("\n".join([*_lines(found.report), f"output    {Path(args.output)}"]))
 
 
-def _train(esm, examples, settings, clusters):
+def _begun(args: argparse.Namespace, settings, examples, esm, processes, asked):
+    """Where the training is kept; what another training left goes with --force."""
+    from dataclasses import asdict
+
+    from .. import weights
+    from ..files.checksums import digest_of
+    from ..train.begun import NAME as FILE
+    from ..train.begun import Begun, BegunError
+
+    rows = [[e.name, e.sequence, dict(e.labels), e.split] for e in examples]
+    tensors = {name: tensor.cpu() for name, tensor in esm.state_dict().items()}
+    identity = {"settings": asdict(settings), "examples": digest_of(rows), "model": weights.checksum(tensors)}
+    begun = Begun(Path(args.output) / FILE, identity, asked, processes.first)
+    if args.force:
+        try:
+            begun.load()
+        except BegunError:
+            processes.wait()
+            begun.remove()
+        processes.wait()
+    return begun
+
+
+def _train(esm, examples, settings, clusters, begun, processes):
     from tqdm import tqdm
 
     from ..train.finetune import finetune
 
-    with progress(None, "residues", disable=not sys.stderr.isatty()) as bar:
+    silent = not processes.first or not sys.stderr.isatty()
+    with progress(None, "residues", disable=silent) as bar:
 
         def show(entry: dict) -> None:
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+            if processes.first:
+                tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
 
-        return finetune(esm, examples, settings, show, on_batch=bar.update, clusters=clusters)
+        more = dict(on_batch=bar.update, clusters=clusters, begun=begun, processes=processes)
+        return finetune(esm, examples, settings, show, **more)
+
+
+def _draw(report: dict, picture: Path) -> None:
+    """The losses of the epochs; without matplotlib they are in finetune.json alone."""
+    from ..train.report import plot_epochs
+
+    if len(report.get("curve", ())) > 1:
+        try:
+            plot_epochs(report["curve"], picture)
+        except ImportError as error:
+            print(f"warning: no curves.png: {error}", file=sys.stderr)
 
 
 def _lines(report: dict) -> list[str]:
@@ -175,7 +260,8 @@ def _write_predictions(found, path: Path) -> None:
     from .predictions import table
 
     targets = found.predictor.targets
-    names = [f"label_{column.name}" if len(targets.columns) > 1 else "given" for column in targets.columns]
+    several = len(targets.columns) > 1 and not targets.separator
+    names = [f"label_{column.name}" for column in targets.columns] if several else ["given"]
     with (
         atomic(path, durable=False) as temporary,
         table(temporary, path.name, targets, [*names, "split", "fold"]) as add,
@@ -188,6 +274,9 @@ def _write_predictions(found, path: Path) -> None:
 
 def _given(targets, row) -> list[str]:
     cells = []
+    if targets.separator:
+        there = [c.name for c, value in zip(targets.columns, row.tolist(), strict=True) if value]
+        return [targets.separator.join(there) or targets.separator]
     for column, value in zip(targets.columns, row.tolist(), strict=True):
         if value != value:
             cells.append("")

@@ -10,6 +10,7 @@ from .common import (
     InputError,
     add_batch_tokens,
     add_policies,
+    dtype_of,
     ingest_of,
     load_model,
     output_path,
@@ -38,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="TABLE", help="OUT.csv, .tsv (.gz too) or .parquet")
     add("--force", action="store_true", help="overwrite the table")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: %(default)s)")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: as for embed; the predictor was measured in float32 (default: %(default)s)",
+    )
+    add("--base", metavar="NAME|PATH", help="where the model now is on which a predictor without one was trained")
     add("--backend", help="insist on a backend; esm-fast info lists them (default: the fastest)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     add_batch_tokens(parser)
@@ -49,14 +56,16 @@ def run(args: argparse.Namespace) -> None:
     from ..files.atomic import atomic
     from ..inference.embed import token_budget
     from ..sequences.ingest import Counts, Source
-    from ..train.predictor import load_predictor
+    from ..train.predictor import load_predictor, model_of
     from ..variants.tables import ENDINGS
 
     out = output_path(args.output, args.force)
     if not out.name.lower().endswith(ENDINGS):
         raise InputError(f"{out} is no table; give a name that ends in {', '.join(ENDINGS)}")
-    options = dict(device=args.device, dtype=args.dtype, backend=args.backend, threads=args.threads)
-    predictor = load_predictor(args.predictor, load_model=lambda path: load_model(str(path), **options))
+    args.model = args.base or str(model_of(args.predictor))
+    dtype = dtype_of(args)
+    options = dict(device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
+    predictor = load_predictor(args.predictor, base=args.base, load_model=lambda model: _model(model, options))
     ingest = ingest_of(args, predictor.esm.config.limit(args.overlength))
     with Source(args.fasta, ingest) as source:
         expected, counts, start = source.scan(), Counts(), time.perf_counter()
@@ -74,6 +83,11 @@ def run(args: argparse.Namespace) -> None:
                 raise InputError("the input changed while it was read; nothing was written")
         seconds = time.perf_counter() - start
     print("\n".join([*result_lines(counts, seconds, args.predictor), f"output    {out}"]))
+
+
+def _model(model, options: dict):
+    """Of a path or a checkpoint that was put together."""
+    return load_model(str(model) if isinstance(model, Path) else model, **options)
 
 
 def _write(predictor, tokens, path: Path, name: str, **options) -> int:

@@ -39,9 +39,12 @@ def columns_of(targets) -> tuple[list[str], set[str]]:
     """(the names of a prediction's columns, which of them hold numbers).
 
     Of numbers: the label's own name. Of classes: that for the class, and for each class its probability, p_CLASS (of
-    several labels LABEL_p_CLASS).
+    several labels LABEL_p_CLASS). Multi-label: the classes that are there, separated, and for each p_CLASS.
     """
     names, numbers = [], set()
+    if targets.separator:
+        own = [f"p_{column.name}" for column in targets.columns]
+        return [targets.name, *own], set(own)
     for column in targets.columns:
         names.append(column.name)
         prefix = f"{column.name}_" if len(targets.columns) > 1 else ""
@@ -53,6 +56,10 @@ def columns_of(targets) -> tuple[list[str], set[str]]:
 
 def values_of(targets, outputs: "np.ndarray") -> Iterator[list]:
     """The cells of each row of (rows, targets.outputs)."""
+    if targets.separator:
+        (labels,), (numbers,) = targets.labels(outputs), targets.probabilities(outputs)
+        rows = zip(labels, numbers.tolist(), strict=True)
+        return ([targets.separator.join(found) or targets.separator, *chances] for found, chances in rows)
     parts = []
     for column, numbers, labels in zip(targets.columns, targets.numbers(outputs), targets.labels(outputs), strict=True):
         more = numbers.tolist() if column.classes else [[]] * len(labels)

@@ -28,7 +28,8 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     Args:
         name_or_path: a published name (esm1b_t33_650M_UR50S, facebook/esm-1b, esm1v_t33_650M_UR90S_1 ... 5), found in
             the torch-hub or Hugging Face cache or downloaded; a fair-esm .pt file; a Hugging Face folder; a file
-            written by `esm-fast convert`; or random:NAME[:seed], that architecture with seeded random weights.
+            written by `esm-fast convert`; or random:NAME[:seed], that architecture with seeded random weights. Also a
+            `weights.Checkpoint` that was read.
         device: "auto" (a GPU if there is one and the weights are not packed), or anything torch.device takes.
         dtype: "auto" (float32, the reference's numbers; that of a prepacked file), "float32", "bfloat16", "float16",
             "float64" or a torch.dtype. "int8": the layers' matrices in 8 bits, bfloat16 around them; for inference on
@@ -47,11 +48,14 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     require_backend(backend)
     if packed not in (None, True, False, "auto"):
         raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
-    wanted, name = _dtype(dtype), str(name_or_path)
+    given = name_or_path if isinstance(name_or_path, weights.Checkpoint) else None
+    wanted, name = _dtype(dtype), str(given.source if given else name_or_path)
     form = _quantised(wanted)
     if form is not None:
         form.require(device, backend, packed)
-    checkpoint = None if name.startswith("random:") else weights.read(hub.resolve(name_or_path))
+    checkpoint = given
+    if given is None and not name.startswith("random:"):
+        checkpoint = weights.read(hub.resolve(name_or_path))
     if regression is not None:
         if checkpoint is None:
             raise ValueError(f"{name} has random weights: no contact regression was fitted to them")

@@ -6,6 +6,7 @@ backend computes with them. The result is that of peft's own forward pass withou
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from ..models.encoder import Encoder
@@ -29,6 +30,30 @@ def merge(model: Encoder) -> None:
     for parent, name, adapted in list(_adapted(model)):
         adapted.merge()
         setattr(parent, name, adapted.get_base_layer())
+
+
+def found(model: Encoder) -> dict[str, torch.Tensor]:
+    """The two factors of what is added to each matrix: layers.N.NAME.a (rank, in), .b (out, rank), scaled."""
+    factors = {}
+    for parent, name, adapted in _adapted(model):
+        (key,) = adapted.active_adapters
+        path = f"layers.{next(path for path, module in model.layers.named_modules() if module is parent)}.{name}"
+        factors[f"{path}.a"] = adapted.lora_A[key].weight.detach().clone()
+        factors[f"{path}.b"] = adapted.lora_B[key].weight.detach() * adapted.scaling[key]
+    return factors
+
+
+def merged(tensors: dict[str, torch.Tensor], factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors with what `found` gave added to its matrices, in float32. Raises KeyError, ValueError."""
+    made = dict(tensors)
+    for name, a in factors.items():
+        if name.endswith(".a"):
+            path = name.removesuffix(".a")
+            key, b = f"{path}.weight", factors[f"{path}.b"]
+            if a.ndim != 2 or b.ndim != 2 or (len(b), a.shape[1]) != tensors[key].shape or len(a) != b.shape[1]:
+                raise ValueError(f"the adapter of {path} does not fit its matrix")
+            made[key] = tensors[key].float() + b @ a
+    return made
 
 
 def _adapted(model: Encoder) -> Iterable[tuple[nn.Module, str, nn.Module]]:

@@ -32,6 +32,10 @@ class Steps:
     def epoch_of(self, step: int) -> int:
         return step // self.per_epoch
 
+    def of(self, step: int) -> np.ndarray:
+        """The records of a step."""
+        return self.records[self[step]]
+
     def __getitem__(self, step: int) -> np.ndarray:
         """The indices into `records` of a step, counted from 0 through all epochs."""
         epoch, number = divmod(step, self.per_epoch)
@@ -61,13 +65,14 @@ def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.nd
     limit = max(batch_tokens, int(lengths.max()))
     count = max(1, -(-int(lengths.sum()) // (ranks * batch_tokens)))
     while True:
-        parts = [part for part in _balanced(lengths, ranks * count) if len(part)]
+        parts = [part for part in balanced(lengths, ranks * count) if len(part)]
         if max(int(lengths[part].sum()) for part in parts) <= limit:
             return [parts[rank::ranks] for rank in range(ranks)]
         count += 1
 
 
-def _balanced(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+def balanced(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Indices into `lengths`, longest first, each in the part with the least so far."""
     members, heap = [[] for _ in range(parts)], [(0, part) for part in range(parts)]
     for index in np.argsort(-lengths, kind="stable").tolist():
         tokens, part = heapq.heappop(heap)

@@ -11,11 +11,13 @@ import torch
 
 from ..models.encoder import Encoder
 from . import adapters, metrics
-from .descent import Descent
+from .begun import Begun
+from .descent import Descent, outputs_of
 from .examples import SPLITS, Example, ExamplesError
 from .head import Solved, solve, solve_again
 from .labelled import features_of, labelled_of
 from .predictor import Predictor
+from .processes import ALONE, Processes
 from .splits import folds
 from .targets import LEVELS, TASKS
 
@@ -24,27 +26,33 @@ LEARNING_RATES = {"frozen": 1e-3, "full": 2e-5, "lora": 5e-4}
 _HEAD_RATE = 1e-3
 _WIDTH = 1280
 PRECISIONS = ("float32", "bfloat16")
+# How a head is found, and what it is: "mlp" and "attention" begin as the solved linear one (see `heads`).
+HEADS = ("solved", "descent", "mlp", "attention")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is trained, and how.
 
-    trained: "frozen", the head alone; "full", everything; "lora", the head and low-rank adapters of `rank`.
-    head: "solved" in closed form on the frozen model, from which training continues where the model is trained too; or
-    "descent", from 0 by AdamW. layer: the head's, counted from the last where negative; "best": of all, the one with
-    the lowest held-out loss. class_weights: "balanced", every class weighs alike, or "none". learning_rate,
-    head_learning_rate: None for the defaults. patience: epochs without a better held-out loss before it stops.
-    batch_tokens: in an update. precision: of the model's pass; parameters and head stay fp32. unknown, overlength: as
-    for `embed`, "window" for frozen models only. refit: the head of a frozen model that is kept is solved on training
-    and validation part together, after the latter has chosen and been measured. missing: rows without any label,
-    "error" or "skip". folds: cross validation beside the predictor, for frozen models; 0 for none.
+    trained: "frozen", the head alone; "full", everything; "lora", the head and low-rank adapters of `rank`. head:
+    "solved" in closed form on the frozen model, from which training continues where the model is trained too; "descent",
+    from 0 by AdamW; "mlp", a hidden layer of `hidden` beside the solved head, by AdamW; "attention", each output with a
+    softmax of its own over the residues in place of their mean, likewise. layer: the head's, counted from the last
+    where negative; "best": of all, the one with the lowest held-out loss. class_weights: "balanced", every class weighs
+    alike, or "none". learning_rate, head_learning_rate: None for the defaults. patience: epochs without a better held-
+    out loss before it stops. batch_tokens: in an update. precision: of the model's pass; parameters and head stay fp32.
+    unknown, overlength: as for `embed`, "window" for frozen models only. multi_label: what is between the classes of a
+    protein that has any number of them, such as ";"; "" where each has one. refit: the head of a frozen model that is
+    kept is solved on training and validation part together, after the latter has chosen and been measured. missing:
+    rows without any label, "error" or "skip". recompute: each layer again in the backward pass instead of keeping what
+    is inside it. folds: cross validation beside the predictor, for frozen models; 0 for none.
     """
 
     task: str
     level: str = "sequence"
     trained: str = "frozen"
     head: str = "solved"
+    hidden: int = 128
     layer: int | str = -1
     class_weights: str = "none"
     epochs: int = 10
@@ -61,15 +69,17 @@ class Settings:
     missing: str = "error"
     folds: int = 0
     refit: bool = True
+    recompute: bool = False
+    multi_label: str = ""
 
     def __post_init__(self):
-        choices = {"task": TASKS, "level": LEVELS, "trained": tuple(LEARNING_RATES), "head": ("solved", "descent")}
+        choices = {"task": TASKS, "level": LEVELS, "trained": tuple(LEARNING_RATES), "head": HEADS}
         choices |= {"class_weights": ("none", "balanced"), "precision": PRECISIONS, "missing": ("error", "skip")}
         choices |= {"unknown": ("error", "x", "skip"), "overlength": ("error", "truncate", "window")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        for name in ("epochs", "patience", "rank", "batch_tokens"):
+        for name in ("epochs", "patience", "rank", "batch_tokens", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         for name in ("learning_rate", "head_learning_rate"):
@@ -83,8 +93,24 @@ class Settings:
             raise ValueError(f"folds is {self.folds}; give 3 or more (one tests, one chooses, the others train), or 0")
         if self.trained != "frozen" and self.overlength == "window":
             raise ValueError(f"overlength 'window' is for a frozen model, and trained is {self.trained!r}; truncate")
+        if self.multi_label and (self.task, self.level) != ("classification", "sequence"):
+            raise ValueError("multi_label is for the task 'classification' at the level 'sequence'")
+        if self.head == "attention" and self.level == "residue":
+            raise ValueError("head 'attention' makes one output of all residues, and level is 'residue'; take 'mlp'")
+        if self.head == "attention" and self.overlength == "window":
+            raise ValueError("head 'attention' is trained on whole proteins, and overlength is 'window'; truncate")
         if self.folds and (self.trained, self.head) != ("frozen", "solved"):
             raise ValueError("folds are for a frozen model with a solved head")
+
+    @property
+    def kind(self) -> str:
+        """Of the head, see `heads`."""
+        return self.head if self.head in ("mlp", "attention") else "linear"
+
+    @property
+    def descends(self) -> bool:
+        """Whether anything is trained by steps."""
+        return self.trained != "frozen" or self.head != "solved"
 
     def rates(self, width: int) -> tuple[float, float]:
         """(the model's, the head's) learning rates for a model of this width."""
@@ -129,6 +155,8 @@ def finetune(
     *,
     on_batch: Callable[[int], None] = lambda examples: None,
     clusters=None,
+    begun: Begun | None = None,
+    processes: Processes = ALONE,
 ) -> Finetuned:
     """Trains a predictor, and keeps what has the lowest held-out loss.
 
@@ -137,36 +165,42 @@ def finetune(
         examples: see `read_examples`. Without splits a tenth is for validation and a tenth for testing.
         on_epoch: gets each epoch's number and losses; on_batch: the residues of a batch, as they are done.
         clusters: name of an example -> its cluster; where splits are drawn, clusters are not divided.
+        begun: where the training is kept as it goes, and from where it resumes.
+        processes: that divide each batch; all call this, with the same arguments.
 
     Losses are cross-entropies in nats, or mean squares in units of the labels' variance. Raises ExamplesError for
-    examples that cannot be used, FloatingPointError, ImportError.
+    examples that cannot be used, FloatingPointError, ImportError; BegunError, Stopped.
     """
-    return _Run(esm, examples, settings, clusters, on_epoch, on_batch).train()
+    return _Run(esm, examples, settings, clusters, on_epoch, on_batch, processes).train(begun)
 
 
 class _Run:
-    def __init__(self, esm: Encoder, examples, settings: Settings, clusters, on_epoch, on_batch):
+    def __init__(self, esm: Encoder, examples, settings: Settings, clusters, on_epoch, on_batch, processes):
         self.esm, self.settings, self.clusters = esm, settings, clusters
-        self.on_epoch, self.on_batch = on_epoch, on_batch
+        self.on_epoch, self.on_batch, self.processes = on_epoch, on_batch, processes
         self.layers = settings.layers(esm.config.layers)
         self.data = labelled_of(esm, examples, settings, clusters)
 
-    def train(self) -> Finetuned:
+    def train(self, begun: Begun | None) -> Finetuned:
         settings, data = self.settings, self.data
         features, layer, solved = self._features()
-        predictor = Predictor(self.esm, data.targets, layer)
+        predictor = Predictor(self.esm, data.targets, layer, head=settings.kind, hidden=settings.hidden)
         report = {"settings": asdict(settings), "layer": layer, "warnings": data.warnings, "counts": self._counts()}
         if solved:
             predictor.set_head(solved.weight, solved.bias)
             report |= {"penalties": solved.penalties, "best_epoch": 0, "epochs": 0}
-        if settings.trained != "frozen" or not solved:
+        if settings.descends:
+            if predictor.of_residues and settings.level == "sequence":  # the solved head was of the means
+                features = self._of_residues(layer)
             self._unfreeze()
-            report |= Descent(predictor, data, features, settings).run(self.on_epoch, self.on_batch)
+            descent = Descent(predictor, data, features, settings, self.processes)
+            report |= descent.run(self.on_epoch, self.on_batch, begun)
         held_out = self._held_out(predictor, features, "valid")
-        if solved and settings.trained == "frozen" and settings.refit:
+        refit = settings.refit and not settings.descends
+        if refit:
             again = self._solve_again(features, data.of("train") + data.of("valid"), solved)
             predictor.set_head(again.weight, again.bias)
-        report["refit"] = bool(solved and settings.trained == "frozen" and settings.refit)
+        report["refit"] = refit
         held_out += self._held_out(predictor, features, "test")
         for split in SPLITS[1:]:
             if own := [one for one in held_out if one.example.split == split]:
@@ -175,8 +209,8 @@ class _Run:
             crossed = self._cross_validate(features)
             report["folds"] = {"count": settings.folds} | self._scores(crossed)
             held_out += crossed
-        if settings.trained == "lora":
-            adapters.merge(self.esm)
+        predictor.adapters = adapters.found(self.esm)
+        adapters.merge(self.esm)
         return Finetuned(predictor.eval(), report, held_out)
 
     def _counts(self) -> dict:
@@ -189,11 +223,16 @@ class _Run:
             "windowed": data.report.windowed,
         }
 
+    def _encoder(self) -> Encoder:
+        """What computes features of the frozen model."""
+        settings = self.settings
+        if settings.precision != "float32" and settings.trained == "frozen":
+            return copy.deepcopy(self.esm).to(getattr(torch, settings.precision))
+        return self.esm
+
     def _features(self) -> tuple[np.ndarray, int, Solved | None]:
         """Those of the chosen layer, and the head solved on them."""
-        settings, model = self.settings, self.esm
-        if settings.precision != "float32" and settings.trained == "frozen":
-            model = copy.deepcopy(self.esm).to(getattr(torch, settings.precision))
+        settings, model = self.settings, self._encoder()
         # Residues of all layers at once would fill the memory: layer by layer, then.
         groups = [self.layers] if settings.level == "sequence" else [[layer] for layer in self.layers]
         best = None
@@ -206,7 +245,11 @@ class _Run:
                     best = features, layer, solved
         if not math.isfinite(best[2].loss):
             raise FloatingPointError(f"the loss is {best[2].loss}: the model's numbers are not finite")
-        return (*best[:2], best[2] if settings.head == "solved" else None)
+        return (*best[:2], best[2] if settings.head != "descent" else None)
+
+    def _of_residues(self, layer: int) -> np.ndarray:
+        """The chosen layer's residues, as a head that looks at them needs them where the model is frozen."""
+        return features_of(self._encoder(), self.data, [layer], None, self.on_batch, of_residues=True)[layer]
 
     def _solve(self, features: np.ndarray, train: list[int], valid: list[int]) -> Solved:
         parts = [self.data.part(features, numbers) for numbers in (train, valid)]
@@ -232,20 +275,17 @@ class _Run:
         data, numbers = self.data, self.data.of(split)
         if self.settings.trained == "frozen":
             arrays = self._of_features(predictor, features, numbers)
-        elif numbers:
-            made = predictor.outputs([data.only(numbers)], window=data.policy.window)
-            arrays = (array for _, (array,) in made)
         else:
-            arrays = ()
+            arrays = outputs_of(predictor, data, numbers, self.processes)
         pairs = zip(numbers, arrays, strict=True)
         return [HeldOut(data.examples[n], data.ids(n), array, data.wanted[n]) for n, array in pairs]
 
     @torch.no_grad()
     def _of_features(self, predictor: Predictor, features: np.ndarray, numbers: list[int]):
-        bounds, head = self.data.rows, predictor.head
+        bounds, head = self.data.residue_rows if predictor.of_residues else self.data.rows, predictor.head
         for number in numbers:
-            rows = torch.from_numpy(features[bounds[number] : bounds[number + 1]])
-            yield head(rows.to(head.weight.device)).cpu().numpy()
+            rows = torch.from_numpy(features[bounds[number] : bounds[number + 1]]).to(head.weight.device)
+            yield head(rows, torch.tensor([len(rows)], device=rows.device)).cpu().numpy()
 
     def _cross_validate(self, features: np.ndarray) -> list[HeldOut]:
         """Each protein as a head says it that was trained on others: one fold tests, the next chooses the penalty."""

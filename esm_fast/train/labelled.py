@@ -1,7 +1,7 @@
 """The examples of a fine-tuning as arrays: their tokens, what the head should say, and what a frozen model says."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ from ..inference.outputs import make
 from ..inference.stream import run
 from ..models.encoder import Encoder
 from ..sequences.tokenize import Policy, Report, Tokens
+from . import sets
 from .examples import SPLITS, Example, ExamplesError, labelled, tokens_of
 from .parts import Part
 from .splits import warnings_of, with_splits
@@ -34,6 +35,11 @@ class Labelled:
     def rows(self) -> np.ndarray:
         """int64 (examples + 1,): where each one's rows begin in the features of all."""
         return np.cumsum([0, *map(len, self.wanted)])
+
+    @cached_property
+    def residue_rows(self) -> np.ndarray:
+        """The same in the features of residues, whatever has the labels."""
+        return np.cumsum([0, *self.tokens.lengths.tolist()])
 
     def of(self, split: str) -> list[int]:
         return [number for number, example in enumerate(self.examples) if example.split == split]
@@ -67,22 +73,37 @@ def labelled_of(esm: Encoder, examples: Sequence[Example], settings, clusters=No
     for split in ("train", "valid"):
         if not parts[split]:
             raise ExamplesError(f"no example is for {split!r}; give more, or a column of splits")
-    targets = Targets.fit(settings.task, settings.level, parts["train"])
+    warnings = warnings_of(kept)
+    if settings.multi_label:
+        kept, more = sets.expanded(kept, settings.multi_label)
+        warnings += more
+        targets = Targets.fit(settings.task, settings.level, [e for e in kept if e.split == "train"])
+        targets = replace(targets, separator=settings.multi_label, name=next(iter(parts["train"][0].labels)))
+    else:
+        warnings += sets.suspected(kept) if stratify else []
+        targets = Targets.fit(settings.task, settings.level, parts["train"])
     cut = policy.overlength == "truncate"
     lengths = tokens.lengths.tolist()
     wanted = [targets.encode(e, n, truncated=cut and n == limit) for e, n in zip(kept, lengths, strict=True)]
-    return Labelled(kept, tokens, targets, wanted, policy, report, warnings_of(kept), len(examples) - len(given))
+    return Labelled(kept, tokens, targets, wanted, policy, report, warnings, len(examples) - len(given))
 
 
 def features_of(
-    esm: Encoder, data: Labelled, layers: Sequence[int], batch_tokens: int | None, on_batch: Callable = lambda n: None
+    esm: Encoder,
+    data: Labelled,
+    layers: Sequence[int],
+    batch_tokens: int | None,
+    on_batch: Callable = lambda n: None,
+    *,
+    of_residues: bool | None = None,
 ) -> dict[int, np.ndarray]:
     """float32 (all rows, width) of each layer: a row a protein, its mean, or a row a residue; by the one stream.
 
-    All of them are in memory: 4 bytes x rows x width a layer.
+    of_residues: which; None for what has the labels. All are in memory: 4 bytes x rows x width a layer.
     """
-    pool = "mean" if data.targets.level == "sequence" else "per_residue"
-    count, width = data.rows[-1], esm.config.embed_dim
+    of_residues = data.targets.level == "residue" if of_residues is None else of_residues
+    pool = "per_residue" if of_residues else "mean"
+    count, width = (data.residue_rows if of_residues else data.rows)[-1], esm.config.embed_dim
     found = {layer: np.empty((count, width), np.float32) for layer in layers}
     outputs, at = [make(pool, layer) for layer in layers], 0
     for protein in run(esm, [data.tokens], outputs, token_budget(esm, batch_tokens), on_batch, data.policy.window):

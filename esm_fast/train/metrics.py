@@ -15,6 +15,8 @@ def quick(targets: Targets, outputs: np.ndarray, wanted: np.ndarray) -> dict[str
     """The one number a column that progress is told by: accuracy, or Spearman's rank correlation."""
     metrics, _ = _library()
     found = {}
+    if targets.separator:
+        return {"f1_micro": _of_sets(*_sets(targets, outputs, wanted))["f1_micro"]}
     for column, values, own, _ in _columns(targets, outputs, wanted):
         if column.classes:
             found[_name(targets, column, "accuracy")] = float(metrics.accuracy_score(own, values.argmax(1)))
@@ -31,10 +33,13 @@ def full(
     Args:
         outputs: (rows, targets.outputs) of a head. wanted: (rows, columns). groups: (rows,), the protein of each.
 
-    A metric that is not defined, such as one of a single class, is nan.
+    Of multi-label classification: of all classes together, micro and macro, `exact` of whole sets, and a list of each
+    class's own. A metric that is not defined, such as one of a single class, is nan.
     """
     found = {}
     groups = np.asarray(groups)
+    if targets.separator:
+        return _full_of_sets(targets, outputs, wanted, groups, seed)
     for column, values, own, known in _columns(targets, outputs, wanted):
         score, more = (_of_classes, _more_of_classes) if column.classes else (_of_numbers, _none)
         whole = score(column, own, values)
@@ -47,6 +52,39 @@ def full(
         found |= {_name(targets, column, name): value for name, value in more(column, own, values).items()}
         found[_name(targets, column, "labels")] = len(own)
     return found
+
+
+def _sets(targets: Targets, outputs: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, classes) twice: whether the class is there, and its probability."""
+    return wanted.astype(bool), targets.probabilities(outputs)[0]
+
+
+def _of_sets(own: np.ndarray, values: np.ndarray) -> dict[str, float]:
+    metrics, _ = _library()
+    said = values >= 0.5
+    f1 = {kind: float(metrics.f1_score(own, said, average=kind, zero_division=0)) for kind in ("micro", "macro")}
+    exact = float((own == said).all(axis=1).mean()) if len(own) else float("nan")
+    return {"f1_micro": f1["micro"], "f1_macro": f1["macro"], "exact": exact}
+
+
+def _full_of_sets(targets: Targets, outputs, wanted, groups: np.ndarray, seed: int) -> dict:
+    metrics, _ = _library()
+    own, values = _sets(targets, outputs, wanted)
+    intervals = _bootstrap(lambda rows: _of_sets(own[rows], values[rows]), groups, seed)
+    found = {}
+    for name, value in _of_sets(own, values).items():
+        found |= {name: value, f"{name}_interval": intervals[name]}
+    classes = []
+    for column, there, chance in zip(targets.columns, own.T, values.T, strict=True):
+        both = 0 < there.sum() < len(there)
+        areas = {"auroc": metrics.roc_auc_score, "auprc": metrics.average_precision_score}
+        scores = {name: float(score(there, chance)) if both else float("nan") for name, score in areas.items()}
+        scores["f1"] = float(metrics.f1_score(there, chance >= 0.5, zero_division=0))
+        classes.append({"class": column.name, "labels": int(there.sum())} | scores)
+    for name in ("auroc", "auprc"):
+        known = [one[name] for one in classes if one[name] == one[name]]
+        found[f"{name}_macro"] = float(np.mean(known)) if known else float("nan")
+    return found | {"labels": len(own), "classes": classes}
 
 
 def _name(targets: Targets, column: Target, metric: str) -> str:

@@ -1,30 +1,35 @@
 """A predictor: a model with a linear head, as `finetune` makes it; it is saved, loaded, and predicts."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .. import ops, weights
+from .. import hub, ops, weights
 from ..files.atomic import atomic
 from ..inference.embed import token_budget
-from ..inference.load import load
+from ..inference.load import load, random_model
 from ..inference.outputs import Output
-from ..inference.outputs.prediction import OfProtein, OfResidues
+from ..inference.outputs.prediction import OfAttention, OfProtein, OfResidues
 from ..inference.stream import Protein, run
 from ..models.encoder import Encoder
 from ..sequences.batching import PackedBatch
 from ..sequences.fasta import records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
+from . import adapters, heads
 from .targets import Targets
 
 _MODEL, _HEAD, _ABOUT = "model.safetensors", "head.safetensors", "finetune.json"
+_ADAPTERS = "adapters.safetensors"  # in the place of the model
 
 
 class PredictorError(ValueError):
@@ -32,19 +37,26 @@ class PredictorError(ValueError):
 
 
 class Predictor(nn.Module):
-    """A model and its head on one of its layers. `targets` says what the head's outputs mean."""
+    """A model and its head (see `heads`) on one of its layers. `targets` says what the head's outputs mean.
 
-    def __init__(self, esm: Encoder, targets: Targets, layer: int | None = None):
+    adapters: what was merged into the model when it was trained, see `adapters.found`.
+    """
+
+    def __init__(self, esm: Encoder, targets: Targets, layer: int | None = None, *, head="linear", hidden: int = 128):
         super().__init__()
         self.esm, self.targets = esm, targets
+        self.adapters: dict[str, torch.Tensor] = {}
         self.layer = esm.config.layers if layer is None else layer
-        self.head = nn.Linear(esm.config.embed_dim, targets.outputs, device=esm.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = heads.make(head, esm.config.embed_dim, targets.outputs, hidden=hidden, device=esm.device)
 
     @property
     def per_residue(self) -> bool:
         return self.targets.level == "residue"
+
+    @property
+    def of_residues(self) -> bool:
+        """Whether the head looks at residues, for their own outputs or for their protein's."""
+        return self.per_residue or self.head.of_residues
 
     def set_head(self, weight: np.ndarray, bias: np.ndarray) -> None:
         with torch.no_grad():
@@ -52,21 +64,24 @@ class Predictor(nn.Module):
             self.head.bias.copy_(torch.from_numpy(bias))
 
     def features(self, batch: PackedBatch, representation: torch.Tensor) -> torch.Tensor:
-        """(sequences, width), the mean over each one's residues, or (all residues, width); with gradients.
+        """What the head takes, with gradients: (sequences, width), the mean over each one's residues, or (all residues,
+        width).
 
         representation: (tokens, width), the layer's.
         """
         share = _residue_share(batch)
-        if self.per_residue:
+        if self.of_residues:
             return representation[share > 0]
         return ops.pool(representation, batch.cu_seqlens, share, backend=self.esm.backend)
 
     def output(self) -> Output:
         """What the stream makes of each protein: the head's outputs, (outputs,) or (residues, outputs)."""
-        weight, bias = (t.detach().float().cpu() for t in (self.head.weight, self.head.bias))
+        head = copy.deepcopy(self.head).requires_grad_(False).float()
         if self.per_residue:
-            return OfResidues(self.layer, weight=weight, bias=bias)
-        return OfProtein(self.layer, weight=weight.numpy(), bias=bias.numpy())
+            return OfResidues(self.layer, head=head)
+        if head.of_residues:
+            return OfAttention(self.layer, head=head)
+        return OfProtein(self.layer, head=head.cpu())
 
     def outputs(self, tokens: Iterable[Tokens], *, batch_tokens=None, window=None, on_batch=lambda n: None):
         """Streams proteins through model and head, in input order: `stream.Protein`s of one array, outputs of the head:
@@ -76,7 +91,8 @@ class Predictor(nn.Module):
             yield Protein(label, [array if self.per_residue else array[None]])
 
     def predict(self, sequences: Sequence, **options) -> list | dict[str, list]:
-        """For each sequence its class or number; at the residue level a list of them.
+        """For each sequence its class or number; at the residue level a list of them; of multi-label classification a
+        tuple of classes.
 
         Of several columns of labels, {column: such a list}.
 
@@ -91,16 +107,18 @@ class Predictor(nn.Module):
 
     def predict_proba(self, sequences: Sequence, **options) -> list | dict[str, list]:
         """For each sequence the probability of each of the target's `classes`, (classes,); at the residue level
-        (residues, classes). Of several columns, {column: such a list}. Takes what `predict` does.
+        (residues, classes). Of several columns, {column: such a list}. Of multi-label classification, that each of the
+        targets' columns is there. Takes what `predict` does.
 
         Raises ValueError where the predictor gives numbers, not classes.
         """
         if self.targets.task != "classification":
             raise ValueError("this predictor gives numbers, which have no probabilities; use predict")
-        return self._by_column(sequences, self.targets.numbers, options)
+        return self._by_column(sequences, self.targets.probabilities, options)
 
     def _by_column(self, sequences, of_outputs, options: dict):
-        found = {column.name: [] for column in self.targets.columns}
+        names = [column.name for column in self.targets.columns]
+        found = {name: [] for name in ([self.targets.name] if self.targets.separator else names)}
         for _, values in self._stream(sequences, of_outputs, **options):
             for name, column in zip(found, values, strict=True):
                 found[name].append(column if self.per_residue else column[0])
@@ -113,17 +131,93 @@ class Predictor(nn.Module):
         for label, (array,) in self.outputs(tokens, batch_tokens=batch_tokens, window=chosen.window):
             yield label, of_outputs(array)
 
-    def save(self, folder: str | Path, about: dict | None = None) -> None:
-        """Writes the model, which `esm_fast.load` and `esm-fast embed` read, the head, and what it means."""
+    def save(self, folder: str | Path, about: dict | None = None, *, base: "Base | None" = None) -> None:
+        """Writes the model, which `esm_fast.load` and `esm-fast embed` read, the head, and what it means.
+
+        base: write what was trained on it in the place of the model, and which model that was.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights.save(self.esm, folder / _MODEL)
+        if base is None:
+            weights.save(self.esm, folder / _MODEL)
+            (folder / _ADAPTERS).unlink(missing_ok=True)
+        else:
+            factors = {name: tensor.cpu().contiguous() for name, tensor in self.adapters.items()}
+            with atomic(folder / _ADAPTERS, durable=False) as temporary:
+                save_file(factors, temporary)
+            (folder / _MODEL).unlink(missing_ok=True)
+            about = (about or {}) | {"base": base.name, "base_checksum": base.checksum}
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         with atomic(folder / _HEAD, durable=False) as temporary:
             save_file(head, temporary)
-        said = {"targets": asdict(self.targets), "layer": self.layer} | (about or {})
+        said = {"targets": asdict(self.targets), "layer": self.layer, "head": self.head.kind} | (about or {})
         with atomic(folder / _ABOUT, durable=False) as temporary:
             temporary.write_text(json.dumps(said, indent=1) + "\n")
+
+
+class Base(NamedTuple):
+    """The model on which a predictor was trained. name: as for `esm_fast.load`; checksum: of its tensors."""
+
+    name: str
+    checksum: str
+
+
+def base_of(name: str) -> Base:
+    """A base that `load_predictor` will find by this name, a path in full. Raises what `esm_fast.load` does."""
+    path = Path(name).expanduser()
+    known = name.startswith("random:") or hub.canonical_name(name) in hub.published_names()
+    checkpoint = _checkpoint(name)
+    return Base(name if known else str(path.absolute()), _checksum(checkpoint.tensors))
+
+
+def _checkpoint(name: str) -> weights.Checkpoint:
+    if not name.startswith("random:"):
+        return weights.read(hub.resolve(name)).unpacked()
+    model = random_model(name)
+    return weights.Checkpoint(Path(name), "esm_fast", model.config, dict(model.state_dict()))
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Of all but the contact regression, in whatever layout the tensors lie."""
+    return weights.checksum(
+        {
+            key: tensor.detach().contiguous()
+            for key, tensor in tensors.items()
+            if key not in weights.CONTACT_KEYS and key != "lm_head.weight"
+        }
+    )
+
+
+def model_of(folder: str | Path) -> Path | str:
+    """The file of a predictor's model, or the name of its base."""
+    folder = Path(folder)
+    return folder / _MODEL if (folder / _MODEL).exists() else _about(folder).get("base", folder / _MODEL)
+
+
+def _about(folder: Path) -> dict:
+    """finetune.json. Raises PredictorError."""
+    if not (folder / _ABOUT).is_file():
+        raise PredictorError(f"{folder} holds no predictor: there is no {_ABOUT}; give a folder of esm-fast finetune")
+    try:
+        about = json.loads((folder / _ABOUT).read_text())
+        if not isinstance(about, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise PredictorError(f"{folder} holds a damaged predictor: {_ABOUT}: {error}") from None
+    return about
+
+
+def _whole(folder: Path, about: dict, base: str | None) -> weights.Checkpoint:
+    """The model of a predictor that was saved without it: its base with the adapters added."""
+    name = base or about["base"]
+    checkpoint = _checkpoint(name)
+    if _checksum(checkpoint.tensors) != about["base_checksum"]:
+        raise PredictorError(f"{folder} was trained on another model than {name}: its checksum differs; give that one")
+    try:
+        tensors = adapters.merged(checkpoint.tensors, load_file(folder / _ADAPTERS))
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise PredictorError(f"{folder / _ADAPTERS} is damaged: {error}") from None
+    return replace(checkpoint, tensors=tensors)
 
 
 def written(folder: str | Path) -> list[Path]:
@@ -135,29 +229,39 @@ def written(folder: str | Path) -> list[Path]:
         raise NotADirectoryError(f"{folder} is a file; give a folder for the predictor")
     if not os.access(folder if folder.is_dir() else folder.absolute().parent, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
-    return [folder / name for name in (_MODEL, _HEAD, _ABOUT) if os.path.lexists(folder / name)]
+    return [folder / name for name in (_MODEL, _ADAPTERS, _HEAD, _ABOUT) if os.path.lexists(folder / name)]
 
 
-def load_predictor(folder: str | Path, *, load_model: Callable[[Path], Encoder] | None = None, **options) -> Predictor:
-    """What `finetune` or `Predictor.save` wrote.
+def load_predictor(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    load_model: Callable[[Path | weights.Checkpoint], Encoder] | None = None,
+    **options,
+) -> Predictor:
+    """What `finetune` or `Predictor.save` wrote. `save` of it writes the whole model, adapters merged.
 
     Args:
         options: as for `esm_fast.load` (device, dtype, backend, packed); by default in fp32 on the CPU.
+        base: where the model now is on which a predictor without one was trained.
         load_model: in the place of `esm_fast.load`.
 
     Raises PredictorError, OSError, and what `load` does.
     """
     folder = Path(folder)
-    if not (folder / _ABOUT).is_file():
-        raise PredictorError(f"{folder} holds no predictor: there is no {_ABOUT}; give a folder of esm-fast finetune")
+    about = _about(folder)
     try:
-        about = json.loads((folder / _ABOUT).read_text())
         targets = Targets.from_json(about["targets"])
+        if (kind := about.get("head", "linear")) not in heads.KINDS:
+            raise ValueError(f"its head is {kind!r}, known are {', '.join(heads.KINDS)}")
         head = load_file(folder / _HEAD)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise PredictorError(f"{folder} holds a damaged predictor: {error}") from None
-    esm = load_model(folder / _MODEL) if load_model else load(folder / _MODEL, **{"device": "cpu"} | options)[0]
-    predictor = Predictor(esm, targets, about.get("layer"))
+    alone = "base_checksum" in about and not (folder / _MODEL).exists()
+    model = _whole(folder, about, base) if alone else folder / _MODEL
+    esm = load_model(model) if load_model else load(model, **{"device": "cpu"} | options)[0]
+    hidden = len(head["inner.bias"]) if "inner.bias" in head else 0
+    predictor = Predictor(esm, targets, about.get("layer"), head=about.get("head", "linear"), hidden=hidden)
     if {name: tensor.shape for name, tensor in head.items()} != {
         name: tensor.shape for name, tensor in predictor.head.state_dict().items()
     }:

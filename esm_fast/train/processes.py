@@ -1,7 +1,7 @@
 """The processes of a run: one, or those `torchrun` started."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,32 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true in any of them."""
+        return self.sum(float(value))[0] > 0
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Makes each gradient the sum over all processes; one that is missing counts as 0."""
+        if self.world == 1:
+            return
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def divided(self, items: Sequence, make: Callable[[list], list]) -> list:
+        """make(items), item by item, of which each process makes its share."""
+        if self.world == 1:
+            return list(make(list(items))) if len(items) else []
+        mine, found = list(items[self.rank :: self.world]), [None] * len(items)
+        for rank, part in enumerate(self.gather(list(make(mine)) if mine else [])):
+            found[rank :: self.world] = part
+        return found
+
     def gather(self, value) -> list:
         """Every process's value, in order of rank."""
         values = [value] * self.world
@@ -38,6 +64,9 @@ class Processes:
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @contextmanager
@@ -51,8 +80,19 @@ def joined() -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, _, _ = next(dist.rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
     try:
         yield Processes(rank, world, device)
+        _part(dist.PrefixStore("part", store), world)
     finally:
         dist.destroy_process_group()
+
+
+def _part(store: dist.Store, world: int) -> None:
+    """Waits until all processes are done with their last exchange. A barrier would not do: who leaves it first closes
+    connections in which others, held up, have not read the last bytes yet, and these then fail."""
+    if store.add("done", 1) == world:
+        store.set("all", "done")
+    store.wait(["all"])

@@ -73,3 +73,19 @@ def plot(log: Path, picture: Path) -> None:
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     figure.savefig(picture)
+
+
+def plot_epochs(entries: list[dict], picture: Path) -> None:
+    """Draws the losses of a fine-tuning, and the score that progress is told by. Raises ImportError."""
+    from matplotlib.figure import Figure
+
+    scores = [name for name in entries[0] if name not in ("epoch", "train_loss", "valid_loss")]
+    figure = Figure(figsize=(6, 2.4 * (1 + bool(scores))), layout="constrained")
+    panels = [("train_loss", "valid_loss"), scores] if scores else [("train_loss", "valid_loss")]
+    for axes, names in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for name in names:
+            axes.plot([e["epoch"] for e in entries], [e[name] for e in entries], marker=".", label=name)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("epoch")
+    figure.savefig(picture)

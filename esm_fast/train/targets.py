@@ -29,11 +29,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """How labels become numbers: (rows, columns), the number of a class or a standardised number, nan for none."""
+    """How labels become numbers: (rows, columns), the number of a class or a standardised number, nan for none.
+
+    separator: of multi-label classification what is between the classes of a protein; each class is a column then, no
+    or yes, and `name` is that of the labels' own column (see `sets`).
+    """
 
     task: str
     level: str
     columns: tuple[Target, ...] = (Target("label"),)
+    separator: str = ""
+    name: str = ""
 
     @classmethod
     def fit(cls, task: str, level: str, examples: Sequence[Example]) -> "Targets":
@@ -46,7 +52,7 @@ class Targets:
         if "columns" not in about:
             about = {"task": about.pop("task"), "level": about.pop("level"), "columns": [{"name": "label", **about}]}
         columns = tuple(Target(**column | {"classes": tuple(column["classes"])}) for column in about["columns"])
-        return cls(about["task"], about["level"], columns)
+        return cls(about["task"], about["level"], columns, about.get("separator", ""), about.get("name", ""))
 
     @property
     def outputs(self) -> int:
@@ -119,8 +125,16 @@ class Targets:
             for column, part in self.parts(outputs)
         ]
 
+    def probabilities(self, outputs: np.ndarray) -> list[np.ndarray]:
+        """For each column (rows, classes); of multi-label classification one such array, that each class is there."""
+        values = self.numbers(outputs)
+        return [np.stack([own[:, 1] for own in values], axis=1)] if self.separator else values
+
     def labels(self, outputs: np.ndarray) -> list[list]:
-        """For each column and row the class or the number."""
+        """For each column and row the class or the number; of multi-label classification, a tuple of classes a row."""
+        if self.separator:
+            there = self.probabilities(outputs)[0] >= 0.5
+            return [[tuple(c.name for c, yes in zip(self.columns, row, strict=True) if yes) for row in there]]
         return [
             [column.classes[best] for best in values.argmax(1).tolist()] if column.classes else values.tolist()
             for column, values in zip(self.columns, self.numbers(outputs), strict=True)

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import gzip
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,10 +19,13 @@ from hypothesis import strategies as st
 import esm_fast
 from esm_fast.cli import main
 from esm_fast.inference.embed import embed
+from esm_fast.inference.outputs import Batch, Given
+from esm_fast.inference.windows import Segment
 from esm_fast.models import esm2
 from esm_fast.models.esm1 import ESM1, Config
 from esm_fast.sequences.fasta import FastaError
 from esm_fast.train import adapters, metrics
+from esm_fast.train.begun import Begun, BegunError
 from esm_fast.train.examples import Columns, Example, ExamplesError, labelled, read_examples
 from esm_fast.train.finetune import Settings, finetune
 from esm_fast.train.head import solve, solve_again
@@ -606,3 +611,163 @@ def test_json_lines_are_a_table(tmp_path):
         path.write_text('{"sequence": "MKT", "label": 1}\n' + bad)
         with pytest.raises(ExamplesError, match="a.jsonl: line 2 is n"):
             read_examples(path)
+
+
+# ---- what takes long is resumed, divided, and kept apart
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_again_and_again(esm, given, settings, path, every):
+    """The training, cut off after each `every` batches and begun again until it ends: (what came, how often)."""
+    for times in range(100):
+        done = iter(range(10**6))
+
+        def on_batch(residues, done=done):
+            if next(done) == every:
+                raise Killed
+
+        begun = Begun(path, {"of": "this"}, seconds=-1)
+        with contextlib.suppress(Killed):
+            torch.manual_seed(0)
+            return finetune(copy.deepcopy(esm), given, settings, on_batch=on_batch, begun=begun), times
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("trained, head", [("full", "solved"), ("lora", "descent"), ("frozen", "mlp")])
+def test_a_training_that_was_killed_is_the_uninterrupted_one(esm, trained, head, tmp_path):
+    if trained == "lora":
+        pytest.importorskip("peft")
+    settings = Settings("regression", trained=trained, head=head, epochs=3, batch_tokens=500, recompute=True)
+    given = examples(LABELS["regression", "sequence"], 80)
+    torch.manual_seed(0)
+    whole = finetune(copy.deepcopy(esm), given, settings)
+    passes = len(given) // 8  # of the frozen model, before the first update
+    pieces, times = killed_again_and_again(esm, given, settings, tmp_path / "t.safetensors", passes + 2)
+    assert times >= 1 and pieces.report["curve"] == whole.report["curve"] and len(whole.report["curve"]) == 3
+    a, b = whole.predictor.state_dict(), pieces.predictor.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+    with pytest.raises(BegunError, match="of another training: of differ"):
+        Begun(tmp_path / "t.safetensors", {"of": "that"}).load()
+    content = bytearray((tmp_path / "t.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "t.safetensors").write_bytes(content)
+    with pytest.raises(BegunError, match="damaged"):
+        Begun(tmp_path / "t.safetensors", {"of": "this"}).load()
+
+
+@pytest.mark.parametrize("head", ["mlp", "attention"])
+def test_other_heads_begin_as_the_solved_one_and_are_kept(esm, head, tmp_path):
+    """Whether there is a W: of the mean of random features a linear head sees little."""
+    given = examples(lambda s: "yes" if "W" in s else "no", 160)
+    solved = finetune(esm, given, Settings("classification", refit=False)).report["valid"]["loss"]
+    still = Settings("classification", head=head, epochs=1, learning_rate=1e-30, refit=False)
+    assert finetune(esm, given, still).report["curve"][0]["valid_loss"] == pytest.approx(solved, rel=1e-4)
+    settings = Settings("classification", head=head, epochs=30, patience=30, learning_rate=1e-2, batch_tokens=500)
+    predictor, report, _ = finetune(esm, given, settings)
+    assert report["valid"]["loss"] < solved - 0.02 and report["best_epoch"] > 0
+    texts = proteins(6, seed=5) + ["MKTAYW" * 20]
+    predictor.save(tmp_path / "p", report)
+    again, options = load_predictor(tmp_path / "p"), dict(overlength="window")
+    for one, other in zip(*(p.predict_proba(texts, **options) for p in (predictor, again)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    if head == "attention":  # of windows: the softmax over all residues
+        output, rows = predictor.output(), torch.randn(90, 32)
+        cut = [Segment("x", np.zeros(0), 0, 60, 90, np.array([0, 30]), 0)]
+        cut.append(cut[0]._replace(start=30, number=1))
+        assert output.finish(joined_parts(output, rows, cut)).shape == (2,)
+        twice = torch.cat([rows[:60], rows[30:]])
+        share = torch.cat([torch.ones(30), torch.full((60,), 0.5), torch.ones(30)])[:, None]
+        score = twice @ output.head.query.T
+        weight = share * (score - score.amax(0)).exp()
+        expected = (weight * (twice @ output.head.weight.T)).sum(0) / weight.sum(0) + output.head.bias
+        np.testing.assert_allclose(output.finish(joined_parts(output, rows, cut)), expected, rtol=1e-5)
+
+
+def joined_parts(output, rows, segments):
+    whole = None
+    for segment in segments:
+        tokens = rows[segment.start : segment.start + 60]
+        framed = torch.cat([torch.zeros(1, 32), tokens, torch.zeros(1, 32)])
+        given = Given(None, {output.layer: framed}, [], None, None)
+        (part,) = output.reduce(given, Batch(None, [segment], [(0, 62)], torch.float32))
+        whole = output.join(whole, part, segment)
+    return whole
+
+
+def test_multi_label(esm, tmp_path, capsys):
+    def label(sequence):
+        there = [name for name, letter in {"a": "L", "b": "W", "c": "K"}.items() if sequence.count(letter) > 1]
+        return ";".join(there) or ";"
+
+    given = examples(label, 200)
+    given[0] = dataclasses.replace(given[0], labels={"label": "a; rare"}, split="test")
+    predictor, report, held_out = finetune(esm, given, Settings("classification", multi_label=";"))
+    assert report["test"]["f1_micro"] > 0.6 and [one["class"] for one in report["test"]["classes"]] == ["a", "b", "c"]
+    assert any("left out: 1, such as rare" in text for text in report["warnings"])
+    predictor.save(tmp_path / "p", report)
+    again, texts = load_predictor(tmp_path / "p"), [one.example.sequence for one in held_out]
+    said, chances = again.predict(texts), again.predict_proba(texts)
+    assert all(isinstance(one, tuple) and set(one) <= set("abc") for one in said) and len(set(said)) > 2
+    assert all(p.shape == (3,) and ["abc"[k] for k in np.flatnonzero(p >= 0.5)] == list(one)
+               for p, one in zip(chances, said, strict=True))  # fmt: skip
+    (tmp_path / "in.fasta").write_text("".join(f">q{i}\n{text}\n" for i, text in enumerate(texts)))
+    assert main(["predict", str(tmp_path / "p"), str(tmp_path / "in.fasta"), "-o", str(tmp_path / "o.csv")]) == 0
+    with open(tmp_path / "o.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "label", "p_a", "p_b", "p_c"]
+    assert [row["label"] for row in rows] == [";".join(one) or ";" for one in said]
+    plain = finetune(esm, given[1:], Settings("classification")).report["warnings"]
+    assert any("--multi-label" in text for text in plain)
+
+
+@pytest.mark.parametrize("trained", ["frozen", "lora"])
+def test_head_and_adapters_alone(esm, trained, tmp_path, capsys):
+    if trained == "lora":
+        pytest.importorskip("peft")
+    rows = [f"{e.sequence},{e.labels['label']},{e.split}" for e in examples(LABELS["regression", "sequence"], 60)]
+    path, base = table(tmp_path, "\n".join(["sequence,label,split", *rows])), tmp_path / "base.safetensors"
+    esm_fast.weights.save(esm, base)
+    arguments = ["finetune", str(path), "--task", "regression", "--trained", trained, "--model", str(base)]
+    arguments += ["--epochs", "2", "--learning-rate", "3e-2", "--head", "descent"]
+    for name, more in {"whole": [], "alone": ["--alone"]}.items():
+        assert main([*arguments, "-o", str(tmp_path / name), *more]) == 0
+    there = {file.name for file in (tmp_path / "alone").iterdir()}
+    assert "model.safetensors" not in there and "curves.png" in there and "training.safetensors" not in there
+    texts, folder = proteins(5, seed=3), tmp_path / "alone"
+    whole, alone = (load_predictor(tmp_path / name) for name in ("whole", "alone"))
+    assert alone.predict(texts) == whole.predict(texts)
+    alone.save(tmp_path / "merged")
+    assert load_predictor(tmp_path / "merged").predict(texts) == whole.predict(texts)
+
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    base.rename(moved)
+    esm_fast.weights.save(new_model(CONFIG, seed=1, std=0.05), other)
+    (tmp_path / "in.fasta").write_text(">a\nMKTAYW\n")
+    for model, code, said in ((None, 1, "base.safetensors"), (other, 1, "another model"), (moved, 0, "")):
+        more = ["--base", str(model)] if model else []
+        out = ["-o", str(tmp_path / f"{code}.csv")]
+        assert main(["predict", str(folder), str(tmp_path / "in.fasta"), *out, *more]) == code
+        assert said in capsys.readouterr().err
+    assert main([*arguments, "-o", str(tmp_path / "no"), "--alone", "--trained", "full"]) == 1
+
+
+def test_processes_divide_a_training(esm, tmp_path):
+    """The losses of one process, to within the order of sums; predictions of all held-out proteins, once."""
+    rows = [f"{e.sequence},{e.labels['label']},{e.split}" for e in examples(LABELS["regression", "sequence"], 60)]
+    path, base = table(tmp_path, "\n".join(["sequence,label,split", *rows])), tmp_path / "base.safetensors"
+    esm_fast.weights.save(esm, base)
+    arguments = ["finetune", str(path), "--task", "regression", "--trained", "full", "--model", str(base)]
+    arguments += ["--epochs", "3", "--learning-rate", "1e-3", "--batch-tokens", "100", "--threads", "1"]
+    assert main([*arguments, "-o", str(tmp_path / "one")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "esm_fast.cli", *arguments, "-o", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(one["curve"], two["curve"], strict=True):
+        np.testing.assert_allclose([a["train_loss"], a["valid_loss"]], [b["train_loss"], b["valid_loss"]], rtol=1e-3)
+    assert two["test"]["labels"] == one["test"]["labels"] == 6

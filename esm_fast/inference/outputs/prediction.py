@@ -1,46 +1,90 @@
-"""What a linear head makes of a layer: a row a protein, of its mean, or a row a residue.
+"""What a head makes of a layer: a row a protein, of its mean or of what it looks at, or a row a residue.
 
-Of a protein in windows: the head of its mean over all residues; of residues, the mean of the windows' rows. A predictor
-makes these (`train.predictor`): there is no prediction without a head, so none is found by name.
+Of a protein in windows: the head of its mean over all residues, or its softmax over all windows' residues; of residues,
+the mean of the windows' rows. A predictor makes these (`train.predictor`): there is no prediction without a head, so
+none is found by name. head: as in `train.heads`, float32.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from . import Batch, Given
+from ..windows import Segment, share_of
+from . import Batch, Given, Needs, Output
 from .pooled import Mean
 from .residues import Residues
 
 
 @dataclass(frozen=True)
 class OfProtein(Mean):
-    """(outputs,) float32. weight: float32 (outputs, embed_dim); bias: (outputs,)."""
+    """(outputs,) float32; the head is on the CPU."""
 
-    weight: np.ndarray = field(compare=False, kw_only=True)
-    bias: np.ndarray = field(compare=False, kw_only=True)
+    head: Any = field(compare=False, kw_only=True)
 
     name = "prediction"
 
     def finish(self, whole) -> np.ndarray:
-        return self.weight @ whole.astype(np.float32) + self.bias
+        if self.head.kind == "linear":
+            return self.head.weight.numpy() @ whole.astype(np.float32) + self.head.bias.numpy()
+        return self.head(torch.from_numpy(whole.astype(np.float32))[None])[0].numpy()
 
 
 @dataclass(frozen=True)
 class OfResidues(Residues):
-    """(residues, outputs) float32. weight: float32 (outputs, embed_dim); bias: (outputs,)."""
+    """(residues, outputs) float32."""
 
-    weight: torch.Tensor = field(compare=False, kw_only=True)
-    bias: torch.Tensor = field(compare=False, kw_only=True)
+    head: Any = field(compare=False, kw_only=True)
 
     name = "prediction"
 
     def reduce(self, given: Given, batch: Batch) -> list[np.ndarray]:
         rows = given.representations[self.layer]
-        weight, bias = (t.to(rows.device, torch.float32) for t in (self.weight, self.bias))
         # Each protein by itself: its neighbours in the batch change no bit of it.
-        return [(rows[start + 1 : end - 1].float() @ weight.T + bias).cpu().numpy() for start, end in batch.bounds]
+        return [self._of(rows[start + 1 : end - 1].float()).cpu().numpy() for start, end in batch.bounds]
+
+    def _of(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.head.weight.T + self.head.bias if self.head.kind == "linear" else self.head(rows)
+
+
+@dataclass(frozen=True)
+class OfAttention(Output):
+    """(outputs,) float32: each the mean of values over the residues, weighted by a softmax of scores.
+
+    A part is (largest score, sum of weights, weighted sum), each (outputs,), as in a softmax in pieces (Milakov and
+    Gimelshein 2018). A residue in several windows counts once.
+    """
+
+    layer: int
+    head: Any = field(compare=False, kw_only=True)
+
+    name = "prediction"
+    per = "protein"
+
+    def needs(self, batch: Batch) -> Needs:
+        return Needs(layers=(self.layer,))
+
+    def reduce(self, given: Given, batch: Batch) -> list[np.ndarray]:
+        rows, found = given.representations[self.layer], []
+        for segment, start, end in batch.spans():
+            own = rows[start + 1 : end - 1].float()
+            score, value = (own @ weight.T for weight in (self.head.query, self.head.weight))
+            most = score.amax(0) if len(own) else score.new_zeros(score.shape[1])
+            share = (score - most).exp() * torch.from_numpy(share_of(segment)).to(score)[:, None]
+            found.append(torch.stack([most, share.sum(0), (share * value).sum(0)]).cpu().numpy())
+        return found
+
+    def join(self, whole, part, segment: Segment):
+        if whole is None:
+            return part
+        most = np.maximum(whole[0], part[0])
+        whole, part = (piece[1:] * np.exp(piece[0] - most) for piece in (whole, part))
+        return np.concatenate([most[None], whole + part])
+
+    def finish(self, whole) -> np.ndarray:
+        total = np.where(whole[1], whole[1], 1)  # 0 of a protein without residues
+        return whole[2] / total + self.head.bias.cpu().numpy()
 
 
 OUTPUTS = {}
