@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.processes import joined
     from ..train.recipe import read_recipe
     from ..train.running import STOPPED, Stopped
-    from ..train.store import open_store
+    from ..train.store import open_stores
 
     try:
         recipe = read_recipe(args.recipe)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             processes.wait()
         if recipe.plot:
             _require_matplotlib()
-        trainer = Trainer(recipe, open_store(recipe.store), processes, fork=args.fork)
+        trainer = Trainer(recipe, open_stores(recipe.store), processes, fork=args.fork)
         try:
             _train(trainer)
         except FloatingPointError as error:

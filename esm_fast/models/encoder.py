@@ -3,6 +3,7 @@
 There is no padding; `padded` adds the call that fair-esm's users know, `compat` the APIs of other packages.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Encoder(Unscriptable, nn.Module):
     """
 
     recompute = False
+    before_layer: Callable[[int], None] | None = None  # called with each layer's number before it runs; -1: embedding
     padded_call = False  # whether calling the model takes padded tokens, as fair-esm's does
     pads_by_itself = True  # whether a model that cannot run packed computes padded, as `unfused` does, or raises
 
@@ -154,18 +156,22 @@ class Encoder(Unscriptable, nn.Module):
         whole = depth - some_rows  # layers that run on all rows
         out = Outputs(attentions=[] if attentions else None)
         seen = _Seen(self, batch, layers, pools, out)
+        if self.before_layer is not None:
+            self.before_layer(-1)
         x = self._embedded(parts, batch, scale) if embedded is None else embedded
         seen.add(0, x)
         maps = _Maps(self, batch, attentions=attentions, contacts=contacts, keep=keep)
         rotary = self.rotary(batch) if depth else None
         all_at_once = None
-        if whole and not (attentions or contacts) and all(map(all, parts.halves[:whole])):
+        if whole and self.before_layer is None and not (attentions or contacts) and all(map(all, parts.halves[:whole])):
             all_at_once = ops.transformer_stack.kernel_call(self.backend, **self._stack(x, batch, rotary, whole, seen))
         if all_at_once is not None:
             x, *found = all_at_once()
             seen.add_inner(found)
         else:
             for number, layer in enumerate(self.layers[:whole], start=1):
+                if self.before_layer is not None:
+                    self.before_layer(number - 1)
                 x, *qk = layer.packed(
                     x,
                     batch,

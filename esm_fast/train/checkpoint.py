@@ -7,7 +7,7 @@ number of processes reads what any other wrote, however they shared the optimise
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from ..files.atomic import sync
 from ..files.checked_json import DamagedError, read_json, write_json
 from ..files.checksums import sha256
 from .processes import Processes
+from .updates import MOMENTS
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _INFO = "checkpoint.json"  # the run's numbers, and the files' checksums and its own
 _FILE_BYTES = 2**30  # a process holds a file in memory while it writes it
 _ADVICE = "choose another output folder, or delete it to begin again"
@@ -42,10 +41,10 @@ class Saved:
     state: dict
 
 
-def save(folder: Path, step: int, parameters: dict, optimizer, state: dict, keep: int, processes: Processes) -> Path:
+def save(folder: Path, step: int, parameters: dict, updater, state: dict, keep: int, processes: Processes) -> Path:
     """Writes the folder step_N and removes all but the newest `keep`. Every process calls it.
 
-    parameters: by name; state: the run's numbers, for JSON.
+    parameters: by name; updater: `updates.Replicated` or `sharded.Sharded`; state: the run's numbers, for JSON.
     """
     path = folder / f"step_{step:09d}"
     partial = _partial(path)
@@ -56,7 +55,7 @@ def save(folder: Path, step: int, parameters: dict, optimizer, state: dict, keep
     writer = HuggingFaceStorageWriter(str(partial), _files(parameters), save_distributed=True)
     try:
         with _quiet():
-            dcp.save(_tensors(parameters, optimizer), storage_writer=writer)
+            dcp.save(_tensors(parameters, updater.held()), storage_writer=writer)
     except CheckpointException as error:
         raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from None
     mine = {file.name: sha256(file) for file in sorted(partial.glob(f"shard-{processes.rank + 1:05d}-*"))}
@@ -96,24 +95,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _tensors(parameters: dict, optimizer) -> dict[str, torch.Tensor]:
+def _tensors(parameters: dict, moments: Iterable[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What this process has of a checkpoint, by name."""
-    tensors, states = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}, _local(optimizer).state
-    for name, parameter in parameters.items():
-        for moment in _MOMENTS if parameter in states else ():
-            tensors[f"{moment}.{name}"] = states[parameter][moment]
-    return tensors
-
-
-def _local(optimizer) -> torch.optim.Optimizer:
-    """What updates this process's share of the parameters."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
+    return tensors | {f"{moment}.{name}": tensor for moment, name, tensor in moments}
 
 
 def _files(parameters: dict) -> dict[str, int]:
     """In which file of each process a tensor goes, from 1: all that a checkpoint can hold, a gigabyte a file."""
     numbers, size = {}, 0
-    for prefix in ("model", *_MOMENTS):
+    for prefix in ("model", *MOMENTS):
         for name, parameter in parameters.items():
             numbers[f"{prefix}.{name}"] = 1 + size // _FILE_BYTES
             size += parameter.numel() * parameter.element_size()
@@ -182,21 +173,17 @@ def _problem(file: Path, digest: str) -> str | None:
     return None if sha256(file) == digest else f"{file.name} does not match its checksum"
 
 
-def restore(saved: Saved, parameters: dict, optimizer, updates: int) -> None:
-    """Puts a checkpoint's numbers into the parameters and the optimiser. Every process calls it."""
+def restore(saved: Saved, parameters: dict, updater, updates: int) -> None:
+    """Puts a checkpoint's numbers into the parameters and their moments. Every process calls it."""
     reader = HuggingFaceStorageReader(str(saved.path))
     held = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}
     expected = {f"model.{name}": parameter.shape for name, parameter in parameters.items()}
     if {name: size for name, size in held.items() if name.startswith("model.")} != expected:
         raise CheckpointError(f"{saved.path} holds another model; choose another output folder")
-    local = _local(optimizer)
-    mine = {parameter for group in local.param_groups for parameter in group["params"]}
-    for name, parameter in parameters.items():
-        if parameter in mine and f"{_MOMENTS[0]}.{name}" in held:
-            moments = {moment: torch.empty_like(parameter, requires_grad=False) for moment in _MOMENTS}
-            local.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **moments}
+    there = {name for name in parameters if f"{MOMENTS[0]}.{name}" in held}
     try:
         with _quiet():
-            dcp.load(_tensors(parameters, optimizer), storage_reader=reader)
+            dcp.load(_tensors(parameters, updater.wanted(there, updates)), storage_reader=reader)
     except CheckpointException as error:
         raise CheckpointError(f"{saved.path} cannot be read: {_reason(error)}; {_ADVICE}") from None
+    updater.restored()

@@ -5,16 +5,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
 from ..models.encoder import Encoder
@@ -24,13 +22,17 @@ from . import checkpoint
 from .batches import Steps, share
 from .checkpoint import CheckpointError
 from .masking import MaskedBatch, Masker
-from .model import InPrecision, MaskedLM, new_model, training_flops
+from .model import MaskedLM, new_model, training_flops
+from .order import Permuted
 from .processes import Processes
 from .recipe import Recipe, RecipeError, as_dict, initial
 from .report import Log, plot
 from .running import Stopped, asked_to_stop, only_run
 from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
+from .sharded import Sharded
+from .sources import SORTED, identity_of, sources_of
 from .store import Store
+from .updates import Replicated
 
 _VALIDATION = -1  # the epoch of every validation: always the same crops and masks
 _SKIPPED = 10  # steps in a row that non_finite: skip passes over: more are no accident
@@ -48,27 +50,27 @@ class Work(NamedTuple):
 class Trainer:
     """A run: `train` takes it from its newest checkpoint, or the beginning, to the end."""
 
-    def __init__(self, recipe: Recipe, store: Store, processes: Processes, *, fork: str | Path | None = None):
-        """fork: the output of another run, from whose newest checkpoint this one begins: its weights, moments and
+    def __init__(
+        self,
+        recipe: Recipe,
+        stores: Store | Sequence[tuple[Store, float]],
+        processes: Processes,
+        *,
+        fork: str | Path | None = None,
+    ):
+        """stores: one, or several with weights: their shares of each step's tokens.
+        fork: the output of another run, from whose newest checkpoint this one begins: its weights, moments and
         numbers of steps; everything but the model may be different from there on."""
         self.recipe, self.processes, self.output = recipe, processes, Path(recipe.output)
         self.fork = None if fork is None else Path(fork)
-        self.store = store
-        limit = recipe.model.window_residues
-        self.masker = Masker(store, recipe.masking, recipe.seed, limit)
-        self.valid_masker = Masker(store, recipe.masking.for_validation(), recipe.seed, limit)
-        records = store.records(valid=False)
-        if not len(records):
-            raise ValueError(f"{store.path} holds no records for training")
-        self.steps = Steps(records, self.masker.lengths(records), recipe.seed, recipe.step_tokens)
-        self.valid_records = self._valid_records()
+        self.sources = sources_of(recipe, stores)
         self.esm = _first_model(recipe).to(processes.device)
         self.esm.recompute = recipe.recompute
-        self.model: torch.nn.Module = InPrecision(MaskedLM(self.esm), getattr(torch, recipe.precision))
+        lm = MaskedLM(self.esm)
         self.parameters = {name: p for name, p in self.esm.named_parameters() if p.requires_grad}
-        if processes.world > 1:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self.optimizer = self._optimizer()
+        kind = Sharded if recipe.sharding == "zero1" and processes.world > 1 else Replicated
+        self.updater = kind(recipe, lm, self.parameters, processes)
+        self.model: torch.nn.Module = self.updater.model
         self.scale = LossScale() if recipe.precision == "float16" else None
         self.step = self.updates = 0
         self.skipped = 0  # steps in a row whose gradient was not finite
@@ -107,7 +109,7 @@ class Trainer:
                     log.add(step=self.step, **entry)
                 began, tokens, flops = time.perf_counter(), 0, 0.0
             on_step(self.step, entry)
-            if self._due(recipe.valid_every) and len(self.valid_records):
+            if self._due(recipe.valid_every) and any(len(source.valid_records) for source in self.sources):
                 paused = time.perf_counter()
                 self._validate(log)
                 began += time.perf_counter() - paused
@@ -121,6 +123,7 @@ class Trainer:
                 if log:
                     log.close()
                 raise Stopped(f"stopped after step {self.step}, which is saved; the same command resumes")
+        self.updater.whole()
         if log:
             log.close()
             self._publish("model.safetensors")
@@ -140,12 +143,20 @@ class Trainer:
     # ---- one step
 
     def _work(self, step: int) -> Work:
-        records, epoch = self.steps.records[self.steps[step]], self.steps.epoch_of(step)
-        return self._share(records, epoch, self.masker)
+        return _together([self._share(s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources])
+
+    @property
+    def masker(self) -> Masker:
+        """The first store's."""
+        return self.sources[0].masker
+
+    @property
+    def steps(self) -> Steps | Permuted:
+        return self.sources[0].steps
 
     def _share(self, records: np.ndarray, epoch: int, masker: Masker) -> Work:
         lengths = masker.lengths(records)
-        ranks = min(self.processes.world, len(records)) if masker is self.valid_masker else self.processes.world
+        ranks = min(self.processes.world, len(records)) if epoch == _VALIDATION else self.processes.world
         shares = share(lengths, ranks, self.recipe.batch_tokens)
         mine = shares[self.processes.rank] if self.processes.rank < ranks else []  # few held-out proteins
         batches = [masker.batch(records[part], epoch) for part in mine]
@@ -153,15 +164,14 @@ class Trainer:
 
     def _step(self, work: Work, asked: Sized = ()) -> dict:
         """Accumulates the gradient of the mean loss over the step's selected tokens, and updates the parameters."""
-        self.optimizer.zero_grad(set_to_none=True)
-        # DDP averages over the processes what shall be summed. In fp16 a token's gradient is scaled by the loss scale
-        # alone, as in fairseq, whatever the batch and the number of processes; the mean is taken in fp32 afterwards.
-        scale, mean = self.scale.scale if self.scale else 1.0, self.processes.world / max(work.selected, 1)
+        self.updater.begin()
+        # In fp16 a token's gradient is scaled by the loss scale alone, as in fairseq, whatever the batch and the number
+        # of processes; the mean is taken in fp32 afterwards.
+        scale, mean = self.scale.scale if self.scale else 1.0, self.updater.factor / max(work.selected, 1)
         factor, unit = (scale, scale / mean) if self.scale else (mean, 1.0)
         total = torch.zeros((), device=self.processes.device)
         for number, masked in enumerate(work.batches, start=1):
-            last = number == len(work.batches)
-            with nullcontext() if last or self.processes.world == 1 else self.model.no_sync():
+            with self.updater.batch(last=number == len(work.batches)):
                 loss = self.model(masked.to(self.processes.device))
                 (loss * factor).backward()
             total += loss.detach()
@@ -185,19 +195,14 @@ class Trainer:
     def _update(self, rate: float, unit: float) -> float | None:
         """Returns the gradient's norm; None where it overflowed and the step was skipped. unit: 1 as the gradients have
         it."""
-        grads = [parameter.grad for parameter in self.parameters.values()]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / unit
+        norm = self.updater.norm() / unit
         if not math.isfinite(norm):
             self._not_finite(norm)
             return None
         self.skipped = 0
         clip = self.recipe.clip
         factor = min(1.0, clip / (norm + 1e-6)) / unit if clip else 1 / unit
-        if factor != 1:
-            torch._foreach_mul_(grads, factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.updater.step(rate, factor)
         self.updates += 1
         if self.scale:
             self.scale.update()
@@ -215,40 +220,18 @@ class Trainer:
                 "before it. Lower the learning rate, lengthen the warm-up or clip gradients"
             )
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        recipe = self.recipe
-        options = dict(lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True)
-        options["weight_decay"] = recipe.weight_decay
-        parameters = list(self.parameters.values())
-        if recipe.weight_decay and recipe.decay == "matrices":
-            vectors = [p for p in parameters if p.ndim < 2]
-            parameters = [
-                {"params": [p for p in parameters if p.ndim > 1]},
-                {"params": vectors, "weight_decay": 0.0},
-            ]
-        if recipe.sharding == "zero1" and self.processes.world > 1:
-            return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
-        return torch.optim.AdamW(parameters, **options)
-
     def _mfu(self, flops_per_second: float) -> float | None:
         peak = self.recipe.peak_tflops
         return flops_per_second / (peak * 1e12 * self.processes.world) if peak else None
 
     # ---- validation
 
-    def _valid_records(self) -> np.ndarray:
-        """As many of the held-out records, always the same, as the recipe's number of tokens takes."""
-        records = self.store.records(valid=True)
-        limit = self.recipe.valid_tokens
-        if limit and len(records):
-            steps = Steps(records, self.masker.lengths(records), self.recipe.seed, limit)
-            records = records[steps[0]]
-        return records
-
     @torch.inference_mode()
     def _validate(self, log: Log | None) -> None:
         """The perplexity of held-out proteins, every selected token shown as <mask>, in fp32."""
-        work = self._share(self.valid_records, _VALIDATION, self.valid_masker)
+        self.updater.whole()
+        held_out = [source for source in self.sources if len(source.valid_records)]
+        work = _together([self._share(s.valid_records, _VALIDATION, s.valid_masker) for s in held_out])
         model = MaskedLM(self.esm)
         total = sum(float(model(masked.to(self.processes.device))) for masked in work.batches)
         loss = self.processes.sum(total)[0] / max(work.selected, 1)
@@ -264,12 +247,13 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"step": self.step, "updates": self.updates, "best": self.best, "recipe": as_dict(self.recipe)}
-        state["store"] = self.store.identity
+        state |= {"store": identity_of(self.sources), "order": [source.order for source in self.sources]}
         if self.kernels:
             state["kernels"] = self.kernels
         if self.scale:
             state["scale"] = vars(self.scale)
-        holders = self.parameters, self.optimizer
+        self.updater.whole()
+        holders = self.parameters, self.updater
         checkpoint.save(self._checkpoints, self.step, *holders, state, self.recipe.keep, self.processes)
 
     @property
@@ -294,8 +278,9 @@ class Trainer:
 
     def _restore(self, saved: checkpoint.Saved) -> None:
         problems = self.recipe.differences(saved.state["recipe"])
-        if saved.state["store"] != self.store.identity:
-            problems.append(f"the store {self.store.path} holds other data")
+        if saved.state["store"] != identity_of(self.sources):
+            paths = ", ".join(str(source.store.path) for source in self.sources)
+            problems.append(f"{paths}: other data, or other shares of it")
         if problems:
             raise CheckpointError(f"{saved.path} is of another run: {'; '.join(problems)}; choose another output")
         self.best = saved.state["best"]
@@ -321,9 +306,12 @@ class Trainer:
     def _take(self, saved: checkpoint.Saved) -> None:
         self.step, self.updates = (saved.state[name] for name in ("step", "updates"))
         self.kernels = saved.state.get("kernels", "")
+        orders = saved.state.get("order", [SORTED])
+        for source, order in zip(self.sources, orders, strict=False):
+            source.keep_order(order)
         if self.scale and "scale" in saved.state:
             self.scale = LossScale(**saved.state["scale"])
-        checkpoint.restore(saved, self.parameters, self.optimizer, self.updates)
+        checkpoint.restore(saved, self.parameters, self.updater, self.updates)
 
 
 def _first_model(recipe: Recipe) -> Encoder:
@@ -348,6 +336,12 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+
+
+def _together(works: list[Work]) -> Work:
+    """Of several stores, in one step."""
+    batches = [batch for work in works for batch in work.batches]
+    return Work(batches, np.concatenate([work.lengths for work in works]), sum(work.selected for work in works))
 
 
 def _ahead(items: Iterable[Work]) -> Iterator[Work]:

@@ -69,7 +69,7 @@ class Masker:
 
     def lengths(self, records: np.ndarray) -> np.ndarray:
         """Tokens of each record as the model sees it: cropped, with <cls> and <eos>."""
-        return np.minimum(self.store.lengths[records], self.max_residues) + 2
+        return np.minimum(self.store.lengths_of(records), self.max_residues) + 2
 
     def selected(self, records: np.ndarray, epoch: int) -> np.ndarray:
         """How many tokens of each record are selected: floor(share * length + U), so `share` of all in the mean."""
@@ -88,7 +88,7 @@ class Masker:
         return MaskedBatch(packed, torch.from_numpy(rows), torch.from_numpy(targets))
 
     def _pack(self, records: np.ndarray, epoch: int) -> PackedBatch:
-        whole, residues = self.store.lengths[records], self.lengths(records) - 2
+        whole, residues = self.store.lengths_of(records), self.lengths(records) - 2
         chance = uniform(streams(self.seed, CROP, epoch, records), 0)
         starts = self.store.offsets[records] + np.floor(chance * (whole - residues + 1)).astype(np.int64)
         packed = pack(self.store.tokens, starts, residues, np.arange(len(records)))

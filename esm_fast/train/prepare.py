@@ -169,6 +169,8 @@ class _Spool:
                 file.write(piece[np.repeat(keep[begin:end], lengths[begin:end])])
         np.concatenate([[0], np.cumsum(lengths[keep])]).astype("<i8").tofile(self.folder / "offsets")
         valid.astype("<u1").tofile(self.folder / "valid")
+        if self.clusters is not None:
+            self._write_clusters(chances[keep], valid)
         with (
             (self.folder / "spooled_names").open(encoding="utf-8") as names,
             (self.folder / "names.txt").open("w", encoding="utf-8") as file,
@@ -179,6 +181,15 @@ class _Spool:
         (self.folder / "spooled_names").unlink()
         self._count(lengths[keep], valid, int((~keep).sum()))
         return int(keep.sum())
+
+    def _write_clusters(self, hashes: np.ndarray, valid: np.ndarray) -> None:
+        """The records for training, cluster by cluster; clusters are those of equal hashes of their names."""
+        train = np.flatnonzero(~valid)
+        members = train[np.argsort(hashes[train], kind="stable")]
+        ranked = hashes[members]
+        begins = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(members) else []
+        members.astype("<i8").tofile(self.folder / "members")
+        np.append(begins, len(members)).astype("<i8").tofile(self.folder / "clusters")
 
     def _count(self, lengths: np.ndarray, valid: np.ndarray, duplicates: int) -> None:
         summary = self.summary

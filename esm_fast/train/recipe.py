@@ -15,6 +15,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
 DECAYS = ("matrices", "all")
 NON_FINITE = ("stop", "skip")
+SAMPLING = ("records", "clusters")
 SCHEDULES = ("inverse_sqrt", "linear")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
@@ -52,24 +53,26 @@ _RANGES = {
 class Recipe:
     """The defaults are those of ESM-1b's model card; sizes of the run and paths have none.
 
-    model: sizes, which may name their family; or a published model's name. init: weights to begin with, whatever `load`
-    reads, whose sizes the model then has; None for random ones. step_tokens: in one update, over all processes, to
-    within a sequence; batch_tokens: in one packed batch at most, as memory allows. weight_decay: decoupled from the
-    gradient; decay: what it is of, "matrices" leaves biases and gains alone. schedule: of the rate after the warm-up.
-    clip: the largest norm of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown:
-    the last steps, over which the learning rate goes to zero. recompute: each layer again in the backward pass, a third
-    more work, instead of keeping what is inside it. deterministic: torch's algorithms whose results never differ, or an
-    error. non_finite: what a gradient in bf16 or fp32 that is not finite does: "stop" the run, or "skip" the step, ten
-    in a row at most. valid_tokens: how much of the held-out records is used each time, 0
-    for all.
-    peak_tflops: of one device, for the MFU. keep: how many checkpoints stay.
+    store: a path, or several with weights, their shares of each step's tokens. sampling: an epoch has every "records",
+    or one of each of the store's "clusters", another each time (as ESM-1v and ESM-2 were trained). model: sizes, which
+    may name their family; or a published model's name. init: weights to begin with, whatever `load` reads, whose sizes
+    the model then has; None for random ones. step_tokens: in one update, over all processes, to within a sequence;
+    batch_tokens: in one packed batch at most, as memory allows. weight_decay: decoupled from the gradient; decay: what
+    it is of, "matrices" leaves biases and gains alone. schedule: of the rate after the warm-up. clip: the largest norm
+    of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown: the last steps, over
+    which the learning rate goes to zero. recompute: each layer again in the backward pass, a third more work, instead
+    of keeping what is inside it. deterministic: torch's algorithms whose results never differ, or an error. non_finite:
+    what a gradient in bf16 or fp32 that is not finite does: "stop" the run, or "skip" the step, ten in a row at most.
+    valid_tokens: how much of the held-out records is used each time, 0 for all. peak_tflops: of one device, for the
+    MFU. keep: how many checkpoints stay.
     """
 
     model: Config
-    store: str
+    store: str | dict
     output: str
     steps: int
     seed: int = 0
+    sampling: str = "records"
     masking: Masking = field(default_factory=Masking)
     init: str | None = None
     init_std: float = 0.02
@@ -102,7 +105,7 @@ class Recipe:
     def __post_init__(self):
         attention = ("normal", *of_config(self.model).attention)
         choices = {"precision": PRECISIONS, "sharding": SHARDING, "attention": attention}
-        choices |= {"decay": DECAYS, "schedule": SCHEDULES, "non_finite": NON_FINITE}
+        choices |= {"decay": DECAYS, "schedule": SCHEDULES, "non_finite": NON_FINITE, "sampling": SAMPLING}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
@@ -121,7 +124,12 @@ class Recipe:
         """Entries in which another recipe, as a dictionary, is a different run."""
         own = as_dict(self)
         # Before there were these entries, a decay was added to the gradients of all parameters.
-        before = {"init": None, "schedule": "inverse_sqrt", "decay": "gradients" if self.weight_decay else self.decay}
+        before = {
+            "init": None,
+            "sampling": "records",
+            "schedule": "inverse_sqrt",
+            "decay": "gradients" if self.weight_decay else self.decay,
+        }
         other = before | other
         return [
             f"{name} was {other.get(name)}, is {value}"
@@ -210,6 +218,21 @@ def _fields(kind: type, values, where: str) -> dict:
     return {name: _typed(name, value, fields[name].type) for name, value in values.items()}
 
 
+def _store(value) -> str | dict[str, float]:
+    """A path, or paths with weights."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or not value or not all(isinstance(path, str) for path in value):
+        raise RecipeError(
+            f"store is {value!r}; expected a path, or paths with weights such as {{a.store: 3, b.store: 1}}"
+        )
+    weights_of = {path: _typed(f"store: weight of {path}", weight, float) for path, weight in value.items()}
+    for path, weight in weights_of.items():
+        if not _positive(weight):
+            raise RecipeError(f"store: weight of {path} is {weight}; give a number above 0")
+    return weights_of
+
+
 def _pair(name: str, value) -> tuple[float, float]:
     try:
         first, second = (float(part) for part in value)
@@ -218,18 +241,24 @@ def _pair(name: str, value) -> tuple[float, float]:
     return first, second
 
 
+_EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_EXPECTED |= {float | None: "a number, or null", str | None: "a text, or null"}
+
+
 def _typed(name: str, value, kind):
     wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,), float | None: (int, float, type(None))}
     wanted[str | None] = (str, type(None))
     if kind == tuple[float, float]:
         return _pair(name, value)
+    if kind == str | dict:
+        return _store(value)
     if kind not in wanted:
         return value  # a group, read by the caller
     if isinstance(value, str) and float in (kind, *getattr(kind, "__args__", ())):
         with suppress(ValueError):
             value = float(value)
     if not isinstance(value, wanted[kind]) or (isinstance(value, bool) and kind is not bool):
-        raise RecipeError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+        raise RecipeError(f"{name} is {value!r}; expected {_EXPECTED[kind]}")
     try:
         return float(value) if kind is float else value
     except OverflowError:

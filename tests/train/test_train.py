@@ -24,7 +24,7 @@ from esm_fast.cli import main
 from esm_fast.models.esm1 import Config
 from esm_fast.sequences.batching import pack_padded
 from esm_fast.sequences.tokenize import Policy
-from esm_fast.train import checkpoint
+from esm_fast.train import checkpoint, sources
 from esm_fast.train.environment import SETTINGS
 from esm_fast.train.loop import Trainer
 from esm_fast.train.masking import Masking
@@ -214,6 +214,48 @@ def test_a_checkpoint_that_was_cut_off_is_none(store, tmp_path, monkeypatch):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000000004", "step_000000008"]
 
 
+def test_a_run_keeps_the_order_it_began_with(store, tmp_path, monkeypatch):
+    train(store, tmp_path / "whole")
+    train(store, tmp_path / "cut", steps=6)
+    monkeypatch.setattr(sources, "MANY", 10)
+    train(store, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    train(store, tmp_path / "other", steps=6)
+    monkeypatch.undo()
+    train(store, tmp_path / "other")
+    assert curve(tmp_path / "other") != curve(tmp_path / "whole")
+    with pytest.raises(RecipeError, match="prepared without --clusters"):
+        train(store, tmp_path / "clusters", sampling="clusters")
+
+
+def test_several_stores_share_each_step(store, tmp_path):
+    """By their weights; each has its own epochs, and the run resumes bit for bit, and not with other shares."""
+    letters, generator = np.array(list("LAGV")), np.random.default_rng(1)
+    rows = (f">q{i}\n{''.join(generator.choice(letters, 20))}\n" for i in range(30))
+    (tmp_path / "in.fasta").write_text("".join(rows))
+    prepare([tmp_path / "in.fasta"], tmp_path / "s", policy=Policy(overlength="window"), valid_share=0.2)
+    both = [(store, 3.0), (open_store(tmp_path / "s"), 1.0)]
+    weights_of = {str(one.path): weight for one, weight in both}
+
+    def run(output, steps=12, stores=both, **changes):
+        given = recipe(store, tmp_path / output, steps=steps, **changes)
+        given = dataclasses.replace(given, store=weights_of)
+        trainer = Trainer(given, stores, ALONE)
+        trainer.train()
+        return trainer
+
+    trainer = run("whole")
+    works = [trainer._work(step) for step in range(12)]
+    lengths = np.concatenate([work.lengths for work in works])
+    assert abs(lengths[lengths == 22].sum() / lengths.sum() - 0.25) < 0.05
+    assert trainer.sources[1].steps.epoch_of(11) > trainer.sources[0].steps.epoch_of(11)
+    run("cut", 6)
+    run("cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    with pytest.raises(checkpoint.CheckpointError, match="other shares"):
+        run("cut", 14, [(store, 1.0), both[1]])
+
+
 def test_another_run_is_not_continued(store, tmp_path):
     train(store, tmp_path, steps=4)
     with pytest.raises(checkpoint.CheckpointError, match="learning_rate was 0.003, is 0.001"):
@@ -350,7 +392,9 @@ def test_processes_share_a_run(store, tmp_path):
     values |= dict(learning_rate=3e-3, warmup=4, log_every=1, valid_every=8, save_every=4, plot=False)
     path = tmp_path / "recipe.yaml"
     # At first each sequence is a batch, of which one process has one more than the other in some steps.
-    for count, sharding, steps, batch in ((2, "none", 4, 2), (4, "zero1", 8, 300)):
+    # Sharded parameters of many buckets, with and without decay; none lies as it did for the other processes.
+    values |= dict(weight_decay=0.1)
+    for count, sharding, steps, batch in ((2, "none", 4, 2), (3, "zero1", 8, 300)):
         path.write_text(json.dumps(values | dict(sharding=sharding, steps=steps, batch_tokens=batch)))
         launch(count, tmp_path, path, "several")
         assert len(curve(tmp_path / "several")) == steps
@@ -363,18 +407,36 @@ def test_processes_share_a_run(store, tmp_path):
     np.testing.assert_allclose(valid["several"][-2:], valid["alone"], rtol=2e-5)
 
 
+def test_shares_of_an_update_in_half_precision(store, tmp_path):
+    """What several processes hand out in bf16 is what one casts for itself; fp32 stays where it is updated."""
+    values = as_dict(recipe(store, "", precision="bfloat16", sharding="zero1", steps=6, valid_every=3, save_every=3))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values | dict(store=str(store.path))))
+    launch(2, tmp_path, path, "two")
+    train(store, tmp_path / "one", precision="bfloat16", steps=6, valid_every=3, save_every=3)
+    for name in ("loss", "gradient_norm", "valid_loss"):
+        np.testing.assert_allclose(curve(tmp_path / "two", name), curve(tmp_path / "one", name), rtol=3e-3)
+    one, two = (weights.read(tmp_path / name / "model.safetensors").tensors for name in ("one", "two"))
+    moved = new_model(Config(**MODEL), 3, 0.02).state_dict()
+    for name, tensor in one.items():
+        if name.endswith("k_proj.bias"):  # changes nothing: its gradient is rounding alone
+            continue
+        step = (tensor - moved[name]).abs().max() + 1e-6
+        assert (tensor - two[name]).abs().max() < 0.2 * step, name
+
+
 # ---- precision, and numbers that are none
 
 
 def test_fewer_held_out_proteins_than_processes(store, tmp_path):
     """Each is validated once, whoever has it."""
     whole = Trainer(recipe(store, tmp_path), store, ALONE)
-    records = whole.valid_records[:2]
+    records = whole.sources[0].valid_records[:2]
     counted = []
     for rank in range(3):
         trainer = Trainer.__new__(Trainer)
         trainer.__dict__.update(whole.__dict__, processes=Processes(rank, 3, torch.device("cpu")))
-        work = trainer._share(records, -1, trainer.valid_masker)
+        work = trainer._share(records, -1, trainer.sources[0].valid_masker)
         counted += [number for batch in work.batches for number in batch.batch.order.tolist()]
     assert sorted(counted) == sorted(records.tolist())
 

@@ -15,6 +15,7 @@ from esm_fast.sequences.tokenize import Policy
 from esm_fast.train import prepare as preparing
 from esm_fast.train.batches import Steps, share
 from esm_fast.train.masking import REPLACEMENTS, Masker, Masking
+from esm_fast.train.order import Permutation, Permuted
 from esm_fast.train.prepare import prepare, read_clusters
 from esm_fast.train.random import ORDER, SELECT, streams, uniform
 from esm_fast.train.store import StoreError, open_store
@@ -318,3 +319,66 @@ def test_given_records_are_held_out_and_no_others(tmp_path):
     assert open_store(tmp_path / "t").identity == store.identity
     (tmp_path / "clusters.tsv").write_text("a\ta\n")
     assert main([*arguments, str(tmp_path / "v"), "--clusters", str(tmp_path / "clusters.tsv")]) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 2**63))
+def test_a_permutation_that_is_computed(count, stream):
+    found = Permutation(count, np.uint64(stream))(np.arange(count))
+    assert np.array_equal(np.sort(found), np.arange(count))
+
+
+def test_a_computed_order_is_random():
+    """Where each record stands, and what stands beside it, over many epochs."""
+    count, epochs = 37, 4000
+    orders = [Permutation(count, streams(5, ORDER, e, [0])[0])(np.arange(count)) for e in range(epochs)]
+    orders = np.array(orders)
+    for seen in (orders[:, 0], orders[:, -1], (orders[:, 1] - orders[:, 0]) % count):
+        counts = np.bincount(seen, minlength=count)
+        counts = counts[counts > 0]  # two are never the same
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < count + 5 * (2 * count) ** 0.5
+
+
+def test_computed_epochs_are_those_of_sorted_ones_in_another_order(store):
+    """Every training record once, in shares of the same size, whichever step is asked for first."""
+    limit = 46
+    lengths = np.minimum(store.lengths, limit) + 2
+    records = store.records(valid=False)
+    plain = Steps(records, lengths[records], 3, 700)
+    steps = Permuted(store, 3, 700, limit)
+    assert steps.per_epoch == plain.per_epoch > 5
+    parts = [steps.of(step) for step in range(2 * steps.per_epoch)]
+    for epoch in range(2):
+        own = parts[epoch * steps.per_epoch : (epoch + 1) * steps.per_epoch]
+        assert np.array_equal(np.sort(np.concatenate(own)), records)
+        assert max(abs(lengths[part].sum() - lengths[records].sum() / steps.per_epoch) for part in own) <= limit + 2
+    assert not np.array_equal(parts[0], parts[steps.per_epoch])
+    again = Permuted(store, 3, 700, limit)
+    for step in (7, 2, 3, 4, 2 * steps.per_epoch - 1, 0):
+        assert np.array_equal(again.of(step), parts[step])
+
+
+def test_an_epoch_of_clusters_has_one_of_each(tmp_path):
+    generator = np.random.default_rng(0)
+    letters, cluster_of = np.array(list("LAGVSERTIDPKQNFYMHWC")), {}
+    rows = ["".join(generator.choice(letters, generator.integers(5, 30))) for _ in range(90)]
+    for i in range(90):
+        cluster_of[f"p{i}"] = f"c{int(i**0.5)}"  # of 1, 3, 5 ... members
+    (tmp_path / "in.fasta").write_text("".join(f">p{i}\n{row}\n" for i, row in enumerate(rows)))
+    policy = Policy(overlength="window")
+    prepare([tmp_path / "in.fasta"], tmp_path / "s", policy=policy, valid_share=0.3, clusters=cluster_of)
+    store = open_store(tmp_path / "s", verify=True)
+    names, train = store.names(), store.records(valid=False)
+    wanted = {cluster_of[names[r]] for r in train}
+    steps, counts = Permuted(store, 1, 60, 1022, by_cluster=True), np.zeros(len(store))
+    for epoch in range(400):
+        own = np.concatenate([steps.of(epoch * steps.per_epoch + k) for k in range(steps.per_epoch)])
+        assert sorted(cluster_of[names[r]] for r in own) == sorted(wanted) and not store.valid[own].any()
+        counts[own] += 1
+    size = {name: sum(cluster_of[names[r]] == name for r in train) for name in wanted}
+    for record in train:
+        share = 1 / size[cluster_of[names[record]]]
+        assert abs(counts[record] - 400 * share) < 5 * (400 * share * (1 - share)) ** 0.5 + 1e-9
+    (tmp_path / "s" / "members").write_bytes(b"")
+    with pytest.raises(StoreError, match="members is missing or cut short"):
+        open_store(tmp_path / "s")

@@ -1,0 +1,147 @@
+"""The order of an epoch without a list of it: a permutation that is computed, of any number of records.
+
+`batches.Steps` sorts random numbers and keeps them, some fifty bytes a record in every process. Here a process keeps
+nothing a record but what the store maps; what a step holds is defined alike: records one after the other, cut where
+an epoch's tokens are divided into equal shares.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .random import MEMBER, ORDER, mix, streams, uniform
+from .store import Store
+
+_CHUNK = 1 << 18  # positions at a time
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A random order of 0 to count - 1: an unbalanced Feistel network (Black and Rogaway 2002) on pairs of digits of
+    about sqrt(count), in which numbers beyond `count` go on to the next."""
+
+    count: int
+    stream: np.uint64
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """int64 -> int64, both from 0 to count - 1."""
+        found = self._once(positions)
+        while len(beyond := np.flatnonzero(found >= self.count)):
+            found[beyond] = self._once(found[beyond])
+        return found
+
+    def _once(self, numbers: np.ndarray) -> np.ndarray:
+        low = int(np.ceil(np.sqrt(self.count)))
+        high = -(-self.count // low)
+        left, right = np.divmod(numbers.astype(np.int64), low)
+        for number in range(0, _ROUNDS, 2):
+            left = (left + self._hash(right, number, high)) % high
+            right = (right + self._hash(left, number + 1, low)) % low
+        return left * low + right
+
+    def _hash(self, digits: np.ndarray, number: int, limit: int) -> np.ndarray:
+        salt = np.uint64((int(self.stream) + 0x9E3779B97F4A7C15 * (number + 1)) % 2**64)
+        return (mix(digits.astype(np.uint64) + salt) >> np.uint64(33)).astype(np.int64) % limit
+
+
+@dataclass
+class Permuted:
+    """Epochs of a store's training records, each cut into steps of about equal numbers of tokens.
+
+    by_cluster: an epoch has one record of each cluster, another each time. limit: residues of a record at most.
+    """
+
+    store: Store
+    seed: int
+    step_tokens: int
+    limit: int
+    by_cluster: bool = False
+    _next: tuple = field(default=(None, 0, 0, 0), init=False, repr=False)  # epoch, step of it, position, tokens before
+    _totals: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.by_cluster:
+            self.expected = self._mean_total()
+        else:
+            self.expected = self._sum()
+
+    @property
+    def per_epoch(self) -> int:
+        return max(1, -(-self.expected // self.step_tokens))
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.per_epoch
+
+    def of(self, step: int) -> np.ndarray:
+        """The records of a step, counted from 0 through all epochs. Steps in a row cost what they hold; others a walk
+        from the epoch's beginning."""
+        epoch, number = divmod(step, self.per_epoch)
+        known, at, position, before = self._next
+        if (known, at) != (epoch, number):
+            position = before = at = 0
+        total, share, found = self._total(epoch), self.per_epoch, []
+        first, end = (k * total / share for k in (number, number + 1))
+        for positions, records, tokens in self._walk(epoch, position):
+            begins = before + np.cumsum(tokens) - tokens
+            found.append(records[(begins >= first) & (begins < end)])
+            past = np.flatnonzero(begins >= end)
+            if len(past):
+                position, before = int(positions[past[0]]), int(begins[past[0]])
+                break
+            before += int(tokens.sum())
+        self._next = epoch, number + 1, position, before
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def _total(self, epoch: int) -> int:
+        """Tokens of an epoch."""
+        if not self.by_cluster:
+            return self.expected
+        if epoch not in self._totals:
+            self._totals = {epoch: sum(int(tokens.sum()) for _, _, tokens in self._walk(epoch, shuffled=False))}
+        return self._totals[epoch]
+
+    def _walk(self, epoch: int, start: int = 0, *, shuffled: bool = True) -> Iterator[tuple]:
+        """(positions, records, tokens) of an epoch, from a position on."""
+        count = len(self.store.clusters) - 1 if self.by_cluster else len(self.store)
+        order = Permutation(count, streams(self.seed, ORDER, epoch, [0])[0]) if shuffled else None
+        size = 1024  # a step is small: what it does not take is computed again by the next
+        for_all = start == 0 and not shuffled
+        while start < count:
+            size = _CHUNK if for_all else min(2 * size, _CHUNK)
+            positions = np.arange(start, min(start + size, count))
+            numbers = positions if order is None else order(positions)
+            start += size
+            if self.by_cluster:
+                records = self._members(epoch, numbers)
+            else:
+                kept = self.store.valid[numbers] == 0
+                positions, records = positions[kept], numbers[kept]
+            yield positions, records, self._tokens(records)
+
+    def _tokens(self, records: np.ndarray) -> np.ndarray:
+        return np.minimum(self.store.lengths_of(records), self.limit) + 2
+
+    def _members(self, epoch: int, clusters: np.ndarray) -> np.ndarray:
+        begins, ends = self.store.clusters[clusters], self.store.clusters[clusters + 1]
+        chance = uniform(streams(self.seed, MEMBER, epoch, clusters), 0)
+        return self.store.members[begins + np.floor(chance * (ends - begins)).astype(np.int64)]
+
+    def _sum(self) -> int:
+        """Tokens of all training records."""
+        store, total = self.store, 0
+        for start in range(0, len(store), _CHUNK):
+            lengths = np.diff(store.offsets[start : start + _CHUNK + 1])
+            tokens = np.minimum(lengths, self.limit) + 2
+            total += int(tokens[store.valid[start : start + _CHUNK] == 0].sum())
+        return total
+
+    def _mean_total(self) -> int:
+        """Tokens that an epoch has in the mean."""
+        clusters, total = self.store.clusters, 0.0
+        for start in range(0, len(clusters) - 1, _CHUNK):
+            bounds = clusters[start : start + _CHUNK + 1]
+            tokens = self._tokens(self.store.members[bounds[0] : bounds[-1]])
+            total += float((np.add.reduceat(tokens, bounds[:-1] - bounds[0]) / np.diff(bounds)).sum())
+        return round(total)
