@@ -1,4 +1,4 @@
-"""A fine-tuning that was begun: all that it needs to go on bit for bit, in one file, whole or not there."""
+"""A fine-tuning that was begun: all that it needs to resume bit for bit, in one file, whole or not there."""
 
 import hashlib
 import json

@@ -69,7 +69,7 @@ class Descent:
     ) -> dict:
         """Trains until the held-out loss has not fallen for a while, and leaves the best in the predictor.
 
-        begun: goes on from there, and writes it after each epoch and every ten minutes. Raises FloatingPointError,
+        begun: resumes from there, and writes it after each epoch and every ten minutes. Raises FloatingPointError,
         BegunError, Stopped.
         """
         if not self._resume(begun):

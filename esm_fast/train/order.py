@@ -20,7 +20,7 @@ _ROUNDS = 6
 @dataclass(frozen=True)
 class Permutation:
     """A random order of 0 to count - 1: an unbalanced Feistel network (Black and Rogaway 2002) on pairs of digits of
-    about sqrt(count), in which numbers beyond `count` go on to the next."""
+    about sqrt(count), in which numbers beyond `count` are mapped again."""
 
     count: int
     stream: np.uint64
