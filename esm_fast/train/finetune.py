@@ -36,8 +36,8 @@ class Settings:
 
     trained: "frozen", the head alone; "full", everything; "lora", the head and low-rank adapters of `rank`. head:
     "solved" in closed form on the frozen model, from which training continues where the model is trained too;
-    "descent", from 0 by AdamW; "mlp", a hidden layer of `hidden` beside the solved head, by AdamW; "attention", each output with a
-    softmax of its own over the residues in place of their mean, likewise. layer: the head's, counted from the last
+    "descent", from 0 by AdamW; "mlp", a hidden layer of `hidden` beside the solved head, by AdamW; "attention", each
+    output with a softmax of its own over the residues in place of their mean, likewise. layer: counted from the last
     where negative; "best": of all, the one with the lowest held-out loss. class_weights: "balanced", every class weighs
     alike, or "none". learning_rate, head_learning_rate: None for the defaults. patience: epochs without a better held-
     out loss before it stops. batch_tokens: in an update. precision: of the model's pass; parameters and head stay fp32.

@@ -674,7 +674,7 @@ def test_linear_rate():
     [
         ("model: esm1b_t7\nstore: a\noutput: b\nsteps: 1", "choose from esm1b_t33"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nsteptokens: 3", "unknown entries: steptokens"),
-        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1.5", "steps is 1.5; expected int"),
+        ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1.5", "steps is 1.5; expected a whole number"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nprecision: fp8", "precision is 'fp8'"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nattention: near", "attention is 'near'"),
         ("model: esm1b_t6_demo\nstore: a\noutput: b\nsteps: 1\nmasking: {specials: all}", "specials is 'all'"),
