@@ -2,7 +2,7 @@
 
     python benches/bench_layers.py                       # 6 layers of ESM-1b's width, bf16, about 4,000 tokens
     python benches/bench_layers.py --layers 33 --dtype float32
-    python benches/bench_layers.py --proteins 6 --rounds 40   # short rounds, many of them: where others compute too
+    python benches/bench_layers.py --proteins 6 --rounds 40 --alone   # one thread, in CPU seconds: where others compute
 
 "kept" is the other way: the stream after every layer is kept, and pooled when all is done. Vectors are compared with it
 before anything is timed.
@@ -17,6 +17,7 @@ import torch
 from machine import machine
 
 import esm_fast
+from esm_fast import _C
 from esm_fast.inference.outputs import make
 from esm_fast.inference.stream import run
 from esm_fast.models.esm1 import Config
@@ -64,7 +65,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--proteins", type=int, default=len(LENGTHS), help="of as many, the shortest")
+    parser.add_argument("--alone", action="store_true", help="one thread, timed in CPU seconds")
     args = parser.parse_args()
+    clock = time.process_time if args.alone else time.perf_counter
+    torch.set_num_threads(1 if args.alone else torch.get_num_threads())
+    _C.set_threads(torch.get_num_threads())
     model, tokens = job(args)
 
     def pass_over(outputs):
@@ -76,9 +81,9 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(args.rounds):
         for name, outputs in found.items():
-            begin = time.perf_counter()
+            begin = clock()
             pass_over(outputs)
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     base, *_ = seconds.values()
     for name, taken in seconds.items():
         ratio = median(one / other for one, other in zip(taken, base, strict=True))

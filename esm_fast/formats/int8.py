@@ -10,6 +10,7 @@ from .. import _C
 from ..ops import contract
 from ..ops.quantize import Quantized, int8_linear, quantize
 from .format import Format
+from .levels import at_least
 from .smoothing import Smoothing
 from .weight import PrepackedWeight
 
@@ -68,7 +69,7 @@ class Int8Weight(PrepackedWeight):
 
 contract.PLAIN.add(Int8Weight)
 
-_NATIVE = ("avx512vnni", "avx512bf16", "amx")  # levels that multiply 8 bits faster than 16
+_NATIVE = "avx512vnni"  # the level from which 8 bits are multiplied faster than 16
 
 
 def _require(device: str, backend: str | None, packed) -> None:
@@ -77,7 +78,7 @@ def _require(device: str, backend: str | None, packed) -> None:
         raise ValueError(f"dtype 'int8' runs on CPUs only, not on {device}; choose bfloat16 there")
     if packed is False:
         raise ValueError("8-bit weights are always prepacked; leave out packed=False, or choose another dtype")
-    if _C.isa() not in _NATIVE and backend is None:
+    if not at_least(_NATIVE) and backend is None:
         raise ValueError(
             f"the CPU kernels' level here, {_C.isa()}, has no instructions for 8 bits and would be slower than with "
             "other types; choose float32 or bfloat16, or insist with backend='cpu'"

@@ -7,10 +7,11 @@ ask here: its "auto" is float32, the reference's numbers.
 import torch
 
 from .. import _C, hub, weights
+from ..formats.levels import at_least
 
 AUTO = "auto"
 WAY_BACK = "--dtype float32 gives the reference's numbers"
-_NATIVE_BF16 = ("avx512bf16", "amx")  # levels of esm_fast._C
+_NATIVE_BF16 = "avx512bf16"  # the level of esm_fast._C from which it is multiplied natively
 
 
 def fastest(model: str, device: str, backend: str | None = None) -> tuple[str, str]:
@@ -23,7 +24,7 @@ def fastest(model: str, device: str, backend: str | None = None) -> tuple[str, s
         return of_gpu(torch.cuda.get_device_capability(None if device == "auto" else device))
     if backend not in (None, "cpu"):
         return "float32", f"backend {backend} is not the one that multiplies bfloat16 natively on a CPU"
-    if _C.isa() in _NATIVE_BF16:
+    if at_least(_NATIVE_BF16):
         return "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
     return "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
 

@@ -3,26 +3,8 @@
 See docs/kernels/cuda.md.
 """
 
-from . import (
-    attention_varlen,
-    contact_map,
-    embedding,
-    gelu_ffn,
-    masked_lm_head,
-    masked_softmax,
-    pack_rows,
-    pool,
-    pre_ln_attention,
-)
+import importlib
+import pkgutil
 
-MODULES = (
-    attention_varlen,
-    contact_map,
-    embedding,
-    gelu_ffn,
-    masked_lm_head,
-    masked_softmax,
-    pack_rows,
-    pool,
-    pre_ln_attention,
-)
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

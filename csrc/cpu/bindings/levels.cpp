@@ -16,8 +16,8 @@ std::vector<std::string> isas() {
     return names;
 }
 
-std::map<std::string, std::string> missing_isas() {
-    std::map<std::string, std::string> reasons;
+py::dict missing_isas() {  // best last
+    py::dict reasons;
     for (int i = 0; i < levels(); ++i)
         if (!runs(i)) reasons[level(i)] = missing(level(i), machine());
     return reasons;
