@@ -7,7 +7,7 @@ list has no `ndim`, a tensor on the meta device no values, and to read freed mem
 from typing import Any
 
 import torch
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx import _symbolic_trace
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..ops.contract import PLAIN
@@ -23,7 +23,7 @@ _EXPORT = (
 
 def refuse_recording() -> None:
     """Raises RuntimeError where a call is recorded with tensors that have no values. torch.compile is none of these."""
-    if torch.compiler.is_exporting() or is_fx_tracing():
+    if torch.compiler.is_exporting() or _symbolic_trace._is_fx_tracing_flag:
         raise RuntimeError(_EXPORT)
     if not torch.compiler.is_compiling() and any(map(torch._C._get_dispatch_mode, (_KEYS.FAKE, _KEYS.PROXY))):
         raise RuntimeError(_EXPORT)
