@@ -237,6 +237,16 @@ def test_names_differ_even_where_host_process_and_time_are_the_same(tmp_path):
         os.close(handle)
 
 
+def test_a_name_that_is_there_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial.secrets, "token_hex", lambda size: "0" * 2 * size)
+    path, handle = partial.new(tmp_path / "a")
+    os.write(handle, b"ours")
+    with pytest.raises(FileExistsError):
+        partial.new(tmp_path / "a")
+    os.close(handle)
+    assert path.read_bytes() == b"ours"
+
+
 def test_writers_of_one_name_leave_one_of_theirs(tmp_path):
     threads = [threading.Thread(target=write_slowly, args=(tmp_path / "out", text)) for text in "abcd"]
     for thread in threads:

@@ -124,8 +124,11 @@ def another_machine(mark, every):
 
 
 def test_an_actor_on_another_machine_refuses_and_the_others_do_its_work(cluster, alone, tmp_path, monkeypatch):
+    refused, dead = [], distributed._Run._dead
     monkeypatch.setattr(distributed, "_Worker", another_machine(tmp_path / "mark", every=False))
+    monkeypatch.setattr(distributed._Run, "_dead", lambda run, *why: (refused.append(why), dead(run, *why)))
     distributed.build_dataset(folder=tmp_path / "o", workers=2, **alone.asked)
+    assert ["hardware is 'cpu of another kind'" in str(error) for error, _ in refused] == [True]
     assert contents(tmp_path / "o") == contents(alone.clean)
 
 

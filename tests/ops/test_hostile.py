@@ -130,3 +130,19 @@ def test_every_argument_is_in_the_contract(op):
     assert list(op.contract.specs) == [name for name in op.signature.parameters if name in op.contract.specs]
     between = {"return_layers"}  # which the whole of the arguments decides
     assert op.signature.parameters.keys() - op.contract.specs.keys() <= between
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, b) for name in OPS for b in ("cpu", REFERENCE)])
+def test_values_are_looked_at_before_a_kernel_reads_by_them(name, backend):
+    """Offsets and indices that lead outside: the contract says so, whichever backend would run."""
+    op = OPS[name]
+    case = next(case for other, case in SMALL if other is op)
+    for argument in op.contract._inside:
+        for number in (-7, 2**30):
+            arguments = case.build(torch.float32, "cpu", 0)
+            value = arguments[argument]
+            if not isinstance(value, torch.Tensor) or value.is_floating_point() or not value.numel():
+                continue
+            arguments[argument] = value.clone().index_fill_(0, torch.tensor([0]), number)
+            with pytest.raises((ValueError, IndexError), match=rf"{name}.*{argument} must"):
+                op(**arguments, backend=backend)
