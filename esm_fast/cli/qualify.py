@@ -5,7 +5,7 @@ import sys
 import time
 
 from .common import InputError, require_device
-from .numbers import above_0
+from .numbers import above_0, positive
 
 NAME = "qualify"
 ORDER = 54
@@ -19,6 +19,7 @@ ESM_FAST_VERDICTS is the folder of the verdicts, by default ~/.cache/esm_fast/ve
 EXAMPLES = """\
   esm-fast qualify
   esm-fast qualify --device cuda --dtype bfloat16 --training
+  esm-fast qualify --head-dim 20 24 32 64                    # of ESM-2's smaller models as well
   ESM_FAST_VERDICTS=off esm-fast embed proteins.fasta -o out.h5
 """
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -27,6 +28,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=[], help="(default: all that matter there)")
+    parser.add_argument(
+        "--head-dim", type=positive, nargs="+", default=[64], metavar="D", help="sizes of heads (default: 64, ESM-1b's)"
+    )
     parser.add_argument("--training", action="store_true", help="gradients too")
     parser.add_argument("--limit", type=above_0, default=60.0, metavar="S", help="seconds a kernel (default: 60)")
     parser.add_argument("--again", action="store_true", help="also what crashed or hung before")
@@ -40,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require_device(device)
     grads = (False, True) if args.training else (False,)
-    tell(device, tuple(args.dtype), grads=grads, limit=args.limit, again=args.again)
+    head_dims = tuple(dict.fromkeys(args.head_dim))
+    tell(device, tuple(args.dtype), grads=grads, head_dims=head_dims, limit=args.limit, again=args.again)
 
 
 def tell(device: str, dtypes: tuple[str, ...], **options) -> None:

@@ -1,6 +1,7 @@
 """esm-fast search: the nearest proteins of a data set."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..console.streams import printable
@@ -63,29 +64,55 @@ def _queries(data, args: argparse.Namespace, layer: int):
 
 
 def model_of(data, name: str | None):
-    """The model that a data set was made with, from where it was or from `name`. Raises InputError for another."""
+    """The model that a data set was made with, from where it was or from `name`, for the kernels that computed it where
+    they run here. Raises InputError for another."""
     from ..dataset.fingerprint import of_model
+    from ..ops import verdicts
 
     name = name or data.plan.info["model"]
     if of_model(name) != data.plan.settings.model:
         raise InputError(f"{name} is not the model that {data.folder} was made with; give --model")
-    return load_model(name, dtype=data.plan.settings.dtype)
+    kernels, backend, why_others = _computed_by(data.plan.settings)
+    if why_others:
+        print(f"warning: the query is computed by other kernels than the data set ({why_others})", file=sys.stderr)
+    with verdicts.held(kernels):
+        return load_model(name, dtype=data.plan.settings.dtype, backend=backend)
 
 
 def embedded(data, proteins, layer: int, model) -> tuple[list[str], list]:
-    """What `embed` takes, with the data set's model and policies."""
+    """What `embed` takes, with the data set's model, kernels and policies."""
     from ..inference.embed import embed
+    from ..ops import verdicts
     from ..sequences.fasta import FastaError
     from ..sequences.names import accession
 
     settings = data.plan.settings
     policies = {policy: getattr(settings, policy) for policy in ("unknown", "empty", "overlength")}
-    found = embed(model, proteins, layers=(layer,), pool=settings.pool, **policies)
+    kernels, *_ = _computed_by(settings)
     try:
-        pairs = [(accession(header), arrays[layer]) for header, arrays in found]
+        with verdicts.held(kernels):
+            found = embed(model, proteins, layers=(layer,), pool=settings.pool, **policies)
+            pairs = [(accession(header), arrays[layer]) for header, arrays in found]
     except FastaError as error:
         raise InputError(as_flags(str(error)).split("; use ")[0]) from None
     return [name for name, _ in pairs], [row for _, row in pairs]
+
+
+def _computed_by(settings) -> tuple[str, str | None, str]:
+    """The kernels and the backend that computed a data set where they run here; else the order's, and why: a query then
+    differs from the data set's own numbers by rounding."""
+    import torch
+
+    from ..ops import BackendError, registry
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = None if settings.backend == "auto" else settings.backend
+    dtype = "float32" if settings.dtype == "int8" else settings.dtype  # all but the layers' matrices
+    try:
+        registry.require_choices(settings.kernels, backend, device, getattr(torch, dtype))
+    except BackendError as error:
+        return "", None, str(error)
+    return settings.kernels, backend, ""
 
 
 def _require_same_numbers(data, other) -> None:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     arch = args.arch or (torch.cuda.get_device_capability(device) if device.startswith("cuda") else None)
     if arch is None:
         print("nothing needs warming on a CPU: its kernels are compiled, and weights are packed when they are loaded")
-        _qualify(args, device)
+        _qualify(args, device, config)
         return
     dtype = DTYPES[of_gpu(arch)[0] if args.dtype == "auto" else args.dtype]
     if dtype == torch.int8:
@@ -65,14 +65,16 @@ def run(args: argparse.Namespace) -> None:
         if not args.arch:
             torch.cuda.synchronize(device)
     compiled.report("sm_{}{}".format(*arch))
-    _qualify(args, device)
+    _qualify(args, device, config)
 
 
-def _qualify(args: argparse.Namespace, device: str) -> None:
+def _qualify(args: argparse.Namespace, device: str, config) -> None:
+    """For the model's size of heads."""
     from .qualify import tell
 
     if args.qualify:
-        tell(device, (), grads=(False,) if args.inference else (False, True))
+        grads = (False,) if args.inference else (False, True)
+        tell(device, (), grads=grads, head_dims=(config.head_dim,))
 
 
 def _config(name: str):

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -153,7 +154,8 @@ def loaded(options: Options, load: Callable) -> tuple:
     """The model that computes, and what decides the bytes."""
     dtype = chosen_dtype(options)
     fingerprint.of_model(options.model)  # before the load, which then need not read the file to find damage
-    model = load(dtype=dtype)
+    with as_begun(options):
+        model = load(dtype=dtype)
     return model, settings_of(options, model.config, model.device, dtype)
 
 
@@ -197,6 +199,12 @@ def said_dtype(options: Options) -> Options:
 def _begun(options: Options) -> Settings | None:
     """Of the data set that is there: what computed it still does, whatever would be chosen today."""
     return load_plan(options.folder).settings if (options.folder / layout.PLAN).exists() else None
+
+
+def as_begun(options: Options):
+    """A context in which a model is loaded for the kernels that the data set was begun with, if it was."""
+    begun = _begun(options)
+    return verdicts.held(begun.kernels) if begun else nullcontext()
 
 
 def _dtype_and_why(options: Options) -> tuple[str, str]:

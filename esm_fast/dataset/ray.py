@@ -9,7 +9,7 @@ import ray
 import ray.exceptions
 
 from ..ops import verdicts
-from .build import Options, chosen_dtype, exact, finished, loader, planned, require_space, settings_of
+from .build import Options, as_begun, chosen_dtype, exact, finished, loader, planned, require_space, settings_of
 from .errors import DatasetError
 from .reader import Dataset
 from .worker import Progress, remaining
@@ -71,7 +71,8 @@ def build_dataset(
 def _settings(options: Options):
     """What decides the bytes on this machine, by what the model's file says of itself."""
     dtype = chosen_dtype(options)
-    model = loader(options)(dtype=dtype)
+    with as_begun(options):
+        model = loader(options)(dtype=dtype)
     return settings_of(options, model.config, model.device, dtype)
 
 
@@ -85,7 +86,8 @@ class _Worker:
 
         self.plan, load_model = load(folder), loader(options)
         dtype = self.plan.settings.dtype
-        model = load_model(dtype=dtype)
+        with verdicts.held(self.plan.settings.kernels):
+            model = load_model(dtype=dtype)
         require_same(self.plan, settings_of(options, model.config, model.device, dtype))
         self.compute = Computer(model, self.plan.settings, exact(self.plan, load_model))
 

@@ -1,13 +1,16 @@
 """The type to compute in where nobody named one, the one meaning of `--dtype auto`.
 
-It is the fastest type whose error the docs state and that the machine multiplies by itself. `esm_fast.load` does not
-ask here: its "auto" is float32, the reference's numbers.
+It is the fastest type whose error the docs state and that the machine multiplies by itself; where `esm-fast qualify`
+measured it no faster than float32, float32. `esm_fast.load` does not ask here: its "auto" is float32, the reference's
+numbers.
 """
 
 import torch
 
 from .. import _C, hub, weights
 from ..formats.levels import at_least
+from ..ops import verdicts
+from ..ops.registry import request_of
 
 AUTO = "auto"
 WAY_BACK = "--dtype float32 gives the reference's numbers"
@@ -21,11 +24,12 @@ def fastest(model: str, device: str, backend: str | None = None) -> tuple[str, s
     if not own and (prepacked := weights.prepacked_dtype(hub.resolve(model))):
         return prepacked, "that of the prepacked file"
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return of_gpu(torch.cuda.get_device_capability(None if device == "auto" else device))
+        device = "cuda" if device == "auto" else device
+        return as_measured(*of_gpu(torch.cuda.get_device_capability(device)), device)
     if backend not in (None, "cpu"):
         return "float32", f"backend {backend} is not the one that multiplies bfloat16 natively on a CPU"
     if at_least(_NATIVE_BF16):
-        return "bfloat16", f"the kernels' level {_C.isa()} multiplies it natively"
+        return as_measured("bfloat16", f"the kernels' level {_C.isa()} multiplies it natively", "cpu")
     return "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
 
 
@@ -37,6 +41,18 @@ def of_gpu(arch: tuple[int, int]) -> tuple[str, str]:
     if arch >= (7, 0):
         return "float16", f"{name} multiplies it natively, and bfloat16 not"
     return "float32", f"{name} multiplies no half precision natively"
+
+
+def as_measured(dtype: str, why: str, device: str) -> tuple[str, str]:
+    """The same where nobody measured, or a layer was faster by it than in float32, on this very machine; else that."""
+    request = request_of(torch.device(device), dtype=torch.float32)
+    took = verdicts.layer_seconds(request, dtype, "float32") if dtype != "float32" else None
+    if took is None:
+        return dtype, why
+    share = took[0] / took[1]
+    if share > verdicts.MARGIN:
+        return "float32", f"a layer was measured at {share:.2f} x its time in {dtype} here"
+    return dtype, f"{why}, and a layer was measured at {share:.2f} x the time of float32 here"
 
 
 def line(dtype: str, asked: str) -> str:

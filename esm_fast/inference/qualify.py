@@ -18,21 +18,22 @@ import torch
 
 from ..ops import OPS, registry, verdicts
 from ..ops.registry import REFERENCE
-from ..ops.verdicts import PROVEN, TRYING, Key
-from .qualifying import ratio
+from ..ops.verdicts import MARGIN, PROVEN, TRYING, Key
+from .qualifying import has_heads, ratio
 
-MARGIN = 0.95  # of the time of the order's choice, in every case, is what another one may take at most to be preferred
-HEAD_DIM = 64  # of the ops' cases at real sizes
+HEAD_DIM = 64  # ESM-1b's; verdicts of ops with attention are of one size of heads
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to qualify. limit: seconds a kernel. modules: imported by the children first, such as a test's toys."""
+    """What to qualify. head_dims: of ops with attention. limit: seconds a kernel. modules: imported by the children
+    first, such as a test's toys."""
 
     device: str
     dtypes: tuple[str, ...]
     grads: tuple[bool, ...] = (False,)
     ops: tuple[str, ...] = ()
+    head_dims: tuple[int, ...] = (HEAD_DIM,)
     limit: float = 60.0
     again: bool = False
     modules: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ def qualify(asked: Asked, note: Callable[[str], None] = lambda line: None) -> di
     Raises OSError where they cannot be written.
     """
     machine = verdicts.identity(asked.device)
-    kept = verdicts.read(machine)
+    before, kept = verdicts.read(machine), {}
     with verdicts.held(""):  # defaults are the order's, whatever was qualified before
         for key in _keys(asked):
             request = _request(key, asked.device)
@@ -52,27 +53,23 @@ def qualify(asked: Asked, note: Callable[[str], None] = lambda line: None) -> di
             able = [k.backend for k in registry.kernels(key.op) if not k.why_not(request)]
             if able == [REFERENCE]:
                 continue
-            old = {} if asked.again else kept.get(str(key), {}).get("backends", {})
-            entry = {"winner": default, "default": default, "backends": {}}
+            old = {} if asked.again else before.get(str(key), {}).get("backends", {})
+            entry = {"winner": default, "default": default, "seconds": 0.0, "backends": {}}
             # What did not return once is not tried again unasked.
             entry["backends"] |= {b: old[b] for b in able if b in old and old[b][0] in (TRYING, "crashed", "hung")}
             kept[str(key)] = entry
-    asked_keys = [str(key) for key in _keys(asked) if str(key) in kept]
-    _prove(asked, machine, kept, asked_keys, note)
-    _compare(asked, machine, kept, asked_keys, note)
-    verdicts.write(machine, kept)
-    return {key: kept[key] for key in asked_keys}
+    _prove(asked, machine, kept, note)
+    _compare(asked, machine, kept, note)
+    verdicts.update(machine, kept)
+    return kept
 
 
 def _keys(asked: Asked) -> Iterator[Key]:
     for op_name in asked.ops or OPS:
         for dtype in asked.dtypes:
-            for grad in asked.grads:
-                yield Key(op_name, dtype, HEAD_DIM if _has_heads(op_name) else 0, grad)
-
-
-def _has_heads(op_name: str) -> bool:
-    return not {"heads", "q"}.isdisjoint(OPS[op_name].signature.parameters)
+            for head_dim in asked.head_dims if has_heads(op_name) else (0,):
+                for grad in asked.grads:
+                    yield Key(op_name, dtype, head_dim, grad)
 
 
 def _request(key: Key, device: str):
@@ -80,10 +77,10 @@ def _request(key: Key, device: str):
     return registry.request_of(torch.device(device), dtype=dtype, head_dim=key.head_dim or None, grad=key.grad)
 
 
-def _prove(asked: Asked, machine: dict, kept: dict, keys: list[str], note) -> None:
+def _prove(asked: Asked, machine: dict, kept: dict, note) -> None:
     tasks = []
-    for text in keys:
-        key, entry = Key.parse(text), kept[text]
+    for text, entry in kept.items():
+        key = Key.parse(text)
         request = _request(key, asked.device)
         for kernel in registry.kernels(key.op):
             if kernel.backend == REFERENCE:
@@ -93,22 +90,21 @@ def _prove(asked: Asked, machine: dict, kept: dict, keys: list[str], note) -> No
 
     def trying(task: dict) -> None:
         kept[task["key"]]["backends"][task["backend"]] = (TRYING, "")
-        verdicts.write(machine, kept)
+        verdicts.update(machine, kept)
 
     for task, outcome in run(tasks, asked, trying):
         kept[task["key"]]["backends"][task["backend"]] = tuple(outcome)
         note(f"{task['key']:40} {task['backend']:10} {outcome[0]}: {outcome[1]}")
 
 
-def _compare(asked: Asked, machine: dict, kept: dict, keys: list[str], note) -> None:
+def _compare(asked: Asked, machine: dict, kept: dict, note) -> None:
     tasks = []
-    for text in keys:
+    for text in kept:
         proven = [b for b, (outcome, _) in kept[text]["backends"].items() if outcome == PROVEN]
         if kept[text]["default"] not in proven:
             kept[text]["winner"] = REFERENCE
-        if len(proven) > 1:
-            tasks.append({"do": "compare", "backends": proven} | _task(Key.parse(text), asked))
-    verdicts.write(machine, kept)
+        tasks.append({"do": "compare", "backends": proven} | _task(Key.parse(text), asked))
+    verdicts.update(machine, kept)
     for task, found in run(tasks, asked, lambda task: None):
         entry = kept[task["key"]]
         if isinstance(found, list):  # it died while it was timed: nothing is chosen for its speed
@@ -125,6 +121,9 @@ def choose(entry: dict, times: dict[str, list[float]]) -> None:
     base = entry["default"] if entry["default"] in times else REFERENCE
     better = [b for b in times if all(a <= MARGIN * c for a, c in zip(times[b], times[base], strict=True))]
     entry["winner"] = min([base, *better], key=lambda backend: ratio(times[backend], times[base]))
+    entry["seconds"] = sum(times[entry["winner"]])
+    if len(times) == 1:
+        return
     for backend in times:
         of = ratio(times[backend], times[entry["winner"]])
         word = (
@@ -134,7 +133,7 @@ def choose(entry: dict, times: dict[str, list[float]]) -> None:
 
 
 def _task(key: Key, asked: Asked) -> dict:
-    return {"key": str(key), "op": key.op, "dtype": key.dtype, "grad": key.grad, "device": asked.device}
+    return {"key": str(key), "device": asked.device} | key._asdict()
 
 
 # ---- children

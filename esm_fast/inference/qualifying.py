@@ -9,14 +9,19 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from ..ops import OPS, registry, verify
 from ..ops.common import spans
+from ..ops.registry import Case
 
 clock = time.perf_counter  # a test has its own
+GUARD = 64  # elements around a tensor that no kernel may let into a result: a multiple of every alignment
+_ROWS = {"x", "q", "k", "v"}  # arguments with a row for every token
 ROUNDS, SECONDS = 5, 0.5  # of timing a case on a backend: rounds at most, and at least 3 even if they take longer
 
 
@@ -31,20 +36,21 @@ def main() -> None:
 
 
 def prove(task: dict) -> list[str]:
-    """[outcome, detail] of one backend's kernel: the rule of `ops.verify` on every case, repeated bits, bits in any
-    batch."""
+    """[outcome, detail] of one backend's kernel: the rule of `ops.verify` on every case, between guards and in memory
+    that are NaN; repeated bits, and bits in any batch."""
     op, device = OPS[task["op"]], task["device"]
     dtype = getattr(torch, task["dtype"])
     kernel = next(k for k in registry.kernels(op.name) if k.backend == task["backend"])
     ran = 0
     try:
-        for case in [*op.cases(), *op.bench_cases()[:1]]:
+        for case in map(guarded, [*op.cases(), *bench_cases(task)[:1]]):
             arguments = verify.bound(op, case.build(dtype, device, 0))
             if kernel.why_not(op.request(arguments)):
                 continue
             ran += 1
-            checks = verify.forward(op, kernel, case, dtype, device)
-            checks += verify.gradients(op, kernel, case, dtype, device, draws=3) if task["grad"] else []
+            with _memory_is_nan():
+                checks = verify.forward(op, kernel, case, dtype, device)
+                checks += verify.gradients(op, kernel, case, dtype, device, draws=3) if task["grad"] else []
             if bad := [check for check in checks if not check.ok]:
                 return [
                     "wrong",
@@ -57,6 +63,50 @@ def prove(task: dict) -> list[str]:
     return ["proven", f"{ran} cases"] if ran else ["wrong", "no case that it takes"]
 
 
+def has_heads(op_name: str) -> bool:
+    """Whether an op's verdicts are of one size of heads."""
+    return not {"heads", "q"}.isdisjoint(OPS[op_name].signature.parameters)
+
+
+def bench_cases(task: dict) -> list[Case]:
+    made = OPS[task["op"]].bench_cases
+    return made(task["head_dim"]) if has_heads(task["op"]) else made()
+
+
+def guarded(case: Case) -> Case:
+    """The case with every tensor in the middle of memory that is NaN, or the largest integer."""
+
+    def build(dtype, device, seed):
+        return {name: _in_guards(value) for name, value in case.build(dtype, device, seed).items()}
+
+    return Case(case.name, build)
+
+
+def _in_guards(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    wide = torch.full((value.numel() + 2 * GUARD,), poison(value.dtype), dtype=value.dtype, device=value.device)
+    return wide[GUARD : GUARD + value.numel()].view(value.shape).copy_(value)
+
+
+def poison(dtype: torch.dtype):
+    """A value that no right result can come from."""
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+@contextmanager
+def _memory_is_nan() -> Iterator[None]:
+    """torch fills what it gives with NaN: an element that no program writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @torch.no_grad()
 def _bits(op, kernel, arguments: dict) -> str | None:
     first, again = (verify.outputs_of(kernel.forward(*arguments.values())) for _ in range(2))
@@ -66,7 +116,9 @@ def _bits(op, kernel, arguments: dict) -> str | None:
     if part is None:
         return None
     alone = verify.outputs_of(kernel.forward(*part.values()))
-    return None if _equal([o[: len(a)] for o, a in zip(first, alone, strict=True)], alone) else "batch-dependent"
+    batches = first, verify.outputs_of(kernel.forward(*_beside_nan(arguments, part).values()))
+    same = [_equal([o[: len(a)] for o, a in zip(batch, alone, strict=True)], alone) for batch in batches]
+    return None if all(same) else "batch-dependent"
 
 
 def _part(arguments: dict) -> dict | None:
@@ -81,9 +133,18 @@ def _part(arguments: dict) -> dict | None:
     if len(lengths) < 2 or arguments.get("rotary") is not None:
         return None
     keep = lengths[: len(lengths) // 2]
-    rows = {n: arguments[n][: sum(keep)].clone() for n in ("x", "q", "k", "v") if n in arguments}
+    rows = {n: arguments[n][: sum(keep)].clone() for n in _ROWS & arguments.keys()}
     longest = {"max_seqlen": max(keep)} if "max_seqlen" in arguments else {}
     return arguments | rows | {"cu_seqlens": ends[: len(keep) + 1].clone()} | longest
+
+
+def _beside_nan(arguments: dict, part: dict) -> dict:
+    """The batch with its other rows NaN, which must not reach the part's."""
+    poisoned = dict(arguments)
+    for name in _ROWS & arguments.keys():
+        poisoned[name] = arguments[name].clone()
+        poisoned[name][len(part[name]) :] = torch.nan
+    return poisoned
 
 
 def _equal(left, right) -> bool:
@@ -95,7 +156,7 @@ def compare(task: dict) -> dict[str, list[float]]:
     op, device, dtype = OPS[task["op"]], task["device"], getattr(torch, task["dtype"])
     kernels = {k.backend: k for k in registry.kernels(op.name) if k.backend in task["backends"]}
     found = {name: [] for name in task["backends"]}
-    for case in op.bench_cases():
+    for case in bench_cases(task):
         arguments = verify.bound(op, case.build(dtype, device, 0))
         if any(kernel.why_not(op.request(arguments)) for kernel in kernels.values()):
             continue

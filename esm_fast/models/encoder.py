@@ -164,7 +164,7 @@ class Encoder(Unscriptable, nn.Module):
         rotary = self.rotary(batch) if depth else None
         all_at_once = None
         if whole and self.before_layer is None and not (attentions or contacts) and all(map(all, parts.halves[:whole])):
-            all_at_once = ops.transformer_stack.kernel_call(self.backend, **self._stack(x, batch, rotary, whole, seen))
+            all_at_once = ops.stack_call(self.backend, **self._stack(x, batch, rotary, whole, seen))
         if all_at_once is not None:
             x, *found = all_at_once()
             seen.add_inner(found)

@@ -13,7 +13,7 @@ from .pool_max import pool_max
 from .pool_moments import pool_moments
 from .pre_ln_attention import pre_ln_attention
 from .registry import OPS, BackendError, explain, select
-from .transformer_stack import POOLS, LayerWeights, StackPool, transformer_stack
+from .transformer_stack import POOLS, LayerWeights, StackPool, stack_call, transformer_stack
 
 for _op in OPS.values():
     if _op.shapes is not None:
@@ -38,6 +38,7 @@ __all__ = [
     "pool_moments",
     "pre_ln_attention",
     "select",
+    "stack_call",
     "transformer_stack",
     "unpack_rows",
 ]

@@ -37,8 +37,9 @@ def cases() -> list[Case]:
     return ragged + widths
 
 
-def bench_cases() -> list[Case]:
-    return [_case("8x256", [256] * 8, 20, 64), _case("natural", [103, 187, 264, 351, 460, 683], 20, 64)]
+def bench_cases(head_dim: int = 64) -> list[Case]:
+    natural = [103, 187, 264, 351, 460, 683]
+    return [_case("8x256", [256] * 8, 20, head_dim), _case("natural", natural, 20, head_dim)]
 
 
 def cost(q, k, v, cu_seqlens, max_seqlen, scale) -> Cost:

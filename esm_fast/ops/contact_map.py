@@ -56,8 +56,8 @@ def cases() -> list[Case]:
     return [_case(name, lengths, 3, 16) for name, lengths in AWKWARD_LENGTHS.items()]
 
 
-def bench_cases() -> list[Case]:
-    return [_case("512", [512], 20, 64)]
+def bench_cases(head_dim: int = 64) -> list[Case]:
+    return [_case("512", [512], 20, head_dim)]
 
 
 def cost(q, k, cu_seqlens, max_seqlen, size, keep, weight, scale) -> Cost:

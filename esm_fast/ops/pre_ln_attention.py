@@ -70,10 +70,10 @@ def cases() -> list[Case]:
 _ROTARY = {24: [1, 300], 32: [40, 0, 9], 64: [130, 5], 128: [33]}
 
 
-def bench_cases() -> list[Case]:
+def bench_cases(head_dim: int = 64) -> list[Case]:
     natural = [103, 187, 264, 351, 460, 683]
     points = {"natural": natural, "1x300": [300], "20x100": [100] * 20, "4x1022": [1022] * 4}
-    return [_case(name, lengths, 20, 64) for name, lengths in points.items()]
+    return [_case(name, lengths, 20, head_dim) for name, lengths in points.items()]
 
 
 def cost(x, cu_seqlens, heads, q_weight, **_) -> Cost:

@@ -121,20 +121,9 @@ class Op:
 
     def run(self, *args, backend: str | None = None, **kwargs):
         arguments = self.bind(args, kwargs)
-        kernel, request = self._chosen(arguments, backend)
+        kernel, request = self.chosen(arguments, backend)
         values = tuple(arguments.values())
         return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
-
-    def kernel_call(self, backend: str | None, **arguments) -> Callable | None:
-        """The call, checked, if it needs no gradients and a kernel would run it, one of the backend that is named if
-        one is; else None: the caller has another way that does not end at the reference."""
-        if torch.compiler.is_compiling() and self.shapes is None:
-            return None
-        arguments = self.bind((), arguments)
-        kernel, request = self._chosen(arguments, backend)
-        if request.grad or kernel.backend == REFERENCE or backend not in (None, kernel.backend):
-            return None
-        return functools.partial(kernel.forward, *arguments.values())
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, in the signature's order; TypeError as for any function. Faster than `signature`."""
@@ -157,7 +146,7 @@ class Op:
         """All tensors among the arguments. Raises ValueError for what the op cannot be computed of, on any backend."""
         return self.contract.check(self.name, arguments)
 
-    def _chosen(self, arguments: dict[str, Any], backend: str | None) -> tuple[Kernel, Request]:
+    def chosen(self, arguments: dict[str, Any], backend: str | None) -> tuple[Kernel, Request]:
         """The kernel for arguments that are right, and the request it was chosen for."""
         tensors = self.check(**arguments)
         request = self.request(arguments, tensors)
@@ -302,6 +291,17 @@ def select(op_name: str, request: Request, backend: str | None = None) -> Kernel
     candidates, first = tuple(_KERNELS[op_name]), None if backend else verdicts.preferred(op_name, request)
     kernel = _first(candidates, request, first, verdicts.holds()) if first else None
     return kernel or _chosen(op_name, candidates, request, backend)
+
+
+def require_choices(choices: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises BackendError where choices that `verdicts` gave, or a backend that was named, cannot run on a device."""
+    with verdicts.held(choices):
+        for key in verdicts.keys_of(choices):
+            head_dim, of = key.head_dim or None, getattr(torch, key.dtype)
+            select(key.op, request_of(device, dtype=of, head_dim=head_dim, grad=key.grad))
+        if backend:
+            select("gelu_ffn", request_of(device, dtype=dtype), backend)
+            select("attention_varlen", request_of(device, dtype=dtype), backend)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,11 +1,13 @@
 """transformer_stack: all layers of a transformer, one after the other; `pre_ln_attention` and `gelu_ffn`, composed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
+from . import opaque
 from .common import AWKWARD_LENGTHS, Maker, spans
 from .contract import Contract, Records, Spec, floats, heads_of, longest, offsets, real, turns, weights
 from .gelu_ffn import _case as ffn_case
@@ -17,7 +19,7 @@ from .pool_moments import pool_moments
 from .pre_ln_attention import _case as attention_case
 from .pre_ln_attention import cost as attention_cost
 from .pre_ln_attention import pre_ln_attention
-from .registry import Case, Cost, op
+from .registry import REFERENCE, Case, Cost, op, select
 
 
 class LayerWeights(NamedTuple):
@@ -159,8 +161,8 @@ def cases() -> list[Case]:
     ]
 
 
-def bench_cases() -> list[Case]:
-    return [_case(f"{n}_tokens", [n], 20, 64, 5120, 2) for n in (10, 300)]
+def bench_cases(head_dim: int = 64) -> list[Case]:
+    return [_case(f"{n}_tokens", [n], 20, head_dim, 80 * head_dim, 2) for n in (10, 300)]
 
 
 def cost(x, cu_seqlens, layers, heads, return_layers, pools=(), **_) -> Cost:
@@ -212,4 +214,41 @@ def transformer_stack(
         for place, (layer_of_pool, op_name, rows) in enumerate(pools):
             if layer_of_pool == number:
                 pooled[place] = POOLS[op_name].reference(x, cu_seqlens, rows)
+    return x, *(after[number] for number in return_layers), *pooled
+
+
+def stack_call(backend: str | None, **arguments) -> Callable | None:
+    """The call of all layers, checked once and its kernels chosen once: one of a kernel for all of them, or of the two
+    that its halves are computed by, with the bits that they have one by one. None where gradients are due and while
+    torch.compile traces, which see the halves."""
+    if torch.compiler.is_compiling():
+        return None
+    arguments = transformer_stack.bind((), arguments)
+    tensors = transformer_stack.check(**arguments)
+    request = transformer_stack.request(arguments, tensors)
+    if request.grad or opaque.why(tensors) is not None:
+        return None
+    kernel = select("transformer_stack", request, backend)
+    if kernel.backend != REFERENCE and backend in (None, kernel.backend):
+        return partial(kernel.forward, *arguments.values())
+    chosen = {}
+    for layer in arguments["layers"]:
+        key = layer.q_weight.dtype, layer.fc1_weight.dtype
+        if key not in chosen:
+            attention = select("pre_ln_attention", request._replace(dtype=key[0]), backend)
+            chosen[key] = attention, select("gelu_ffn", request._replace(dtype=key[1], head_dim=None), backend)
+    return partial(_by_halves, chosen, backend, **arguments)
+
+
+def _by_halves(chosen: dict, backend, x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
+    after, pooled = {}, [None] * len(pools)
+    for number, layer in enumerate(layers, start=1):
+        attention, ffn = chosen[layer.q_weight.dtype, layer.fc1_weight.dtype]
+        x = attention.forward(x, cu_seqlens, max_seqlen, *layer.attention, heads, layer.attn_eps, rotary, False)
+        x = ffn.forward(x, *layer.ffn, layer.ffn_eps)
+        if number in return_layers:
+            after[number] = x
+        for place, wanted in enumerate(pools):
+            if wanted.layer == number:
+                pooled[place] = POOLS[wanted.op](x, cu_seqlens, wanted.rows, backend=backend)
     return x, *(after[number] for number in return_layers), *pooled

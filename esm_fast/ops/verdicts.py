@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import torch
 
 from .. import _C, __version__
@@ -30,7 +31,10 @@ from ..files.cpuinfo import first_processor
 
 OFF = "off"  # ESM_FAST_VERDICTS=off ignores all verdicts; another value is the folder they lie in
 PROVEN, TRYING = "proven", "trying"  # the other outcomes: wrong, irreproducible, batch-dependent, crashed, hung
+MARGIN = 0.95  # of the time of the order's choice, in every case, is what another one may take at most to be preferred
 _FORMAT = "esm_fast verdicts 1"
+_PATIENCE = 60  # seconds to wait for another writer, which holds the file for milliseconds
+_LAYER = ("pre_ln_attention", "gelu_ffn")  # the halves of a layer, by which types are compared
 
 
 class Key(NamedTuple):
@@ -109,8 +113,11 @@ def path_of(machine: dict) -> Path | None:
 
 
 def read(machine: dict) -> dict[str, dict]:
-    """Key -> {"winner", "default", "backends": {backend: [outcome, detail]}}. Empty where there is none to believe:
-    one that is damaged or of another machine is ignored with a word on standard error."""
+    """Key -> {"winner", "default", "seconds", "backends": {backend: [outcome, detail]}}. Empty where there is none to
+    believe: one that is damaged or of another machine is ignored with a word on standard error.
+
+    seconds: that the winner took for all bench cases of the op; 0 where nothing was timed.
+    """
     path = path_of(machine)
     if path is None or not path.exists():
         return {}
@@ -126,16 +133,21 @@ def read(machine: dict) -> dict[str, dict]:
 
 def _entry(entry: dict) -> dict:
     backends = {str(name): (str(outcome), str(detail)) for name, (outcome, detail) in entry["backends"].items()}
-    return {"winner": entry["winner"], "default": entry["default"], "backends": backends}
+    seconds = float(entry.get("seconds", 0.0))
+    return {"winner": entry["winner"], "default": entry["default"], "seconds": seconds, "backends": backends}
 
 
-def write(machine: dict, verdicts: dict[str, dict]) -> Path:
-    """Raises OSError. The file is whole or as it was; of two writers the last one's is there."""
+def update(machine: dict, entries: dict[str, dict]) -> Path:
+    """Puts entries among those that are kept; others stay, also what another process writes at the same time.
+
+    Raises OSError. The file is whole or as it was; of two writers of one entry the last one's is there.
+    """
     path = path_of(machine)
     if path is None:
         raise OSError("verdicts are switched off by ESM_FAST_VERDICTS=off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"machine": machine, "verdicts": verdicts})
+    with filelock.FileLock(f"{path}.lock", timeout=_PATIENCE):
+        write_json(path, {"machine": machine, "verdicts": read(machine) | entries})
     forget()
     return path
 
@@ -171,6 +183,17 @@ def preferred(op_name: str, request) -> str | None:
     return entry["winner"] if entry and entry["winner"] != entry["default"] else None
 
 
+def layer_seconds(request, dtype: str, other: str) -> tuple[float, float] | None:
+    """What the halves of a layer take in two types where both were timed here; None where one was not."""
+    found = table(request)
+    keys = [Key.parse(text) for text in found]
+    halves = {(key.op, key.head_dim) for key in keys if key.op in _LAYER and not key.grad}
+    keys = [[str(Key(op, of, dim, False)) for of in (dtype, other)] for op, dim in halves]
+    pairs = [[found[key]["seconds"] for key in pair] for pair in keys if found.keys() >= set(pair)]
+    pairs = [pair for pair in pairs if all(pair)]
+    return tuple(map(sum, zip(*pairs, strict=True))) if pairs else None
+
+
 def said(op_name: str, request, backend: str) -> str | None:
     """What the verdict on a backend says, for `explain`; None where there is none."""
     entry = table(request).get(str(key_of(op_name, request)))
@@ -201,6 +224,11 @@ def _parsed(text: str) -> dict[str, str]:
         return {str(Key.parse(key)): backend for key, backend in pairs}
     except (ValueError, KeyError):
         raise ValueError(f"{text[:80]!r} is no choice of kernels") from None
+
+
+def keys_of(choices: str) -> list[Key]:
+    """What choices are of. Raises ValueError."""
+    return [Key.parse(key) for key in _parsed(choices)]
 
 
 def holds() -> bool:
