@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from esm_fast.ops.attention_varlen import attention_varlen as attention_op
+from esm_fast.ops.common import aligned, parts_of
 from esm_fast.ops.pre_ln_attention import compose
 from esm_fast.ops.registry import Request, implements
 
@@ -20,6 +21,7 @@ _OLDEST_ARCH, _OLDEST_BF16 = (5, 0), (8, 0)
 _NEWEST_MAJOR = 9  # whether there are kernels beyond depends on the release of torch
 _ALIGNED = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}  # elements in 16 bytes
 _NO_MASK = 0
+_MOST_SEQUENCES = 65_535  # of a launch: they are its grid's third axis
 
 
 def why_not(request: Request) -> list[str]:
@@ -44,38 +46,46 @@ def why_not(request: Request) -> list[str]:
     return reasons
 
 
+def _ready(*tensors) -> list[torch.Tensor]:
+    return aligned([tensor.contiguous() for tensor in tensors])
+
+
 def _attend(q, k, v, cu_seqlens, max_seqlen, scale, keep_lse):
-    """(out, log-sum-exp of every row: (sequences, heads, max_seqlen up to a multiple of 32), empty unless kept)."""
+    """(out, [log-sum-exp of every row: (sequences, heads, max_seqlen up to a multiple of 32), empty unless kept])."""
     if not len(q):
-        return torch.empty_like(q), q.new_empty(0, dtype=torch.float32)
-    q, k, v = (tensor.contiguous()[None] for tensor in (q, k, v))
-    ends = cu_seqlens.contiguous()
-    offsets = (ends, ends, max_seqlen, max_seqlen)
-    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        q, k, v, None, *offsets, 0.0, _NO_MASK, keep_lse, scale=scale
-    )
-    return out[0], lse
+        return torch.empty_like(q), [q.new_empty(0, dtype=torch.float32)]
+    found, (q, k, v) = [], _ready(q, k, v)
+    for rows, ends in parts_of(cu_seqlens, len(q), _MOST_SEQUENCES):
+        longest = min(max_seqlen, rows.stop - rows.start)
+        out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+            *(tensor[None, rows] for tensor in (q, k, v)), None, ends, ends, longest, longest, 0.0, _NO_MASK, keep_lse,
+            scale=scale,
+        )  # fmt: skip
+        found.append((out[0], lse))
+    outs, lses = zip(*found, strict=True)
+    return outs[0] if len(outs) == 1 else torch.cat(outs), list(lses)
 
 
 def _train(q, k, v, cu_seqlens, max_seqlen, scale):
-    out, lse = _attend(q, k, v, cu_seqlens, max_seqlen, scale, True)
-    return out, (out, lse)
+    out, lses = _attend(q, k, v, cu_seqlens, max_seqlen, scale, True)
+    return out, (out, *lses)
 
 
 def _backward(arguments, kept, grad_outputs):
     q, k, v, cu_seqlens, max_seqlen, scale = arguments
-    out, lse = kept
+    out, *lses = kept
     if not len(q):
         return *(torch.empty_like(tensor) for tensor in (q, k, v)), None, None, None
-    grad, q, k, v, out = (tensor.contiguous()[None] for tensor in (*grad_outputs, q, k, v, out))
-    ends = cu_seqlens.contiguous()
-    offsets = (ends, ends, max_seqlen, max_seqlen)
-    no_seed = lse.new_empty((), dtype=torch.int64)  # of the dropout, of which there is none
-    dropout = (0.0, no_seed, no_seed)
-    dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-        grad, q, k, v, None, out, *offsets, lse, *dropout, _NO_MASK, False, scale=scale, num_splits_key=1
-    )
-    return dq[0], dk[0], dv[0], None, None, None
+    grads, (grad, q, k, v, out) = [], _ready(*grad_outputs, q, k, v, out)
+    for (rows, ends), lse in zip(parts_of(cu_seqlens, len(q), _MOST_SEQUENCES), lses, strict=True):
+        longest = min(max_seqlen, rows.stop - rows.start)
+        no_seed = lse.new_empty((), dtype=torch.int64)  # of the dropout, of which there is none
+        grads.append(torch.ops.aten._efficient_attention_backward(
+            *(tensor[None, rows] for tensor in (grad, q, k, v)), None, out[None, rows], ends, ends, longest, longest,
+            lse, 0.0, no_seed, no_seed, _NO_MASK, False, scale=scale, num_splits_key=1,
+        )[:3])  # fmt: skip
+    joined = ([part[0] for part in parts] for parts in zip(*grads, strict=True))
+    return *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in joined), None, None, None
 
 
 @implements("attention_varlen", backend=BACKEND, why_not=why_not, train=_train, backward=_backward)
@@ -84,6 +94,8 @@ def attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale):
     return _attend(q, k, v, cu_seqlens, max_seqlen, scale, False)[0]
 
 
-# By name: inside, too, it runs or says why not.
+# Where gradients are due, by name: inside, too, it runs or says why not. Else the kernel itself, whose reasons are the
+# same, and whose arguments are made here.
 _composed = partial(compose, attention=partial(attention_op, backend=BACKEND))
-implements("pre_ln_attention", backend=BACKEND, why_not=why_not, differentiable=_composed)(_composed)
+_direct = partial(compose, attention=attention_varlen)
+implements("pre_ln_attention", backend=BACKEND, why_not=why_not, differentiable=_composed)(_direct)

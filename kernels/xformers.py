@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from esm_fast.ops.attention_varlen import attention_varlen as attention_op
+from esm_fast.ops.common import aligned
 from esm_fast.ops.pre_ln_attention import compose
 from esm_fast.ops.registry import Request, implements
 
@@ -49,7 +50,7 @@ def _with_mask(q, k, v, cu_seqlens):
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
-    q, k, v = (tensor.contiguous()[None] for tensor in (q, k, v))
+    q, k, v = (tensor[None] for tensor in aligned([tensor.contiguous() for tensor in (q, k, v)]))
     return q, k, v, BlockDiagonalMask.from_seqlens(lengths, device=q.device)
 
 

@@ -15,6 +15,14 @@ AWKWARD_LENGTHS = {
 }
 
 
+ALIGNMENT = 16  # bytes that kernels on GPUs load at once
+
+
+def aligned(values) -> list:
+    """The same, tensors copied that do not begin at a multiple of 16 bytes, as a view into a flat buffer may not."""
+    return [v.clone() if isinstance(v, torch.Tensor) and v.data_ptr() % ALIGNMENT else v for v in values]
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 stays fp64; everything else accumulates (statistics, softmax, residual stream) in fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -41,6 +49,17 @@ def gelu(x):
 def spans(cu_seqlens) -> list[tuple[int, int]]:
     """[(first row, one past the last row)] of each packed sequence."""
     return list(itertools.pairwise(cu_seqlens.tolist()))
+
+
+def parts_of(cu_seqlens, rows: int, most: int) -> list[tuple[slice, torch.Tensor]]:
+    """[(rows, where their sequences end among them)], of at most so many sequences, for a launch that takes no more."""
+    ends, sequences = cu_seqlens.contiguous(), len(cu_seqlens) - 1
+    if sequences <= most:
+        return [(slice(0, rows), ends)]
+    firsts = [*range(0, sequences, most), sequences]
+    bounds = ends[firsts].tolist()  # waits for the GPU, which so many sequences keep busy
+    cut = zip(itertools.pairwise(firsts), itertools.pairwise(bounds), strict=True)
+    return [(slice(a, b), ends[i : j + 1] - a) for (i, j), (a, b) in cut if b > a]
 
 
 class Maker:

@@ -17,7 +17,8 @@ sm_80 to sm_90 (A100, RTX 30 and 40, H100): the same. torch's attention may choo
     which alone is faster than cutlass; but ESM-1b's proteins are short (300 tokens), their launches many, and attention
     is 2 to 12 % of the model. The Triton kernels fuse all ops and stand first: they are compiled for each
     architecture's own tensor-core instructions, where the CUDA kernels have WMMA's for all. Both run by name only until
-    a report from a GPU (`make gpu-report`) shows them right and fast. xformers runs by name only, too: it may choose
+    a report from a GPU (`make gpu-report`) shows them right and fast, as flash does, torch's FlashAttention-2 over
+    packed sequences. xformers runs by name only, too: it may choose
     FlashAttention-3, but waits in every layer for the sequences' lengths.
 
 sm_100 and newer (B200, RTX 50): torch's cutlass kernels are not in all its releases there, so the reference, until
@@ -25,7 +26,7 @@ sm_100 and newer (B200, RTX 50): torch's cutlass kernels are not in all its rele
 """
 
 REFERENCE = "reference"
-ORDER = ("triton", "cuda", "cutlass", "xformers", "cpu")
+ORDER = ("triton", "cuda", "flash", "cutlass", "xformers", "cpu")
 
 
 def priority_of(backend: str) -> int:

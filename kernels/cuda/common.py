@@ -6,6 +6,7 @@ import functools
 import torch
 
 from esm_fast.ops import registry
+from esm_fast.ops.common import aligned
 from esm_fast.ops.registry import Request
 
 from .driver import Driver
@@ -55,23 +56,27 @@ def yields(request: Request) -> list[str]:
 
 
 def implements(op_name: str, *, backward=None, train=None, why_not=why_not):
-    """`registry.implements` for this backend, on the device of the tensors. In a backward autograd sees to that."""
+    """`registry.implements` for this backend, on the device of the tensors, which in a backward autograd sees to; they
+    begin where a lane may load 16 bytes."""
 
     def on_its_device(function):
         @functools.wraps(function)
         def run(*arguments):
             lead = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
             with torch.cuda.device_of(lead):
-                return function(*arguments)
+                return function(*aligned(arguments))
 
         return run
+
+    def backward_of(arguments, kept, grad_outputs):
+        return backward(aligned(arguments), kept, aligned(grad_outputs))
 
     return lambda forward: registry.implements(
         op_name,
         backend=BACKEND,
         why_not=why_not,
         yields=yields,
-        backward=backward,
+        backward=backward and backward_of,
         train=train and on_its_device(train),
     )(on_its_device(forward))
 

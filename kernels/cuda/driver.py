@@ -89,6 +89,7 @@ class Driver:
     def launch(self, launch: Launch) -> None:
         cuda = _library()
         lead = next(argument for argument in launch.arguments if isinstance(argument, torch.Tensor))
+        _bind(lead.device.index)
         kernel = self._kernel(launch, lead.device)
         _, values = parameters(launch)
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -104,6 +105,7 @@ class Driver:
         name = image_name(launch.source, SCALARS[launch.dtype], torch.cuda.get_device_capability(device))
         with self._lock:
             if (name, launch.kernel) not in self._kernels:
+                _require_no_capture(launch.kernel)
                 self._kernels[name, launch.kernel] = _load(name, launch.kernel)
             kernel = self._kernels[name, launch.kernel]
         if launch.shared > _SHARED_UNASKED:
@@ -111,6 +113,30 @@ class Driver:
             code = cuda.cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, launch.shared, kernel, index)
             _check(cuda, code, f"{launch.shared} bytes of shared memory for {launch.kernel}")
         return kernel
+
+
+def _bind(index: int) -> None:
+    """Makes torch's context of a device current in this thread. A fresh thread has none: torch makes one current at its
+    first own call, which may come after ours."""
+    cuda, current, context = _library(), ctypes.c_void_p(), _context(index)
+    _check(cuda, cuda.cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    if current.value != context.value:
+        _check(cuda, cuda.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+@functools.cache
+def _context(index: int) -> ctypes.c_void_p:
+    """The device's primary context, which is torch's; it is held as long as the process lives, as torch does."""
+    cuda, device, context = _library(), ctypes.c_int(), ctypes.c_void_p()
+    _check(cuda, cuda.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+    _check(cuda, cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    return context
+
+
+def _require_no_capture(kernel: str) -> None:
+    """Raises DriverError while a CUDA graph is captured: loading code then fails, and ends the capture."""
+    if torch.cuda.is_current_stream_capturing():
+        raise DriverError(f"{kernel} cannot be loaded while a CUDA graph is captured: run the same once before it")
 
 
 @functools.cache

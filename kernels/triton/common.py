@@ -4,8 +4,15 @@ Kernels accumulate in fp32 whatever they load. With TRITON_INTERPRET=1 in the en
 run on CPU tensors in Triton's interpreter: far too slow to use, but how their arithmetic is tested without a GPU.
 """
 
+import contextlib
 import functools
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +20,7 @@ import triton
 import triton.language as tl
 
 from esm_fast.ops import registry
+from esm_fast.ops.common import aligned
 from esm_fast.ops.registry import Request
 
 BACKEND = "triton"
@@ -45,11 +53,46 @@ def why_not(request: Request) -> list[str]:
     on_cpu = request.device == "cpu" and (interpreted() or elsewhere is not None)
     if request.device != "cuda" and not on_cpu:
         reasons.append(f"needs a CUDA device (or TRITON_INTERPRET=1 on the CPU), the tensors are on {request.device}")
+    if request.device == "cuda" and torch.cuda.is_available():  # of a GPU that is elsewhere nothing is known
+        reasons += _not_here()
     if request.dtype not in NAMES:
         reasons.append(f"has float16, bfloat16 and float32, not {str(request.dtype).removeprefix('torch.')}")
     if request.head_dim is not None and request.head_dim > MAX_HEAD_DIM:
         reasons.append(f"needs a head_dim up to {MAX_HEAD_DIM}, this is {request.head_dim}")
     return reasons
+
+
+@functools.cache
+def _not_here() -> list[str]:
+    """What Triton lacks on this machine: a C compiler builds what loads and launches its kernels, into its cache."""
+    folder = Path(triton.knobs.cache.dir)
+    reasons = []
+    if triton.knobs.build.impl is None and not any(folder.glob("*/cuda_utils*.so")):  # or built before
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            reasons.append("needs a C compiler at run time: install gcc, or set CC")
+        scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+        if not (header := Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").exists():
+            reasons.append(f"needs {header} at run time: install Python's headers (python3-dev)")
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError:
+        reasons.append(f"cannot write its cache {folder}: set TRITON_CACHE_DIR to a folder of your own")
+    return reasons
+
+
+@contextlib.contextmanager
+def _first_launches_told() -> Iterator[None]:
+    """What fails while a CUDA graph is captured says that a kernel's first launch cannot be part of one."""
+    try:
+        yield
+    except Exception as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a Triton kernel failed while a CUDA graph was captured ({error}): run the same once before the "
+                "capture, since a kernel's first launch compiles and loads it"
+            ) from error
+        raise
 
 
 def yields(request: Request) -> list[str]:
@@ -62,22 +105,27 @@ def implements(op_name: str, *, backward=None, train=None):
     """`registry.implements` for this backend.
 
     Triton launches on the current device: it is made that of the tensors. In a backward autograd sees to that.
+    Tensors begin at a multiple of 16 bytes, as they did when the kernels were compiled beforehand.
     """
 
     def on_its_device(function):
         @functools.wraps(function)
         def run(*arguments):
-            with torch.cuda.device_of(arguments[0]):
-                return function(*arguments)
+            with torch.cuda.device_of(arguments[0]), _first_launches_told():
+                return function(*aligned(arguments))
 
         return run
+
+    def backward_of(arguments, kept, grad_outputs):
+        with _first_launches_told():
+            return backward(aligned(arguments), kept, aligned(grad_outputs))
 
     return lambda forward: registry.implements(
         op_name,
         backend=BACKEND,
         why_not=why_not,
         yields=yields,
-        backward=backward,
+        backward=backward and backward_of,
         train=train and on_its_device(train),
     )(on_its_device(forward))
 

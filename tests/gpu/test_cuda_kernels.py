@@ -4,6 +4,8 @@ The Python side is the one that ships: only what executes its launches is anothe
 proves.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,29 @@ def test_every_case(kernel, case, dtype):
     op = OPS[kernel.op]
     for check in verify.forward(op, kernel, case, dtype, "cpu") + verify.gradients(op, kernel, case, dtype, "cpu"):
         assert check.ok, check
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.op)
+def test_tensors_may_begin_anywhere(kernel):
+    """A view into a flat buffer has the same bits as a tensor by itself; the emulator refuses a load that is not
+    aligned."""
+    op = OPS[kernel.op]
+    case = next(case for case in op.cases() if case.name in ("tiny", "rows_33", "ragged", "masked_rows"))
+    arguments = verify.bound(op, case.build(torch.float16, "cpu", 0))
+    moved = {name: _one_further(value) for name, value in arguments.items()}
+    found = [
+        [*verify.outputs_of(kernel.forward(*of.values())), *verify.projected(partial(op, backend="cuda"), of, 0)]
+        for of in (arguments, moved)
+    ]
+    assert all(map(torch.equal, *found))
+
+
+def _one_further(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    flat = value.new_empty(value.numel() + 1)
+    assert flat[1:].data_ptr() % 16
+    return flat[1:].view(value.shape).copy_(value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SCALARS.get)

@@ -2,12 +2,13 @@
 ops' own cases; and which backend is chosen on which GPU."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cutlass_standin import admitted, installed
-from esm_fast.kernels import cutlass
+from esm_fast.kernels import cutlass, flash
 from fakes import trained_like
 
 from esm_fast.cli import main
@@ -17,7 +18,7 @@ from esm_fast.ops.registry import REFERENCE, Request
 from esm_fast.sequences.batching import pack_padded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["cutlass", "xformers"]
+BACKENDS = ["cutlass", "flash", "xformers"]
 TOKENS = torch.tensor([[0, 20, 15, 32, 11, 7, 2], [0, 5, 5, 5, 2, 1, 1]])
 A100 = Request("cuda", (8, 0), torch.bfloat16, 64, False)
 
@@ -50,7 +51,8 @@ def runs():
         for name in ("attention_varlen", "pre_ln_attention"):
             for case in OPS[name].cases():
                 for dtype in DTYPES:
-                    if (backend, dtype) != ("xformers", torch.bfloat16):  # which xformers has on GPUs alone
+                    # xformers has bf16 on GPUs alone, FlashAttention-2 has half types alone.
+                    if (backend, dtype) not in (("xformers", torch.bfloat16), ("flash", torch.float32)):
                         text = f"{name}-{backend}-{case.name}-{str(dtype)[6:]}"
                         yield pytest.param(OPS[name], backend, case, dtype, id=text)
 
@@ -70,6 +72,36 @@ def test_forward_and_gradients(op, backend, case, dtype, log):
     for check in verify.gradients(op, kernel, case, dtype, "cpu"):
         assert check.ok, check
     assert log == ["forward", "forward", "backward"]
+
+
+@pytest.mark.parametrize("backend", ["cutlass", "flash"])
+@pytest.mark.parametrize("name", ["primes", "empty_between"])
+def test_more_sequences_than_a_launch_takes(name, backend, log, monkeypatch):
+    """Are computed in several, with the bits of one."""
+    op = OPS["attention_varlen"]
+    case = next(case for case in op.cases() if case.name == name)
+    arguments = case.build(torch.float16, "cpu", 0)
+    run = partial(op, backend=backend)
+    once = [run(**arguments), *verify.projected(run, arguments, 0)]
+    del log[:]
+    monkeypatch.setattr({"cutlass": cutlass, "flash": flash}[backend], "_MOST_SEQUENCES", 2)
+    parts = [run(**arguments), *verify.projected(run, arguments, 0)]
+    assert log == ["forward"] * 4 + ["backward"] * 2
+    assert all(map(torch.equal, once, parts))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_begin_where_a_kernel_can_load_them(backend, log):
+    """A view into a flat buffer may begin at any element; the stand-in refuses what is not at 16 bytes."""
+    dtype = torch.float16 if backend == "flash" else torch.float32
+    arguments = OPS["attention_varlen"].cases()[3].build(dtype, "cpu", 0)
+    for name in ("q", "k", "v"):
+        flat = torch.empty(arguments[name].numel() + 1, dtype=dtype)
+        arguments[name] = flat[1:].view(arguments[name].shape).copy_(arguments[name]).requires_grad_()
+    out = OPS["attention_varlen"](**arguments, backend=backend)
+    above = torch.ones(out.numel() + 1, dtype=dtype)[1:].view(out.shape)
+    torch.autograd.grad(out, [arguments[name] for name in ("q", "k", "v")], above)
+    assert log == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,7 +162,7 @@ def test_shapes_are_those_of_torchs_meta_function(train, dtype):
     with installed([]):
         real = cutlass._attend(*arguments.values(), train)
     meta = cutlass._attend(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments.values()), train)
-    for ours, torchs in zip(real, meta, strict=True):
+    for ours, torchs in zip((real[0], *real[1]), (meta[0], *meta[1]), strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (torchs.shape, torchs.dtype, torchs.stride())
 
 
@@ -165,6 +197,8 @@ def no_other_attention(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_model_runs_it_and_no_other(backend, dtype, log, no_other_attention):
+    if (backend, dtype) == ("flash", torch.float32):
+        pytest.skip("FlashAttention-2 has half types alone")
     batch, _ = pack_padded(TOKENS)
     with torch.inference_mode():
         out = model(dtype, backend).forward_packed(batch, layers=(1, 2), logits=True)
@@ -174,7 +208,7 @@ def test_the_model_runs_it_and_no_other(backend, dtype, log, no_other_attention)
     assert log == ["forward"] * 4 + ["backward"] * 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cutlass", "xformers"])
 def test_the_model_trains_as_on_the_reference(backend, log):
     batch, _ = pack_padded(TOKENS)
 
@@ -256,6 +290,9 @@ def test_a_cpu_prefers_its_own_kernels():
         ("cutlass", dict(head_dim=20), "multiple of 8 in bfloat16, this is 20"),
         ("cutlass", dict(head_dim=18, dtype=torch.float32), "multiple of 4 in float32, this is 18"),
         ("xformers", dict(arch=(7, 5)), "needs compute capability 8.0, this GPU has 7.5"),
+        ("flash", dict(arch=(7, 5)), "needs compute capability 8.0 to 9.x, this GPU has 7.5"),
+        ("flash", dict(dtype=torch.float32), "has float16 and bfloat16, not float32"),
+        ("flash", dict(head_dim=20), "multiple of 8 up to 256, this is 20"),
         ("xformers", dict(arch=(10, 0), dtype=torch.float32), "float32 up to compute capability 9.0"),
         ("triton", dict(arch=(7, 0)), "needs compute capability 8.0, this GPU has 7.0"),
     ],

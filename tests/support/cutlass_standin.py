@@ -1,4 +1,5 @@
-"""A CPU implementation of torch's two memory-efficient attention operators, which have none: for tests without a GPU.
+"""A CPU implementation of torch's operators of memory-efficient and flash attention, which have none: for tests without
+a GPU.
 
 It refuses what torch's CUDA code refuses, computes the forward by the textbook formula, and the backward from the
 log-sum-exp and the output it is handed, as the CUDA kernel does: a caller that hands over the wrong ones gets wrong
@@ -28,9 +29,19 @@ def installed(log: list):
         log.append("backward")
         return _backward(*arguments, **options)
 
+    def flash_forward(*arguments, **options):
+        log.append("forward")
+        return _flash_forward(*arguments, **options)
+
+    def flash_backward(*arguments, **options):
+        log.append("backward")
+        return _flash_backward(*arguments, **options)
+
     with library._scoped_library("aten", "IMPL") as aten:
         aten.impl("_efficient_attention_forward", forward, "CPU")
         aten.impl("_efficient_attention_backward", backward, "CPU")
+        aten.impl("_flash_attention_forward", flash_forward, "CPU")
+        aten.impl("_flash_attention_backward", flash_backward, "CPU")
         yield log
 
 
@@ -110,3 +121,37 @@ def _backward(
                                strict=True):  # fmt: skip
             whole[0, start:end] = part.transpose(0, 1).to(q.dtype)
     return *grads, torch.empty(())
+
+
+def _flash_check(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal):
+    assert q.dtype in (torch.float16, torch.bfloat16), "FlashAttention-2 has half types alone"
+    assert q.dim() == 3 and q.shape[2] % 8 == 0 and not causal
+    _check(q[None], k[None], v[None], None, ends_q, ends_k, longest_q, longest_k, dropout, 0)
+
+
+def _flash_forward(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug, *, scale=None, **options):
+    """The log-sum-exp is (heads, rows), as FlashAttention-2 has it for packed sequences."""
+    assert not debug and not any(value is not None for value in options.values())
+    _flash_check(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal)
+    given = (q[None], k[None], v[None], None, ends_q, ends_k, longest_q, longest_k, 0.0, 0, True)
+    out, padded, *_ = _forward(*given, scale=scale)
+    lse = torch.full((q.shape[1], len(q)), float("nan"))
+    for i, (start, end) in enumerate(_spans(ends_q)):
+        lse[:, start:end] = padded[i, :, : end - start]
+    return out[0], lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
+
+
+def _flash_backward(
+    grad, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, dropout, causal, seed, unused,
+    *, scale=None, **options,
+):  # fmt: skip
+    assert torch.are_deterministic_algorithms_enabled(), "dq would be summed in no fixed order"
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    _flash_check(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal)
+    assert lse.shape == (q.shape[1], len(q)) and seed.dtype == torch.uint64
+    padded = torch.zeros(len(ends_q) - 1, q.shape[1], -(-longest_q // 32) * 32)
+    for i, (start, end) in enumerate(_spans(ends_q)):
+        padded[i, :, : end - start] = lse[:, start:end]
+    given = (grad[None], q[None], k[None], v[None], None, out[None], ends_q, ends_k, longest_q, longest_k, padded)
+    dq, dk, dv, _ = _backward(*given, 0.0, None, None, 0, False, scale=scale)
+    return dq[0], dk[0], dv[0]
