@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 PROOFS := tests/gpu tests/cpu/test_amx.py tests/cpu/test_sanitizers.py tests/ops/test_qualify.py
 PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: embed test test-proofs lint bench proof attack gpu-report clean
+.PHONY: embed test test-proofs lint bench proof attack gpu-report compat clean
 
 embed: .venv/core
 	mkdir -p out
@@ -42,10 +42,22 @@ proof: .venv/test
 attack: .venv/test
 	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m attack
 
-# For whoever has a GPU: tests and times everything on it, and writes gpu-report.md and gpu-report.json.
+# For whoever has a GPU: is everything right on it, and how fast. It needs torch and the built package, no network; each
+# part is a process of its own, and the same command resumes. What to run first: make gpu-report REPORT="--only smoke correct".
 # `make gpu-report REPORT=--dry-run` shows without a GPU that it works.
-gpu-report: .venv/test
-	$(BIN)/python benches/gpu_report.py $(REPORT)
+gpu-report:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benches/gpu_report.py $(REPORT)
+
+# The oldest versions that pyproject.toml allows, in an environment of its own: imports, ops, Triton's machine code for
+# sm_90 and its interpreter. Some 5 GB of packages; nothing of them is kept elsewhere.
+compat: .venv/compat/done
+	.venv/compat/bin/python tests/proof/compat.py
+
+.venv/compat/done: pyproject.toml
+	$(PYTHON) -m venv .venv/compat
+	.venv/compat/bin/pip install --quiet "torch==2.10.*" "triton==3.6.*" "numpy>=2,<2.4" pytest hypothesis ml_dtypes
+	.venv/compat/bin/pip install --quiet --editable .
+	touch $@
 
 .venv/core: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .

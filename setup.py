@@ -1,7 +1,8 @@
 """Builds the one C++ extension, `esm_fast._C`, with CMake. Needs neither torch nor CUDA.
 
 ESM_FAST_CUDA=auto, nvcc or nvrtc also compiles the CUDA kernels, which the driver loads from a file of the package; by
-default they are left out, and with them minutes of compilation and 200 MB of compiler. See docs/kernels/cuda.md.
+default they are left out, and with them minutes of compilation and 200 MB of compiler. ESM_FAST_CUDA_ARCH=90 compiles
+for that architecture alone. See docs/kernels/cuda.md.
 """
 
 import importlib.util
@@ -49,7 +50,8 @@ class CMakeBuild(build_ext):
         compiler = build.compiler_of(CUDA)
         if compiler is not None:
             package = ROOT / "kernels" if self.inplace else Path(self.build_lib) / "esm_fast" / "kernels"
-            build.build(package / "cuda" / "cubins.zip", compiler)
+            named = os.environ.get("ESM_FAST_CUDA_ARCH", "")
+            build.build(package / "cuda" / "cubins.zip", compiler, named)
 
 
 setup(

@@ -1,64 +1,98 @@
-"""The whole model on a GPU: ours on each backend, fair-esm, Hugging Face with SDPA and FlashAttention-2, on one batch.
+"""The whole model on a GPU: ours on each backend, in CUDA graphs and compiled, fair-esm, Hugging Face; on one batch.
 
 Everybody has the same random weights and the same proteins; ours packs them, the others pad. Residues a second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 from common import TINY, Size, padded_batches
-from gpu_ops import DTYPES, Place
+from gpu_ops import DTYPES, NOT_EAGER, Place
 from peers import our_model
 from random_weights import random_state
 from torch_peers import hf_parts
 
 from esm_fast.alphabet import TOKENS
+from esm_fast.ops.registry import REFERENCE
 from esm_fast.sequences.batching import pack
 
 LENGTHS = (103, 187, 264, 351, 460, 683, 1022, 95)
 TINY_LENGTHS = (5, 9)
+BACKENDS = ("reference", "cutlass", "flash", "triton", "cuda", "xformers")
 LEAST_COSINE = 0.995  # of any residue's representation with ours on torch alone
 
 
-def rows(place: Place) -> list[dict]:
+def peers(place: Place) -> list[str]:
+    """Who is compared; a name that cannot run here says so in its row."""
+    ours = [f"esm_fast {name}" for name in BACKENDS]
+    graphs = [] if place.tiny else [f"graph {name}" for name in BACKENDS[1:]]
+    others = [] if place.tiny else ["compiled reference"]
+    others += ["fair-esm"] * bool(find_spec("esm"))
+    if find_spec("transformers"):
+        others += [f"hf {attention}" for attention in (("sdpa",) if place.tiny else ("sdpa", "flash_attention_2"))]
+    return [*ours, *graphs, *others]
+
+
+def rows(dtype: str, peer: str, place: Place) -> Iterator[dict]:
+    """Of one peer: held to ours on the reference, then timed."""
     size = TINY if place.tiny else Size()
     lengths = np.array(TINY_LENGTHS if place.tiny else LENGTHS * 4)
     ids = np.random.default_rng(0).integers(4, 24, lengths.sum(), dtype=np.uint8)
     state = random_state(size)
-    found = []
-    for name in place.dtypes:
-        truth = None
-        for peer, build in _peers(size, state, lengths, ids, place):
-            about = {"model": peer, "dtype": name, "residues/s": "", "least cosine": "", "note": ""}
-            try:
-                run = build(DTYPES[name], name)
-                with torch.inference_mode():
-                    got = run().float().cpu()
-                    truth = got if truth is None else truth
-                    cosine = float(torch.nn.functional.cosine_similarity(got, truth, dim=1).min())
-                    about["least cosine"] = round(cosine, 6)
-                    if cosine < LEAST_COSINE:
-                        about["note"] = "WRONG, not timed"
-                    else:
-                        about["residues/s"] = round(1e3 * int(lengths.sum()) / place.milliseconds(run))
-            except Exception as error:  # a peer that fails must not cost the report on the others
-                about["note"] = f"failed: {type(error).__name__}: {str(error)[:300]}"
-            found.append(about)
-    return found
+    about = {"model": peer, "dtype": dtype, "tokens": int((lengths + 2).sum()), "residues/s": "", "least cosine": ""}
+    given = (size, state, lengths, ids, place)
+    try:
+        with torch.inference_mode():
+            truth = _ours(*given, REFERENCE)(DTYPES[dtype], dtype)().float().cpu()
+            run = _build(peer, given)(DTYPES[dtype], dtype)
+            cosine = float(torch.nn.functional.cosine_similarity(run().float().cpu(), truth, dim=1).min())
+            about["least cosine"] = round(cosine, 6)
+            if not cosine >= LEAST_COSINE:  # NaN, too
+                yield about | {"ok": False, "note": "WRONG, not timed"}
+                return
+            with torch._dynamo.config.patch(**NOT_EAGER):
+                about["residues/s"] = round(1e3 * int(lengths.sum()) / place.milliseconds(run))
+        yield about | {"ok": True, "note": ""}
+    except Exception as error:  # such as a backend that cannot run here
+        yield about | {"note": f"failed: {type(error).__name__}: {str(error)[:300]}"}
 
 
-def _peers(size: Size, state, lengths, ids, place: Place) -> list[tuple[str, Callable]]:
-    """(name, build(dtype, its name) -> run() -> (residues, embed_dim)); the first is what the others are held to."""
-    backends = ("reference", "cutlass", "triton", "xformers")
-    peers = [(f"esm_fast {name}", _ours(size, state, lengths, ids, place, name)) for name in backends]
-    if find_spec("esm"):
-        peers.append(("fair-esm", _fair_esm(size, state, lengths, ids, place)))
-    if find_spec("transformers"):
-        for attention in ("sdpa",) if place.tiny else ("sdpa", "flash_attention_2"):
-            peers.append((f"hf {attention}", _hugging_face(size, state, lengths, ids, place, attention)))
-    return peers
+def _build(peer: str, given: tuple) -> Callable:
+    """build(dtype, its name) -> run() -> (residues, embed_dim)."""
+    kind, _, how = peer.partition(" ")
+    if kind == "fair-esm":
+        return _fair_esm(*given)
+    if kind == "hf":
+        return _hugging_face(*given, how)
+    build = _ours(*given, how)
+    return {"esm_fast": build, "graph": _captured(build), "compiled": _compiled(build)}[kind]
+
+
+def _compiled(build: Callable) -> Callable:
+    """One graph, or an error: nothing of it runs eagerly."""
+    return lambda dtype, name: torch.compile(build(dtype, name), fullgraph=True, dynamic=False)
+
+
+def _captured(build: Callable) -> Callable:
+    """Replayed as a CUDA graph."""
+
+    def captured(dtype, name):
+        run = build(dtype, name)
+        run()  # loads and compiles what a capture cannot
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+
+        def replay():
+            graph.replay()
+            return out
+
+        return replay
+
+    return captured
 
 
 def _ours(size, state, lengths, ids, place: Place, backend: str) -> Callable:

@@ -1,12 +1,44 @@
-"""Fixtures shared by the tests; the models behind them are made in `fakes`."""
+"""Fixtures shared by the tests; the models behind them are made in `fakes`.
 
+Tests of the CPU stay on the CPU: a GPU is seen by `pytest -m gpu` alone. A file whose optional package is missing is
+left out with a word, and the others are collected.
+"""
+
+import os
 import platform
+import re
 import shutil
 
 import pytest
 import torch
 from fakes import fair_esm_model, save_fair_esm
 from forks import Forks
+
+# Of the extras, imported by test files at their head.
+OPTIONAL = ("hypothesis", "mavehgvs", "ml_dtypes", "pyarrow", "ray", "submitit", "zstandard")
+
+
+def pytest_configure(config):
+    if "gpu" not in (config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # in the commands that tests run, too
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item, "callspec", None) and str(item.callspec.params.get("device")).startswith("cuda"):
+            item.add_marker("gpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    said = str(report.longrepr) if report.failed else ""
+    missing = re.findall(r"No module named '(\w+)|needs (\w+): pip install", said)
+    if missing and (name := "".join(missing[-1])) in OPTIONAL:
+        report.outcome, report.result = "skipped", []
+        report.longrepr = (str(collector.path), 0, f"{name} is not installed")
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")

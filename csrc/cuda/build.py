@@ -3,11 +3,12 @@
 A cubin is one file for one dtype and one architecture, and holds machine code alone: nothing is linked, no CUDA library
 is needed to import the package, and the driver loads what it runs. Used by setup.py, the audit and the tests.
 
-    python csrc/cuda/build.py kernels/cuda/cubins.zip nvrtc
+    ESM_FAST_CUDA_ARCH=90 python csrc/cuda/build.py kernels/cuda/cubins.zip nvrtc
 """
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,8 @@ NVRTC = {
     "nvidia-cuda-nvcc-cu12": "12.9.86",
     "nvidia-cuda-cccl-cu12": "12.9.27",
 }
-_HEADERS = ("cuda_runtime", "cuda_nvcc", "cuda_cccl")
+_LIBRARIES = ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13")
+_HEADERS = ("cuda_runtime", "cuda_nvcc", "cuda_cccl", "cu13")
 
 
 class Unit(NamedTuple):
@@ -68,18 +70,19 @@ class CompileError(RuntimeError):
 
 
 class Nvrtc:
-    """NVRTC 12.9 of PyPI's wheels, the last that compiles for sm_70; with the headers of its sisters."""
-
-    architectures = ARCHITECTURES
+    """NVRTC of PyPI's wheels with the headers of its sisters: 12.9, the last that compiles for sm_70, or 13, which a
+    torch for CUDA 13 brings."""
 
     def __init__(self):
         spec = importlib.util.find_spec("nvidia")
         roots = [Path(root) for root in (spec.submodule_search_locations if spec else [])]
-        libraries = [path for root in roots for path in root.glob("cuda_nvrtc/lib/libnvrtc.so.12")]
+        # CUDA 12 has a folder a package, CUDA 13 one for all.
+        libraries = [path for place in _LIBRARIES for root in roots for path in root.glob(place)]
         self.headers = [root / name / "include" for root in roots for name in _HEADERS]
         if not libraries or not any((folder / "mma.h").exists() for folder in self.headers):
             raise CompileError(f"NVRTC is not installed: pip install {' '.join(NVRTC)}")
         self._library = ctypes.CDLL(str(libraries[0]))
+        self.architectures = tuple(arch for arch in ARCHITECTURES if arch in self._known())
 
     def compile(self, unit: Unit) -> bytes:
         call, program = self._call, ctypes.c_void_p()
@@ -94,6 +97,14 @@ class Nvrtc:
             return self._get(program, "PTX" if unit.is_ptx else "CUBIN")
         finally:
             call("DestroyProgram", ctypes.byref(program))
+
+    def _known(self) -> list[int]:
+        """The architectures that this release compiles for."""
+        count = ctypes.c_int()
+        self._call("GetNumSupportedArchs", ctypes.byref(count))
+        found = (ctypes.c_int * count.value)()
+        self._call("GetSupportedArchs", found)
+        return list(found)
 
     def _get(self, program, what: str) -> bytes:
         size = ctypes.c_size_t()
@@ -145,9 +156,21 @@ def compiler_of(choice: str):
     return None
 
 
-def build(archive: Path, compiler) -> None:
-    """Writes everything that ships, as far as the compiler knows the architectures, into a zip file."""
-    chosen = [*units(compiler.architectures), *ptx_units()]
+def chosen_architectures(compiler, named: str = "") -> tuple[int, ...]:
+    """Those of ESM_FAST_CUDA_ARCH, such as "90" or "80,90", that ship; without a name, all that the compiler knows."""
+    if not named:
+        return compiler.architectures
+    wanted = tuple(int(part) if part.strip().isdigit() else -1 for part in named.replace(".", "").split(","))
+    if strange := [part for part in wanted if part not in compiler.architectures]:
+        known = ", ".join(map(str, compiler.architectures))
+        raise CompileError(f"ESM_FAST_CUDA_ARCH is {named!r}: {strange[0]} is none of {known}, of this compiler")
+    return wanted
+
+
+def build(archive: Path, compiler, named: str = "") -> None:
+    """Writes everything that ships, as far as the compiler knows the architectures, into a zip file; with names of
+    architectures code for these alone, without PTX for newer ones."""
+    chosen = units(chosen_architectures(compiler, named)) + ([] if named else ptx_units())
     archive.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file, ThreadPoolExecutor() as pool:
         for unit, image in zip(chosen, pool.map(compiler.compile, chosen), strict=True):
@@ -155,4 +178,4 @@ def build(archive: Path, compiler) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), compiler_of(sys.argv[2]))
+    build(Path(sys.argv[1]), compiler_of(sys.argv[2]), os.environ.get("ESM_FAST_CUDA_ARCH", ""))

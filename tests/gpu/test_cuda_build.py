@@ -171,6 +171,22 @@ def test_the_choice_of_a_compiler(monkeypatch, capsys):
     assert "NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12" in capsys.readouterr().err
 
 
+def test_one_architecture_is_built_by_itself(tmp_path):
+    """Without NVRTC: the compiler is a toy, whose images are their names."""
+
+    class Toy:
+        architectures = (80, 90)
+
+        def compile(self, unit):
+            return unit.file_name.encode()
+
+    build.build(tmp_path / "one.zip", Toy(), "90")
+    names = zipfile.ZipFile(tmp_path / "one.zip").namelist()
+    assert names and all(name.endswith(".sm_90.cubin") for name in names)
+    with pytest.raises(build.CompileError, match="'7.0': 70 is none of 80, 90"):
+        build.build(tmp_path / "none.zip", Toy(), "7.0")
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
