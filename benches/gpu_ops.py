@@ -12,7 +12,7 @@ from esm_fast.ops import OPS, registry, verify
 from esm_fast.ops.registry import REFERENCE, Kernel
 
 COMPILED = "torch.compile"
-NOT_EAGER = {"fail_on_recompile_limit_hit": True}  # where it would go on without the compiler, and say nothing
+NOT_EAGER = {"fail_on_recompile_limit_hit": True}  # or it runs without the compiler, and says nothing
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
