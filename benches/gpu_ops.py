@@ -1,4 +1,9 @@
-"""Every op on every backend of a GPU, forward and backward, beside torch's own: verified, then timed."""
+"""Every op on every backend of a GPU, forward and backward, beside torch's own: verified, then timed.
+
+A part of `gpu_report.py`, which the owner of a GPU runs once and sends: a kernel that fails is a row with the reason
+and not the end of the run, and times are the device's own events. `bench_ops.py` takes turns, and stops at what is
+wrong.
+"""
 
 import statistics
 import time
