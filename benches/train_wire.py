@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-_MODEL = dict(layers=4, embed_dim=256, ffn_embed_dim=1024, attention_heads=4)
-_STEPS = 5
+_MODEL = dict(layers=2, embed_dim=256, ffn_embed_dim=1024, attention_heads=4)
+_STEPS = 3
 
 
 def sent() -> int:
@@ -52,7 +52,7 @@ def worker(folder: Path) -> None:
 
 def measure(folder: Path, processes: int, sharding: str, precision: str) -> dict:
     recipe = dict(model=_MODEL, store=str(folder / "store"), output=str(folder / "out"), steps=_STEPS + 1, plot=False)
-    recipe |= dict(step_tokens=4096, batch_tokens=4096, sharding=sharding, precision=precision)
+    recipe |= dict(step_tokens=2048, batch_tokens=2048, sharding=sharding, precision=precision)
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     launch = f"{sys.executable} -m torch.distributed.run --master-addr 127.0.0.1 --master-port 29555 --nproc-per-node"
     command = f"ip link set lo up && exec {launch} {processes} {os.path.abspath(__file__)} --worker {folder}"
@@ -65,6 +65,8 @@ def measure(folder: Path, processes: int, sharding: str, precision: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8])
+    kinds = ["none:bfloat16", "zero1:float32", "zero1:bfloat16"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, help="sharding:precision (default: %(default)s)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -79,7 +81,7 @@ def main() -> None:
         prepare([folder / "in.fasta"], folder / "store", policy=Policy(), valid_share=0.05)
         print("| processes | sharding | precision | bytes a parameter and step | ideal |\n|--:|---|---|--:|--:|")
         for count in args.processes:
-            for sharding, precision in (("none", "bfloat16"), ("zero1", "float32"), ("zero1", "bfloat16")):
+            for sharding, precision in (kind.split(":") for kind in args.kinds):
                 found = measure(folder, count, sharding, precision)
                 ideal = (4 + (4 if precision == "float32" else 2)) * (count - 1) / count
                 print(f"| {count} | {sharding} | {precision} | {found['bytes']:.2f} | {ideal:.2f} |", flush=True)
