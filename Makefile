@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 PROOFS := tests/gpu tests/cpu/test_amx.py tests/cpu/test_sanitizers.py tests/ops/test_qualify.py
 PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: embed test test-proofs lint bench proof attack gpu-report compat clean
+.PHONY: embed test test-proofs lint docs bench proof attack gpu-report compat clean
 
 embed: .venv/core
 	mkdir -p out
@@ -21,6 +21,10 @@ test-proofs: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, in out/site: pages, tutorials, and the API from its docstrings.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Full-size ESM-1b against its peers, side by side: about 8 GB of packages, 16 GB of memory, an hour.
 bench: .venv/bench
@@ -65,6 +69,10 @@ compat: .venv/compat/done
 
 .venv/test: $(SOURCES) | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ .venv/core
+
+.venv/docs: $(SOURCES) | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@ .venv/core
 
 .venv/bench: $(SOURCES) | .venv/bin/pip

@@ -43,15 +43,17 @@ const Need kNeeds[] = {
 #endif
 };
 
+#if defined(__x86_64__)
 // Tile registers are large, and a process has to ask for them, once for all its threads; the system may refuse.
 std::string ask_for_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequest, kTileData) ? std::strerror(errno) : "";
 #else
     return "asked for on Linux only";
 #endif
 }
+#endif
 
 Machine find() {
     Machine m;

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..console import boundary
 from ..console.streams import screens
+from ..console.summary import Summary
 from .common import as_flags
 
 _EXAMPLES = """examples:
@@ -35,14 +36,25 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line (default: sys.argv) and returns its exit code; argparse exits by itself with 2."""
     with screens():
         args = parser().parse_args(argv)
+        args.summary = Summary(args.command, args.json, version=__version__)
         with _termination_as_exit():
-            return boundary.run(f"esm-fast {args.command}", args.run, args, as_flags)
+            return boundary.run(f"esm-fast {args.command}", _told, args, as_flags)
+
+
+def _told(args: argparse.Namespace) -> int:
+    """Runs the command; what it said becomes one object with --json."""
+    with args.summary.speaking():
+        code = args.run(args) or 0
+    args.summary.end(code)
+    return code
 
 
 class Command(NamedTuple):
     """A file here that is a command: NAME, ORDER (its place in the list) and HELP (a line) stand in it as literals.
 
-    Beside these it has DESCRIPTION, EXAMPLES, add_arguments(parser) and run(args), whose result is the exit code.
+    Beside these it has DESCRIPTION, EXAMPLES, add_arguments(parser) and run(args), whose result is the exit code. What
+    it tells goes through args.summary (console/summary.py): --json, and the time and the size of what was written, are
+    the same for all and stand in no command.
     """
 
     name: str
@@ -79,11 +91,16 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self._command = command
 
-    def parse_known_args(self, args=None, namespace=None):
+    def fill(self) -> None:
+        """Adds the command's arguments; importing it takes a while."""
         module = self._command.module()
         self.description, self.epilog = module.DESCRIPTION, f"examples:\n{module.EXAMPLES}"
         module.add_arguments(self)
+        self.add_argument("--json", action="store_true", help="print one JSON object in place of the summary")
         self.set_defaults(run=module.run)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.fill()
         return super().parse_known_args(args, namespace)
 
 

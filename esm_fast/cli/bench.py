@@ -1,7 +1,6 @@
 """esm-fast bench: what this machine embeds in a second, by type and backend, and how long a file would take."""
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -37,16 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=above_0, default=1.0, metavar="S", help="of a round of each (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def run(args: argparse.Namespace) -> None:
     set_threads(args.threads)
     proteins, total = _proteins(args.fasta)
     facts = machine_lines()
-    if not args.json:
-        print("\n".join(facts))
-        print(f"\nmodel     {args.model}, {len(proteins):,} proteins to choose from")
+    args.summary.say(*facts, f"\nmodel     {args.model}, {len(proteins):,} proteins to choose from")
     rows, errors = [], []
     for dtype, backend in [(dtype, None) for dtype in _TYPES] + [(dtype, "reference") for dtype in _TYPES[:2]]:
         rows.append({"dtype": dtype, "backend": backend or "chosen here"})
@@ -62,26 +58,25 @@ def run(args: argparse.Namespace) -> None:
             rows[-1]["estimated_seconds"] = total / rows[-1]["residues_per_second"]
     if len(errors) == len(rows):
         raise errors[0]
-    if args.json:
-        print(json.dumps({"machine": facts, "model": args.model, "residues": total, "runs": rows}))
-        return
-    _print(rows, args, total)
+    args.summary.say(machine=facts, model=args.model, residues=total, runs=rows)
+    _tell(rows, args, total)
 
 
-def _print(rows: list[dict], args: argparse.Namespace, total: int) -> None:
+def _tell(rows: list[dict], args: argparse.Namespace, total: int) -> None:
+    say = args.summary.say
     whole = f"  {Path(args.fasta).name}, estimated" if args.fasta else ""
-    print(f"\n{'type':10}{'backend':14}{'residues/s':>12}{'best':>12}{whole}")
+    say(f"\n{'type':10}{'backend':14}{'residues/s':>12}{'best':>12}{whole}")
     for row in rows:
         begin = f"{row['dtype']:10}{row['backend']:14}"
         if "why_not" in row:
-            print(f"{begin}{'-':>12}  {row['why_not']}")
+            say(f"{begin}{'-':>12}  {row['why_not']}")
             continue
         taken = f"  {_words(row['estimated_seconds'])}" if args.fasta else ""
-        print(f"{begin}{row['residues_per_second']:12,.0f}{row['best']:12,.0f}{taken}")
+        say(f"{begin}{row['residues_per_second']:12,.0f}{row['best']:12,.0f}{taken}")
     if args.fasta:
-        print(f"\n{args.fasta} has {total:,} residues; the estimates leave out reading and writing")
+        say(f"\n{args.fasta} has {total:,} residues; the estimates leave out reading and writing")
     if is_random(args.model):
-        print("The weights are random: the times are real, the embeddings are not")
+        say("The weights are random: the times are real, the embeddings are not")
 
 
 def _words(seconds: float) -> str:

@@ -199,12 +199,14 @@ def warn_random(name: str) -> None:
     print(f"{'!' * len(text)}\n{text}\n{'!' * len(text)}", file=sys.stderr)
 
 
-def result_lines(counts, seconds: float, model: str) -> list[str]:
+def tell_result(args: argparse.Namespace, counts, seconds: float, model: str, dtype: str) -> None:
     """The part of a summary that every command with FASTA input has: nothing that happened to a record is left out."""
+    from ..inference.dtype import line
+
     report, skipped = counts.report, counts.skipped | {"already done": counts.done}
     listed = [f"            record {number + 1}, {name!r}: {why}" for number, name, why in report.skipped[:_LISTED]]
     more = sum(skipped.values()) - counts.done - len(listed)
-    return [
+    args.summary.say(
         f"proteins  {counts.proteins:,} of {report.records:,} records",
         f"residues  {counts.residues:,} in {seconds:.1f} s: {counts.residues / seconds:,.0f} residues/s",
         f"skipped   {', '.join(f'{count:,} {what}' for what, count in skipped.items())}",
@@ -212,7 +214,16 @@ def result_lines(counts, seconds: float, model: str) -> list[str]:
         *([f"            and {more:,} more"] if more else []),
         f"changed   {', '.join(f'{count:,} {what}' for what, count in counts.changed.items())}",
         f"model     {model}" + (f"  ({MEANINGLESS.upper()})" if is_random(model) else ""),
-    ]
+        line(dtype, getattr(args, "dtype", dtype)),
+        proteins=counts.proteins,
+        records=report.records,
+        residues=counts.residues,
+        compute_seconds=round(seconds, 3),
+        skipped=skipped,
+        changed=counts.changed,
+        model=model,
+        dtype=dtype,
+    )
 
 
 def as_flags(message: str) -> str:

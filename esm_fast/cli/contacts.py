@@ -21,7 +21,7 @@ from .common import (
     output_path,
     progress,
     require_contacts,
-    result_lines,
+    tell_result,
 )
 
 NAME = "contacts"
@@ -100,18 +100,24 @@ def run(args: argparse.Namespace) -> None:
                     _draw(folder, name, contacts, str(protein.label), sequence, chain)
             if counts != expected:
                 raise InputError("the input changed while it was read; start again")
-    print("\n".join(result_lines(counts, time.perf_counter() - start, args.model)))
-    print("\n".join([f"type      {dtype}", *worth_lines(args), *truths.lines(), f"output    {out}"]))
+    tell_result(args, counts, time.perf_counter() - start, args.model, dtype)
+    worth, found = worth_of(args), {name: {"chain": chain, "precision": each} for name, chain, each in truths.found}
+    args.summary.say(*worth_lines(worth), *truths.lines(), worth=worth, structures=found)
+    args.summary.output(out)
 
 
-def worth_lines(args: argparse.Namespace) -> list[str]:
+def worth_of(args: argparse.Namespace) -> dict:
     """What is known of the regression in use."""
     from .. import hub, weights
 
     if is_random(args.model):
-        return []
+        return {}
     file = args.regression or weights.beside(hub.resolve(args.model))
-    if not file or not (worth := weights.worth_of(Path(file))):
+    return weights.worth_of(Path(file)) if file else {}
+
+
+def worth_lines(worth: dict) -> list[str]:
+    if not worth:
         return []
     far = worth["precision"]["long"]
     return [
@@ -132,11 +138,20 @@ class _Truths:
         self.found: list[tuple[str, str, dict]] = []
 
     def of(self, sequence: str, name: str, contacts):
-        if (chain := self.chains.get(sequence)) is not None:
+        if (chain := self.chains.get(sequence) or self._with_gaps(sequence)) is not None:
             from ..contacts import precisions
 
             self.found.append((name, chain.name, precisions(contacts, chain)))
         return chain
+
+    def _with_gaps(self, sequence: str):
+        """The chain that is this sequence but for the residues that nobody saw or knows, X."""
+        for chain in self.chains.values():
+            if len(chain.sequence) == len(sequence) and all(
+                ours in (theirs, "X") for ours, theirs in zip(chain.sequence, sequence, strict=True)
+            ):
+                return chain
+        return None
 
     def lines(self) -> list[str]:
         from .fit_contacts import table

@@ -4,7 +4,7 @@ import argparse
 import warnings
 
 from ..formats import formats, quantised
-from .common import InputError, human_bytes, is_random, output_path
+from .common import InputError, is_random, output_path
 
 NAME = "convert"
 ORDER = 30
@@ -64,14 +64,23 @@ def run(args: argparse.Namespace) -> None:
     with atomic(out) as temporary:
         digest = weights.save(model, temporary)
         _compare(weights.read(temporary, verify=True), model)
-    for warning in caught:
-        print(f"note      {warning.message}")
+    notes = [str(warning.message) for warning in caught]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"source    {source} ({kind})")
     stored = form.name if form else str(dtype).removeprefix("torch.")
-    print(f"model     {parameters:,} parameters, {stored}{', packed' if args.pack else ''}")
-    print(f"sha256    {digest}  (of the tensors; read back and equal)")
-    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+    args.summary.say(
+        *(f"note      {note}" for note in notes),
+        f"source    {source} ({kind})",
+        f"model     {parameters:,} parameters, {stored}{', packed' if args.pack else ''}",
+        f"sha256    {digest}  (of the tensors; read back and equal)",
+        notes=notes,
+        source=str(source),
+        kind=kind,
+        parameters=parameters,
+        dtype=stored,
+        packed=args.pack,
+        sha256=digest,
+    )
+    args.summary.output(out)
 
 
 def _compare(copy, model) -> None:

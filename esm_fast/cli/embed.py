@@ -13,13 +13,12 @@ from .common import (
     add_policies,
     check_space,
     dtype_of,
-    human_bytes,
     ingest_of,
     is_random,
     load_model,
     output_path,
     progress,
-    result_lines,
+    tell_result,
 )
 from .dataset import add_dataset, is_dataset, refuse_dataset_flags
 from .numbers import layer_number
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace) -> int | None:
             if counts != expected or written != counts.proteins:
                 raise InputError("the input changed while it was read; nothing was written")
         seconds = time.perf_counter() - start
-    print(_summary(args, out, layers, dtype, counts, seconds))
+    _tell(args, out, layers, dtype, counts, seconds)
 
 
 def _size(counts, embed_dim: int, args, layers: int) -> int:
@@ -148,20 +147,16 @@ def _size(counts, embed_dim: int, args, layers: int) -> int:
     return layers * (rows * embed_dim * _ITEM_BYTES[args.store] + counts.proteins * OVERHEAD)
 
 
-def _summary(args, out: Path, layers: list[int], dtype: str, counts, seconds: float) -> str:
-    from ..inference.dtype import line
-
+def _tell(args, out: Path, layers: list[int], dtype: str, counts, seconds: float) -> None:
+    tell_result(args, counts, seconds, args.model, dtype)
+    stored = f"layers    {' '.join(map(str, layers))} ({args.pool}, stored as {args.store})"
+    args.summary.say(stored, layers=layers, pool=args.pool, store=args.store)
+    args.summary.output(out)
     group = "file" if len(layers) == 1 else f'file["layer_{layers[-1]}"]'
-    return "\n".join(
-        [
-            *result_lines(counts, seconds, args.model),
-            line(dtype, args.dtype),
-            f"layers    {' '.join(map(str, layers))} ({args.pool}, stored as {args.store})",
-            f"output    {out} ({human_bytes(out.stat().st_size)})",
-            "",
-            "Open it in Python:",
-            "  import h5py",
-            f"  with h5py.File({str(out)!r}) as file:",
-            f"      embeddings = {{key: data[:] for key, data in {group}.items()}}",
-        ]
+    args.summary.say(
+        "",
+        "Open it in Python:",
+        "  import h5py",
+        f"  with h5py.File({str(out)!r}) as file:",
+        f"      embeddings = {{key: data[:] for key, data in {group}.items()}}",
     )

@@ -24,7 +24,7 @@ def embed_dataset(args: argparse.Namespace) -> int:
     except StoppedError:
         print(f"stopped   the same command resumes {options.folder}", file=sys.stderr)
         return report.STOPPED
-    return report.tell_end(built)
+    return report.tell_end(built, args.summary.say)
 
 
 def options_of(args: argparse.Namespace):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .common import InputError, check_space, human_bytes, output_path, progress
+from .common import InputError, check_space, output_path, progress
 from .dataset import SOME_FAILED, require_pyarrow
 from .numbers import layer_number
 
@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     data = finished(args.dataset)
     from ..dataset.export import FORMATS, Ask, ids_of
-    from ..dataset.report import size_of
     from ..dataset.units import has_numbers
 
     if args.to == "pt":
@@ -53,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     with progress(len(data), "proteins") as bar:
         FORMATS[args.to](data, out, Ask(layer, args.residues, bar.update))
     missing = sum(not has_numbers(data.status(number)) for number in range(len(data)))
-    print(f"proteins  {len(data) - missing:,} of {len(data):,}")
-    print(f"output    {out} ({human_bytes(size_of(out) if out.is_dir() else out.stat().st_size)})")
+    written = len(data) - missing
+    args.summary.say(f"proteins  {written:,} of {len(data):,}", proteins=written, records=len(data), layer=layer)
+    args.summary.output(out, format=args.to)
     return SOME_FAILED if missing else 0
 
 

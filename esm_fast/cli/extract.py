@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from .common import InputError, check_space, load_model, progress, require_contacts, result_lines
+from .common import InputError, check_space, load_model, progress, require_contacts, tell_result
 from .numbers import layer_number, positive
 
 NAME = "extract"
@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> None:
                 writer.add(protein.label.name, str(protein.label), _entries(wanted, protein.arrays))
             if counts.report != expected.report:
                 raise InputError("the input changed while it was read; start again")
-    print("\n".join(result_lines(counts, time.perf_counter() - start, args.model_location)))
-    print(f"output    {args.output_dir}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    tell_result(args, counts, time.perf_counter() - start, args.model_location, dtype)
+    args.summary.output(args.output_dir)
 
 
 def _without_flags(message: str) -> str:

@@ -1,7 +1,6 @@
 """esm-fast fill-mask: the most probable residues at each <mask>."""
 
 import argparse
-import json
 
 from .common import InputError, add_model, dtype_of, load_model
 from .numbers import positive
@@ -25,7 +24,6 @@ _MASK = "<mask>"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sequence", metavar="SEQUENCE", help="residues with one <mask> or several, in quotes")
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="predictions a mask (default: 5)")
-    parser.add_argument("--json", action="store_true", help="write JSON")
     add_model(parser)
 
 
@@ -38,13 +36,10 @@ def run(args: argparse.Namespace) -> None:
     if len(tokens.ids) > model.config.limit("error"):
         raise InputError(f"the sequence has {len(tokens.ids)} residues; this model takes {model.config.max_residues}")
     masks = _predict(model, tokens, args.top)
-    if args.json:
-        print(json.dumps([found for _, found in masks] if len(masks) > 1 else masks[0][1], indent=2))
-        return
+    args.summary.replace([found for _, found in masks] if len(masks) > 1 else masks[0][1])
     for position, found in masks:
-        print(f"residue {position}")
-        for prediction in found:
-            print(f"  {prediction['score']:.4f}  {prediction['token']:2}  {prediction['token_str']}")
+        lines = [f"  {each['score']:.4f}  {each['token']:2}  {each['token_str']}" for each in found]
+        args.summary.say(f"residue {position}", *lines)
 
 
 def _encode(sequence: str):

@@ -115,6 +115,9 @@ def _layer(text: str) -> int | str:
     return text if text == "best" else layer_number(text)
 
 
+_FACTS = ("counts", "warnings", "valid", "test", "folds", "layer", "best_epoch", "epochs", "refit")
+
+
 def run(args: argparse.Namespace) -> int:
     environment.prepare()
     import torch
@@ -175,7 +178,8 @@ def _finetune(args: argparse.Namespace, settings, examples, clusters, processes)
         if begun is not None:
             begun.remove()
             _draw(report, Path(args.output) / "curves.png")
-    print("\n".join([*_lines(found.report), f"output    {Path(args.output)}"]))
+    args.summary.say(*_lines(found.report), f"dtype     {args.precision}", dtype=args.precision, model=args.model)
+    args.summary.output(args.output, **{name: found.report[name] for name in _FACTS if name in found.report})
 
 
 def _begun(args: argparse.Namespace, settings, examples, esm, processes, asked):

@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> int:
     require_pyarrow()
     from ..dataset.verify import finish
 
-    return check(args.dataset, finish)
+    return check(args, finish)

@@ -1,12 +1,11 @@
 """esm-fast fit-contacts: a contact regression for any model, from structures."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-from .common import InputError, human_bytes, load_model, output_path, progress
+from .common import InputError, load_model, output_path, progress
 from .numbers import above_0, positive
 
 NAME = "fit-contacts"
@@ -19,9 +18,10 @@ attention maps less their average product, residues 6 or more apart; a contact i
 not fitted to: those of --test, or without it every fourth chain, which is fitted to afterwards: the
 share of true contacts among the L, L/2 and L/5 most probable pairs.
 
-Chains of the same sequence count once. A regression called NAME-contact-regression.safetensors beside
-a model's NAME.pt or NAME.safetensors, or contact-regression.safetensors in a Hugging Face folder, is
-found with the model, here and in the drop-in; ending in .pt it is one that fair-esm reads too."""
+Chains of the same sequence count once; files without a protein are named and left out. A regression
+called NAME-contact-regression.safetensors beside a model's NAME.pt or NAME.safetensors, or
+contact-regression.safetensors in a Hugging Face folder, is found with the model, here and in the
+drop-in; ending in .pt it is one that fair-esm reads too."""
 EXAMPLES = """\
   esm-fast fit-contacts my.safetensors structures/ -o my-contact-regression.safetensors
   esm-fast fit-contacts esm1v_t33_650M_UR90S_1 1abc.cif 2def.pdb.gz ... -o v.safetensors --test held_out/
@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairs", type=positive, default=200_000, metavar="N", help="most pairs to fit to (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
@@ -83,23 +82,33 @@ def require_extra() -> None:
 
 
 def chains_of(paths: list[str], model) -> list:
-    """The chains of files and folders, each sequence once, and those that the model takes; the others are named."""
-    from ..contacts import StructureError, read_structures
+    """The chains of files and folders, each sequence once, and those that the model takes; what is left out is named.
 
-    limit, found, long = model.config.limit("error"), {}, []
-    for path in paths:
-        try:
-            for chain in read_structures(path):
+    Raises InputError for a file that cannot be read, and where no chain is left."""
+    from ..contacts import NoProteinError, StructureError, files_of, read_structures
+
+    limit, found, long, without = model.config.limit("error"), {}, [], []
+    try:
+        for file in (file for path in paths for file in files_of(path)):
+            try:
+                chains = read_structures(file)
+            except NoProteinError:
+                without.append(file.name)
+                continue
+            for chain in chains:
                 if limit is not None and len(chain.sequence) > limit:
                     long.append(chain.name)
                 else:
                     found.setdefault(chain.sequence, chain)
-        except (StructureError, FileNotFoundError) as error:
-            raise InputError(str(error)) from None
-    if long:
-        print(f"warning: left out, longer than the model's {limit:,} residues: {', '.join(long)}", file=sys.stderr)
+    except (StructureError, FileNotFoundError) as error:
+        raise InputError(str(error)) from None
+    left_out = [(f"longer than the model's {limit or 0:,} residues", long), ("no protein of 20 residues", without)]
+    for why, names in left_out:
+        if names:
+            more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+            print(f"warning: {len(names):,} left out, {why}: {', '.join(names[:10])}{more}", file=sys.stderr)
     if not found:
-        raise InputError("no chain is left")
+        raise InputError("no chain is left: " + "; ".join(f"{len(names):,} {why}" for why, names in left_out if names))
     return list(found.values())
 
 
@@ -120,14 +129,18 @@ def table(precision: dict) -> list[str]:
 
 def _summary(args: argparse.Namespace, out: Path, regression, worth: dict, seconds: float) -> None:
     used = int((regression.weight != 0).sum())
-    if args.json:
-        print(
-            json.dumps(worth | {"maps": len(regression.weight), "used": used, "seconds": seconds, "output": str(out)})
-        )
-        return
-    print(f"chains    {worth['chains']:,}, {worth['held_out']:,} for the table")
-    print(f"pairs     {regression.pairs:,}, of which {regression.contacts:,} touch, in {seconds:.1f} s")
-    print(f"maps      {used:,} of {len(regression.weight):,} have a coefficient")
-    print("\n".join(table(worth["precision"])))
-    print(f"model     {args.model} (float32)")
-    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+    args.summary.say(
+        f"chains    {worth['chains']:,}, {worth['held_out']:,} for the table",
+        f"pairs     {regression.pairs:,}, of which {regression.contacts:,} touch, in {seconds:.1f} s",
+        f"maps      {used:,} of {len(regression.weight):,} have a coefficient",
+        *table(worth["precision"]),
+        f"model     {args.model} (float32)",
+        **worth,
+        pairs=regression.pairs,
+        contacts=regression.contacts,
+        maps=len(regression.weight),
+        used=used,
+        model=args.model,
+        dtype="float32",
+    )
+    args.summary.output(out)

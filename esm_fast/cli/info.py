@@ -29,6 +29,7 @@ _FLAGS = (
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _HEAD_DIM = 64  # ESM-1b's
+_NO_CHECKSUM = "sha256      none in this format; esm-fast convert writes one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.file:
-        _print_checkpoint(args.file)
+        _tell_checkpoint(args.summary.say, args.file)
         return
     if args.arch:
-        _print_ops([("cuda", arch) for arch in args.arch])
+        _tell_ops(args.summary.say, [("cuda", arch) for arch in args.arch])
         return
-    print("\n".join(machine_lines()))
-    _print_ops(_here())
-    _print_caches()
+    lines = machine_lines()
+    args.summary.say(*lines, machine=lines)
+    _tell_ops(args.summary.say, _here())
+    _tell_caches(args.summary.say)
 
 
 def machine_lines() -> list[str]:
@@ -107,7 +109,7 @@ def _here() -> list[tuple[str, tuple[int, int] | None]]:
     return [("cpu", None), *(("cuda", arch) for arch in sorted(gpus))]
 
 
-def _print_ops(places: list[tuple[str, tuple[int, int] | None]]) -> None:
+def _tell_ops(say, places: list[tuple[str, tuple[int, int] | None]]) -> None:
     """A table a device, a line an op, a column a backend; dtypes that give the same table share it."""
     import torch
 
@@ -118,25 +120,28 @@ def _print_ops(places: list[tuple[str, tuple[int, int] | None]]) -> None:
     columns = sorted(known, key=lambda name: (name == REFERENCE, name))
     reasons: list[str] = []
     tables: dict[str, list[str]] = {}
+    facts = []
     for device, arch in places:
         place = device if arch is None else "sm_{}{}".format(*arch)
         for dtype in _DTYPES:
             request = Request(device, arch, getattr(torch, dtype), _HEAD_DIM, False)
             lines = []
             for op_name in ops.OPS:
-                cells = _cells(ops.explain(op_name, request), reasons)
+                explained = ops.explain(op_name, request)
+                cells = _cells(explained, reasons)
+                facts.append({"device": place, "dtype": dtype, "op": op_name, "backends": dict(explained)})
                 lines.append(f"  {op_name:20}" + "".join(f"{cells.get(name, '-'):12}" for name in columns).rstrip())
             tables.setdefault("\n".join(lines), []).append(f"{place} {dtype}")
-    print("\nBackends (head dimension 64): * runs, ok could run, [n] cannot and why, - does not have this op")
+    title = "\nBackends (head dimension 64): * runs, ok could run, [n] cannot and why, - does not have this op"
+    say(title, why_not=facts, backends=known)
     for table, titles in tables.items():
-        print(f"\n{', '.join(titles)}\n{'':22}" + "".join(f"{name:12}" for name in columns).rstrip())
-        print(table)
-    print()
+        say(f"\n{', '.join(titles)}\n{'':22}" + "".join(f"{name:12}" for name in columns).rstrip(), table)
+    say("")
     for number, reason in enumerate(reasons, start=1):
-        print(f"[{number}] {reason}")
+        say(f"[{number}] {reason}")
     for name, problem in known.items():
         if problem is not None:
-            print(f"backend {name} cannot be loaded: {problem}")
+            say(f"backend {name} cannot be loaded: {problem}")
 
 
 def _cells(explained: list[tuple[str, list[str]]], reasons: list[str]) -> dict[str, str]:
@@ -154,17 +159,20 @@ def _cells(explained: list[tuple[str, list[str]]], reasons: list[str]) -> dict[s
     return cells
 
 
-def _print_caches() -> None:
+def _tell_caches(say) -> None:
     from .. import hub
 
-    print("\nModels are looked for in")
-    print(f"  {hub.torch_hub_folder()} (fair-esm's files)")
-    print(f"  {hub.hf_cache_folder()} (Hugging Face's)")
-    for name in hub.published_names():
-        print(f"  {name:24} {hub.cached(name) or 'not there'}")
+    found = {name: hub.cached(name) for name in hub.published_names()}
+    say(
+        "\nModels are looked for in",
+        f"  {hub.torch_hub_folder()} (fair-esm's files)",
+        f"  {hub.hf_cache_folder()} (Hugging Face's)",
+        *(f"  {name:24} {path or 'not there'}" for name, path in found.items()),
+        models={name: str(path) if path else None for name, path in found.items()},
+    )
 
 
-def _print_checkpoint(name: str) -> None:
+def _tell_checkpoint(say, name: str) -> None:
     from dataclasses import asdict
 
     from .. import hub, weights
@@ -175,14 +183,23 @@ def _print_checkpoint(name: str) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}
     own = checkpoint.kind == weights.FORMAT
-    print(f"file        {checkpoint.source}")
-    print(f"kind        {checkpoint.kind}")
     packed = ", packed for the CPU kernels" if checkpoint.packed else ""
-    print(f"parameters  {parameters:,}, {', '.join(sorted(dtypes))}, {human_bytes(size)}{packed}")
-    for key, value in asdict(checkpoint.config).items():
-        print(f"  {key:22} {value}")
-    print(f"contacts    {'fitted' if set(checkpoint.tensors) >= weights.CONTACT_KEYS else 'no regression'}")
-    if own:
-        print(f"sha256      {checkpoint.sha256} (right)")
-    else:
-        print("sha256      none in this format; esm-fast convert writes one")
+    contacts = set(checkpoint.tensors) >= weights.CONTACT_KEYS
+    config, stored = asdict(checkpoint.config), ", ".join(sorted(dtypes))
+    say(
+        f"file        {checkpoint.source}",
+        f"kind        {checkpoint.kind}",
+        f"parameters  {parameters:,}, {stored}, {human_bytes(size)}{packed}",
+        *(f"  {key:22} {value}" for key, value in config.items()),
+        f"contacts    {'fitted' if contacts else 'no regression'}",
+        f"sha256      {checkpoint.sha256} (right)" if own else _NO_CHECKSUM,
+        file=str(checkpoint.source),
+        kind=checkpoint.kind,
+        parameters=parameters,
+        dtype=stored,
+        bytes=size,
+        packed=bool(checkpoint.packed),
+        config=config,
+        contacts=contacts,
+        sha256=checkpoint.sha256 if own else None,
+    )

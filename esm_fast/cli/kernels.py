@@ -24,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     compiled = read_table("audit.csv")
-    _print_table(matrix(read_table("interpreted.csv"), compiled) if args.matrix else _facts(compiled))
+    table = matrix(read_table("interpreted.csv"), compiled) if args.matrix else _facts(compiled)
+    args.summary.say(*_lines(table), rows=[dict(zip(table[0], row, strict=True)) for row in table[1:]])
     if args.matrix:
-        print(
+        args.summary.say(
             "\nfp64: cases of the op's contract within its tolerance rule, in Triton's interpreter"
             "\nok: compiled for that architecture at ESM-1b's sizes, all kernels of the op: no spilled register, shared"
             "\n    memory within the limit, and in matrix products its tensor-core instruction; -: not so"
@@ -74,7 +75,6 @@ def _facts(compiled: list[dict]) -> list[list[str]]:
     return [columns, *([row[name] for name in columns] for row in compiled)]
 
 
-def _print_table(lines: list[list[str]]) -> None:
+def _lines(lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..sequences.table import read_table
-from .common import InputError, human_bytes, output_path
+from .common import InputError, output_path
 from .dataset import SOME_FAILED
 from .export import finished, layer_of
 from .numbers import layer_number
@@ -74,10 +74,11 @@ def run(args: argparse.Namespace) -> int:
         title += f" ({data.plan.info['warning']})"
     with atomic(out) as temporary:
         WRITERS[suffix](Scatter(points[shown], [data.ids[i] for i in shown], colors, axes, title), temporary)
-    print(f"proteins  {len(shown):,} of {len(data):,}")
+    args.summary.say(f"proteins  {len(shown):,} of {len(data):,}", proteins=len(shown), records=len(data), layer=layer)
     if values:
-        print(f"coloured  {sum(values[i] != '' for i in shown):,} with a value in {args.table}")
-    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+        coloured = sum(values[i] != "" for i in shown)
+        args.summary.say(f"coloured  {coloured:,} with a value in {args.table}", coloured=coloured)
+    args.summary.output(out, method=args.method)
     return SOME_FAILED if len(shown) < len(data) else 0
 
 

@@ -15,7 +15,7 @@ from .common import (
     load_model,
     output_path,
     progress,
-    result_lines,
+    tell_result,
 )
 from .numbers import positive
 
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
             if counts != expected or written != counts.proteins:
                 raise InputError("the input changed while it was read; nothing was written")
         seconds = time.perf_counter() - start
-    print("\n".join([*result_lines(counts, seconds, args.predictor), f"output    {out}"]))
+    tell_result(args, counts, seconds, args.predictor, args.dtype)
+    args.summary.output(out)
 
 
 def _model(model, options: dict):

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from .common import InputError, add_max_record, human_bytes, progress
+from .common import InputError, add_max_record, progress
 from .numbers import share
 
 NAME = "prepare"
@@ -86,12 +86,18 @@ def run(args: argparse.Namespace) -> None:
     report, seconds = summary.report, time.perf_counter() - start
     skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty, "special token": report.specials}
     skipped["duplicate"] = summary.duplicates
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"records   {report.records:,} in {seconds:.1f} s")
-    print(f"skipped   {', '.join(f'{count:,} {what}' for what, count in skipped.items())}")
-    print(f"changed   {report.unknown:,} unknown residues read as X, {report.stops_stripped:,} final * stripped")
-    print(f"training  {summary.train:,} proteins, {summary.train_residues:,} residues")
     how = "clusters" if args.clusters else "a hash of each sequence"
     how = f"--valid {' '.join(args.valid)}" if args.valid else how
-    print(f"held out  {summary.valid:,} proteins, {summary.valid_residues:,} residues, by {how}")
-    print(f"output    {out} ({human_bytes(size)})")
+    args.summary.say(
+        f"records   {report.records:,} in {seconds:.1f} s",
+        f"skipped   {', '.join(f'{count:,} {what}' for what, count in skipped.items())}",
+        f"changed   {report.unknown:,} unknown residues read as X, {report.stops_stripped:,} final * stripped",
+        f"training  {summary.train:,} proteins, {summary.train_residues:,} residues",
+        f"held out  {summary.valid:,} proteins, {summary.valid_residues:,} residues, by {how}",
+        records=report.records,
+        skipped=skipped,
+        changed={"unknown residues read as X": report.unknown, "final * stripped": report.stops_stripped},
+        train={"proteins": summary.train, "residues": summary.train_residues},
+        valid={"proteins": summary.valid, "residues": summary.valid_residues, "by": how},
+    )
+    args.summary.output(out)

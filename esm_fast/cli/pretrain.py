@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             if processes.first:
                 _remove_earlier(Path(recipe.output))
             processes.wait()
+        if not processes.first:
+            args.summary.as_json = False  # one object, the first process's
         if recipe.plot:
             _require_matplotlib()
         trainer = Trainer(recipe, open_stores(recipe.store), processes, fork=args.fork)
@@ -79,11 +81,13 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(str(error)) from None
         except Stopped as stopped:
             if processes.first:
-                print(stopped)
+                args.summary.say(str(stopped), output=str(recipe.output), stopped=str(stopped))
             return STOPPED
         if processes.first:
-            print(f"held out  perplexity {_perplexity(trainer.best)} at best")
-            print(f"output    {Path(recipe.output)}")
+            best = _perplexity(trainer.best)
+            args.summary.say(f"held out  perplexity {best} at best", steps=recipe.steps, valid_loss=trainer.best)
+            args.summary.say(f"dtype     {recipe.precision}", dtype=recipe.precision)
+            args.summary.output(recipe.output)
     return 0
 
 

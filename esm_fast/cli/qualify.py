@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> None:
     require_device(device)
     grads = (False, True) if args.training else (False,)
     head_dims = tuple(dict.fromkeys(args.head_dim))
-    tell(device, tuple(args.dtype), grads=grads, head_dims=head_dims, limit=args.limit, again=args.again)
+    options = dict(grads=grads, head_dims=head_dims, limit=args.limit, again=args.again)
+    tell(args.summary, device, tuple(args.dtype), **options)
 
 
-def tell(device: str, dtypes: tuple[str, ...], **options) -> None:
-    """Qualifies, and prints each verdict as it comes and where they lie."""
+def tell(summary, device: str, dtypes: tuple[str, ...], **options) -> None:
+    """Qualifies, and says each verdict as it comes and where they lie."""
     from ..inference.qualify import Asked, qualify
     from ..ops import verdicts
 
@@ -60,10 +61,15 @@ def tell(device: str, dtypes: tuple[str, ...], **options) -> None:
     found = qualify(Asked(device, dtypes, **options), note=lambda line: print(line, file=sys.stderr, flush=True))
     changed = [(key, entry) for key, entry in found.items() if entry["winner"] != entry["default"]]
     failed = [(key, b, o) for key, entry in found.items() for b, o in entry["backends"].items() if o[0] != "proven"]
-    for key, entry in changed:
-        print(f"changed   {key}: {entry['winner']} runs, not {entry['default']}")
-    for key, backend, (outcome, detail) in failed:
-        print(f"failed    {key}, {backend}: {outcome}, {detail}")
-    print(f"qualified {len(found)} of op, type and direction in {time.perf_counter() - begin:.0f} s on {device}")
-    print(f"chosen    as before for {len(found) - len(changed)}, otherwise for {len(changed)}")
-    print(f"verdicts  {verdicts.path_of(verdicts.identity(device))}")
+    summary.say(
+        *(f"changed   {key}: {entry['winner']} runs, not {entry['default']}" for key, entry in changed),
+        *(f"failed    {key}, {backend}: {outcome}, {detail}" for key, backend, (outcome, detail) in failed),
+        f"qualified {len(found)} of op, type and direction in {time.perf_counter() - begin:.0f} s on {device}",
+        f"chosen    as before for {len(found) - len(changed)}, otherwise for {len(changed)}",
+        f"verdicts  {verdicts.path_of(verdicts.identity(device))}",
+        device=device,
+        qualified=len(found),
+        changed={key: {"runs": entry["winner"], "not": entry["default"]} for key, entry in changed},
+        failed=[{"key": str(key), "backend": name, "outcome": list(found)} for key, name, found in failed],
+        output=str(verdicts.path_of(verdicts.identity(device))),
+    )

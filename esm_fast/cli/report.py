@@ -1,7 +1,6 @@
 """esm-fast report: one page about a protein or a few."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -11,13 +10,12 @@ from .common import (
     add_model,
     add_policies,
     dtype_of,
-    human_bytes,
     is_random,
     load_model,
     output_path,
     progress,
 )
-from .contacts import worth_lines
+from .contacts import worth_lines, worth_of
 from .export import finished, layer_of
 from .numbers import positive
 from .search import embedded, ids_by_row, model_of
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-set", metavar="FOLDER", help="of esm-fast embed: where to look for neighbours")
     parser.add_argument("-k", type=positive, default=10, metavar="K", help="neighbours (default: %(default)s)")
     parser.add_argument("--regression", metavar="FILE", help="of esm-fast fit-contacts (default: the model's own)")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_batch_tokens(parser)
     add_model(parser)
     add_policies(parser, overlength=("window",))
@@ -76,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             found.append(_findings(args, model, name, protein, dtype, neighbours and neighbours[name]))
             bar.update(len(protein))
     by = f"{args.model}, {dtype}" + (": RANDOM WEIGHTS, THESE NUMBERS MEAN NOTHING" if is_random(args.model) else "")
-    lines = [line.removeprefix("worth     ") for line in worth_lines(args)]
+    lines = [line.removeprefix("worth     ") for line in worth_lines(worth_of(args))]
     worth = " ".join(f"{line[:1].upper()}{line[1:]}." for line in lines)
     with atomic(out) as temporary:
         temporary.write_text(page(found, ", ".join(proteins), f"{by}; written by esm-fast report", worth), "utf-8")
@@ -150,11 +147,15 @@ def _neighbours(data, k: int, proteins: dict[str, str], model) -> dict[str, list
 
 def _summary(args: argparse.Namespace, out: Path, proteins: dict, dtype: str, seconds: float) -> None:
     residues = sum(map(len, proteins.values()))
-    if args.json:
-        facts = {"proteins": len(proteins), "residues": residues, "seconds": seconds, "model": args.model}
-        print(json.dumps(facts | {"dtype": dtype, "scan": args.scan, "output": str(out)}))
-        return
-    print(f"proteins  {len(proteins):,}, {residues:,} residues in {seconds:.1f} s")
-    print(f"scan      {args.scan}")
-    print(f"model     {args.model} ({dtype})")
-    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+    args.summary.say(
+        f"proteins  {len(proteins):,}, {residues:,} residues in {seconds:.1f} s",
+        f"scan      {args.scan}",
+        f"model     {args.model} ({dtype})",
+        proteins=len(proteins),
+        residues=residues,
+        compute_seconds=round(seconds, 3),
+        scan=args.scan,
+        model=args.model,
+        dtype=dtype,
+    )
+    args.summary.output(out)

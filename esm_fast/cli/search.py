@@ -39,11 +39,16 @@ def run(args: argparse.Namespace) -> None:
     names, queries = _queries(data, args, layer)
     hits = search(data, queries, args.k, layer)
     ids_of = ids_by_row(data, hits.rows)
-    print("query\trank\tid\tcosine")
+    args.summary.say("query\trank\tid\tcosine", dataset=str(data.folder), layer=layer, queries=len(names))
+    found = []
     for name, rows, cosines in zip(names, hits.rows.tolist(), hits.cosines.tolist(), strict=True):
         for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), 1):
-            for found in ids_of.get(row, ()):
-                print(f"{printable(name)}\t{rank}\t{printable(found)}\t{cosine:.6f}")
+            for hit in ids_of.get(row, ()):
+                if args.json:
+                    found.append({"query": name, "rank": rank, "id": hit, "cosine": cosine})
+                else:
+                    print(f"{printable(name)}\t{rank}\t{printable(hit)}\t{cosine:.6f}")
+    args.summary.say(hits=found)
 
 
 def _queries(data, args: argparse.Namespace, layer: int):

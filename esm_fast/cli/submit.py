@@ -52,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
     logs = Path(args.logs or f"{embed.output.rstrip('/')}.jobs")
     cluster = "local" if args.local else "slurm"
     jobs = slurm.submit(options, args.nodes, logs, resources, cluster, embed.log_json)
-    print(f"jobs      {' '.join(job.job_id for job in jobs)}")
-    print(f"logs      {logs}", flush=True)
+    names = [job.job_id for job in jobs]
+    args.summary.say(f"jobs      {' '.join(names)}", f"logs      {logs}", jobs=names, logs=str(logs))
     if args.local:
-        return _wait(jobs, embed.output, logs)
-    print(f"finish    {slurm.submit_finish(options.folder, jobs, logs, resources).job_id}, when all have succeeded")
+        return _wait(args, jobs, embed.output, logs)
+    last = slurm.submit_finish(options.folder, jobs, logs, resources).job_id
+    args.summary.say(f"finish    {last}, when all have succeeded", finish=last)
     return 0
 
 
@@ -91,10 +92,11 @@ def _slurm(args: argparse.Namespace):
     return slurm, slurm.Resources(minutes, args.cpus, args.gpus, args.mem_gb, args.partition, args.account, options)
 
 
-def _wait(jobs: list, out: str, logs: Path) -> int:
-    from . import main
+def _wait(args: argparse.Namespace, jobs: list, out: str, logs: Path) -> int:
+    from . import finish
 
     failed = [job.job_id for job in jobs if job.exception() is not None]
     if failed:
         raise InputError(f"{len(failed)} of {len(jobs)} jobs failed; {logs}/{failed[0]}_0_log.err says why")
-    return max(main(["finish", out]), SOME_FAILED * any(job.result() == SOME_FAILED for job in jobs))
+    args.dataset = out
+    return max(finish.run(args), SOME_FAILED * any(job.result() == SOME_FAILED for job in jobs))

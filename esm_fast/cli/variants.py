@@ -16,7 +16,7 @@ from .common import (
     progress,
 )
 from .numbers import LARGEST, positive, whole
-from .variants_models import Models, job_factory, protein_lines, summary
+from .variants_models import Models, job_factory, tell, tell_proteins
 
 NAME = "variants"
 ORDER = 23
@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lookup", nargs="+", metavar="QUERY", help="scores of a data set, which stands for the FASTA")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
-    parser.add_argument("--json", action="store_true", help="print the summary, or what --lookup finds, as JSON")
     parser.add_argument("--variants", nargs="+", default=[], metavar="FILE", help="tables of variants")
     parser.add_argument("--variant-col", metavar="NAME", help="column with the variants (default: found by its name)")
     parser.add_argument(
@@ -227,5 +226,6 @@ def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: M
             together = (models.combine(list(group)) for group in zip(*columns, strict=True))
             found = zip(names, proteins.values(), together, strict=True)
         rows = write_scans(args, out, found, models, len(proteins))
-    summary(args, models, protein_lines(proteins, report), Counter(rows=rows), out, time.perf_counter() - start)
+    tell_proteins(args.summary.say, proteins, report)
+    tell(args, models, Counter(rows=rows), out, time.perf_counter() - start)
     return 0

@@ -1,7 +1,6 @@
 """esm-fast variants -o OUT/: all substitutions of a proteome as a data set; and --lookup, which reads it."""
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -54,23 +53,8 @@ def _tell(args: argparse.Namespace, built) -> int:
     """The summary; returns the exit code."""
     from ..dataset import report
 
-    plan, done, folder = built.plan, built.progress, Path(args.output)
     failed = report.failures(built)
-    if args.json:
-        facts = {"residues": done.residues, "seconds": built.seconds, "committed": done.units, "failed": failed}
-        facts |= {"already_done": done.already_done, "scan": plan.settings.scan, "store": plan.settings.store}
-        print(
-            json.dumps(
-                {
-                    **facts,
-                    "model": args.model,
-                    "share": f"{built.share.rank}/{built.share.count}",
-                    "output": str(folder),
-                }
-            )
-        )
-    else:
-        _say(args, built, folder)
+    _say(args, built, Path(args.output))
     for word, count in failed.items():
         print(f"failed    {count:,} {word}", file=sys.stderr)
     return report.SOME_FAILED if failed else 0
@@ -92,7 +76,7 @@ def _say(args: argparse.Namespace, built, folder: Path) -> None:
         lines.append(f"next      when all {built.share.count} shares are done: esm-fast finish {folder}")
     else:
         lines.append(f"next      esm-fast variants {args.output} --lookup 'P04637 R175H'")
-    print("\n".join(lines))
+    args.summary.say(*lines, **report.facts(built), strategy=plan.settings.scan)
 
 
 def look_up(args: argparse.Namespace) -> int:
@@ -113,11 +97,7 @@ def look_up(args: argparse.Namespace) -> int:
         name, variant = split_query(query)
         if name not in atlas:
             raise InputError(f"{args.fasta[0]} has no protein {name!r}")
-        found.append({"protein": name, "variant": variant, "score": atlas.lookup(name, variant, offset)})
-    if args.json:
-        print(json.dumps(found))
-        return 0
-    print("protein\tvariant\tscore")
-    for each in found:
-        print(f"{each['protein']}\t{each['variant']}\t{each['score']:.4f}")
+        found.append({"protein": name, "variant": variant, "score": float(atlas.lookup(name, variant, offset))})
+    lines = [f"{each['protein']}\t{each['variant']}\t{each['score']:.4f}" for each in found]
+    args.summary.say("protein\tvariant\tscore", *lines, scores=found)
     return 0

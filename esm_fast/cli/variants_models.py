@@ -1,14 +1,13 @@
 """What the forms of `esm-fast variants` share: the models, one after another, and what is said at the end."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 from ..variants.parse import STANDARD
-from .common import dtype_of, human_bytes, is_random, load_model
+from .common import dtype_of, is_random, load_model
 
 _LISTED = 5
 
@@ -56,40 +55,41 @@ def job_factory(args: argparse.Namespace, strategy: str):
     return cache(partial(Job, strategy=strategy, window=args.window, compat=args.compat))
 
 
-def protein_lines(proteins: dict[str, str], report) -> list[str]:
+def tell_proteins(say, proteins: dict[str, str], report) -> None:
     residues = sum(map(len, proteins.values()))
     rare = residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
     left_out = report.records - len(proteins)
     lines = [f"proteins  {len(proteins):,} of {report.records:,} records, {residues:,} residues"]
+    empty, unknown = report.empty, report.skipped_unknown
     if left_out:
-        empty, unknown = report.empty, report.skipped_unknown
         lines.append(
             f"skipped   {unknown:,} unknown residue, {empty:,} empty, {left_out - empty - unknown:,} duplicate"
         )
     if rare:
         lines.append(f"rare      {rare:,} residues U, O, B, Z or X, scored against their own token")
-    return lines
+    skipped = {"unknown residue": unknown, "empty": empty, "duplicate": left_out - empty - unknown}
+    say(*lines, proteins=len(proteins), records=report.records, residues=residues, skipped=skipped)
 
 
-def summary(
-    args, models: Models, lines: list[str], counts: Counter, out: Path, seconds: float, facts: dict | None = None
-) -> None:
-    """Prints what was done; with --json as one object, with the `facts` that the lines say in words."""
+def tell(args, models: Models, counts: Counter, out: Path, seconds: float) -> None:
     from ..inference.dtype import line
 
-    if args.json:
-        made_by = {"strategy": args.strategy, "window": args.window, "model": args.model, "dtype": models.dtypes}
-        rows = {"rows": counts["rows"], "counted": {what: n for what, n in counts.items() if n and what != "rows"}}
-        print(json.dumps({**rows, **(facts or {}), "seconds": seconds, **made_by, "output": str(out)}))
-        return
     window = "" if args.window == "auto" else f", windows {args.window}"
     notes = [f"{count:,} {what}" for what, count in counts.items() if count and what != "rows"]
-    print("\n".join(lines))
-    print(f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s")
-    print(f"strategy  {', '.join(args.strategy)}{window}{', with the published errors' if args.compat else ''}")
-    print(f"model     {models.said}")
-    print(*(line(dtype, args.dtype) for dtype in models.dtypes), sep="\n")
-    print(f"output    {out} ({human_bytes(out.stat().st_size)})")
+    args.summary.say(
+        f"rows      {counts['rows']:,}" + (f": {', '.join(notes)}" if notes else "") + f" in {seconds:.1f} s",
+        f"strategy  {', '.join(args.strategy)}{window}{', with the published errors' if args.compat else ''}",
+        f"model     {models.said}",
+        *(line(dtype, args.dtype) for dtype in models.dtypes),
+        rows=counts["rows"],
+        counted={what: count for what, count in counts.items() if count and what != "rows"},
+        compute_seconds=round(seconds, 3),
+        strategy=args.strategy,
+        window=args.window,
+        model=args.model,
+        dtype=models.dtypes,
+    )
+    args.summary.output(out)
 
 
 def listed(problems, where: Callable[[int], str]) -> list[str]:

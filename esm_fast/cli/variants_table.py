@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files.atomic import atomic
 from .common import InputError, progress
 from .dataset import SOME_FAILED
-from .variants_models import job_factory, listed, protein_lines, summary
+from .variants_models import job_factory, listed, tell, tell_proteins
 
 _WHY = "not_scored_because"
 
@@ -40,12 +40,15 @@ def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], 
     columns = _columns(args, made, jobs, models)
     why = {problem.row: problem for wrong in problems for problem in wrong}
     _write(args, out, tables, columns, {row: str(problem.error) for row, problem in why.items()})
-    lines = protein_lines(proteins, report) if report else [f"proteins  {len(made[0].groups):,}"]
+    if report:
+        tell_proteins(args.summary.say, proteins, report)
+    else:
+        args.summary.say(f"proteins  {len(made[0].groups):,}", proteins=len(made[0].groups))
     offsets = {group.offset for group in made[0].groups.values() if not group.pairs}
     if args.offset == "auto" and offsets:
-        lines.append(f"offset    {', '.join(map(str, sorted(offsets)[:5]))} (found)")
-    facts = {"offsets": sorted(offsets), "not_scored": len(why)}
-    summary(args, models, lines, found, out, time.perf_counter() - start, facts)
+        args.summary.say(f"offset    {', '.join(map(str, sorted(offsets)[:5]))} (found)")
+    args.summary.say(offsets=sorted(offsets), not_scored=len(why))
+    tell(args, models, found, out, time.perf_counter() - start)
     if why:
         wrong = listed([why[row] for row in sorted(why)], made[0].where)
         print("\n".join([f"not scored {len(why):,} rows", *wrong]), file=sys.stderr)

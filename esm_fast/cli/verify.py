@@ -28,16 +28,18 @@ def run(args: argparse.Namespace) -> int:
     require_pyarrow()
     from ..dataset.verify import verify
 
-    return check(args.dataset, verify)
+    return check(args, verify)
 
 
-def check(folder: Path, how) -> int:
+def check(args: argparse.Namespace, how) -> int:
     from ..dataset.plan import load
-    from ..dataset.report import plan_lines
+    from ..dataset.report import plan_facts, plan_lines
 
+    folder, say = Path(args.dataset), args.summary.say
     with progress(load(folder).info["residues"]) as bar:
         bar.set_description("verifying")
         plan, found = how(folder, bar.update)
+    say(dataset=str(folder), problems=found.problems, status=dict(found.status))
     for problem in found.problems:
         print(f"wrong     {problem}", file=sys.stderr)
     if found.problems:
@@ -47,9 +49,12 @@ def check(folder: Path, how) -> int:
             file=sys.stderr,
         )
         return 1
-    print("\n".join(plan_lines(plan)))
-    print(f"status    {', '.join(f'{count:,} {status}' for status, count in sorted(found.status.items()))}")
-    print(f"verified  {len(found.hashes):,} shards ({human_bytes(found.bytes)})")
-    if not (folder / "run.json").exists():
-        print(f"next      esm-fast finish {folder} writes run.json, which has the shards' checksums")
+    say(*plan_lines(plan), **plan_facts(plan))
+    say(f"status    {', '.join(f'{count:,} {status}' for status, count in sorted(found.status.items()))}")
+    verified = f"verified  {len(found.hashes):,} shards ({human_bytes(found.bytes)})"
+    finished = (folder / "run.json").exists()
+    say(verified, shards=len(found.hashes), bytes=found.bytes, finished=finished)
+    args.summary.time()
+    if not finished:
+        say(f"next      esm-fast finish {folder} writes run.json, which has the shards' checksums")
     return SOME_FAILED if found.failed else 0

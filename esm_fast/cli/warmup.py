@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     device = _device(args)
     arch = args.arch or (torch.cuda.get_device_capability(device) if device.startswith("cuda") else None)
     if arch is None:
-        print("nothing needs warming on a CPU: its kernels are compiled, and weights are packed when they are loaded")
+        text = "nothing needs warming on a CPU: its kernels are compiled, and weights are packed when they are loaded"
+        args.summary.say(text, compiled={}, device=device)
         _qualify(args, device, config)
         return
     dtype = DTYPES[of_gpu(arch)[0] if args.dtype == "auto" else args.dtype]
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     except ops.BackendError as error:
         raise InputError(str(error)) from None
     if args.arch and "triton" not in chosen:
-        print(f"nothing to compile: {' and '.join(sorted(chosen))} run there, as they come; --backend triton compiles")
+        there = " and ".join(sorted(chosen))
+        args.summary.say(f"nothing to compile: {there} run there, as they come; --backend triton compiles", compiled={})
         return
     with _compiling_for(args.arch), _Compilations() as compiled:
         for train in (False, True)[: 1 if args.inference else 2]:
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             _do(list(warmup.steps(config, **options)))
         if not args.arch:
             torch.cuda.synchronize(device)
-    compiled.report("sm_{}{}".format(*arch))
+    compiled.tell(args.summary.say, "sm_{}{}".format(*arch))
     _qualify(args, device, config)
 
 
@@ -74,7 +76,7 @@ def _qualify(args: argparse.Namespace, device: str, config) -> None:
 
     if args.qualify:
         grads = (False,) if args.inference else (False, True)
-        tell(device, (), grads=grads, head_dims=(config.head_dim,))
+        tell(args.summary, device, (), grads=grads, head_dims=(config.head_dim,))
 
 
 def _config(name: str):
@@ -140,11 +142,10 @@ class _Compilations:
     def _note(self, *, src, cache_hit: bool, **_) -> None:
         (self.cached if cache_hit else self.new)[src.name] += 1
 
-    def report(self, where: str) -> None:
+    def tell(self, say, where: str) -> None:
         seconds = time.perf_counter() - self.begin
-        for name, count in sorted(self.new.items()):
-            print(f"  {name:28} {count}")
+        say(*(f"  {name:28} {count}" for name, count in sorted(self.new.items())), compiled=dict(self.new))
         new, cached = self.new.total(), self.cached.total()
-        print(f"compiled {new} kernels for {where}, {cached} were in the cache; {seconds:.0f} s")
+        say(f"compiled {new} kernels for {where}, {cached} were in the cache; {seconds:.0f} s")
         if self.knobs is not None:
             print(f"cache     {self.knobs.cache.dir}", file=sys.stderr)

@@ -2,6 +2,17 @@
 
 from .fit import Regression, features, fit
 from .precision import RANGES, precisions
-from .structures import Structure, StructureError, read_structures
+from .structures import NoProteinError, Structure, StructureError, files_of, read_structures
 
-__all__ = ["RANGES", "Regression", "Structure", "StructureError", "features", "fit", "precisions", "read_structures"]
+__all__ = [
+    "RANGES",
+    "NoProteinError",
+    "Regression",
+    "Structure",
+    "StructureError",
+    "features",
+    "files_of",
+    "fit",
+    "precisions",
+    "read_structures",
+]

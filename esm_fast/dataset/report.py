@@ -97,6 +97,22 @@ def summary(built: Built) -> list[str]:
     ]
 
 
+def plan_facts(plan) -> dict:
+    info, settings = plan.info, plan.settings
+    found = {"proteins": info["requested"] - sum(info["skipped"].values()), "records": info["requested"]}
+    found |= {"sequences": info["sequences"], "skipped": info["skipped"], "changed": info["changed"]}
+    found |= {"model": info["model"], "dtype": settings.dtype, "layers": list(settings.layers), "pool": settings.pool}
+    return found | {"store": settings.store, "output": str(plan.folder)}
+
+
+def facts(built: Built) -> dict:
+    """What `summary` says, as values by their names."""
+    done, share = built.progress, built.share
+    found = {"residues": done.residues, "compute_seconds": round(built.seconds, 3), "units": done.units}
+    found |= {"units_already_done": done.already_done, "shares": share.count, "bytes": size_of(built.plan.folder)}
+    return plan_facts(built.plan) | found | {"failed": failures(built)}
+
+
 def failures(built: Built) -> dict[str, int]:
     """Why sequences have no numbers, and how many."""
     return {word: count for word, count in built.status.items() if not has_numbers(word)}
@@ -111,9 +127,13 @@ def tell_share(share) -> None:
         print(f"share     {share.rank} of {share.count} ({share.said_by})", file=sys.stderr)
 
 
-def tell_end(built: Built) -> int:
-    """Prints the summary; returns the exit code."""
-    print("\n".join(summary(built)))
+def _print(*lines: str, **facts) -> None:
+    print("\n".join(lines))
+
+
+def tell_end(built: Built, say: Callable[..., None] = _print) -> int:
+    """Says the summary, its lines and its facts; returns the exit code."""
+    say(*summary(built), **facts(built))
     for word, count in failures(built).items():
         print(f"failed    {count:,} {word}", file=sys.stderr)
     return SOME_FAILED if failures(built) else 0

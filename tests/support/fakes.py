@@ -53,6 +53,16 @@ def fair_esm_model(seed=0, *, layers=3, heads=4, head_dim=8, ffn=48, norm_before
     return model
 
 
+def hf_model(kind="EsmForMaskedLM", **changes):
+    """A random model of transformers, two layers of 4 heads x 8."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = dict(vocab_size=33, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
+    sizes |= dict(pad_token_id=1, mask_token_id=32, layer_norm_eps=1e-5, emb_layer_norm_before=True)
+    sizes |= dict(token_dropout=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = transformers.EsmConfig(**(sizes | changes), attn_implementation="eager")
+    return trained_like(getattr(transformers, kind)(config), 3)
+
+
 def save_fair_esm(model, path: Path, *, regression=True) -> Path:
     """Writes a model as fair-esm publishes it: arguments and keys with their training prefixes, regression apart."""
     arguments = {"arch": "roberta_large", "max_positions": 1024, "token_dropout": model.args.token_dropout}

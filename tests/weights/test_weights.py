@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from fakes import fair_esm_model, save_fair_esm, trained_like
+from fakes import fair_esm_model, hf_model, save_fair_esm
 
 import esm_fast
 from esm_fast import weights
@@ -18,15 +18,6 @@ from esm_fast.alphabet import MASK
 from esm_fast.weights import CheckpointError
 
 TOKENS = torch.tensor([[0, 20, 15, MASK, 11, 7, 2], [0, 5, 5, 5, 2, 1, 1]])
-
-
-def hf_model(kind="EsmForMaskedLM", **changes):
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=33, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
-    sizes |= dict(pad_token_id=1, mask_token_id=MASK, layer_norm_eps=1e-5, emb_layer_norm_before=True)
-    sizes |= dict(token_dropout=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    config = transformers.EsmConfig(**(sizes | changes), attn_implementation="eager")
-    return trained_like(getattr(transformers, kind)(config), 3)
 
 
 def logits(model, tokens=TOKENS):
