@@ -50,7 +50,8 @@ def fit(model, structures: Iterable[Structure], c: float = 0.15, most_pairs: int
         c: the inverse of the L1 penalty, as scikit-learn's LogisticRegression takes it.
         most_pairs: if there are more, all contacts stay, the others are drawn from, and the bias is corrected for it.
 
-    Raises ValueError where no pair, or each one, is a contact. Needs scikit-learn (the extra `contacts`).
+    Raises ValueError where no pair, or each one, is a contact, and where every coefficient becomes 0.
+    Needs scikit-learn (the extra `contacts`).
     """
     structures = list(structures)
     total = sum(len(pairs_of(structure)[0]) for structure in structures)
@@ -65,6 +66,11 @@ def fit(model, structures: Iterable[Structure], c: float = 0.15, most_pairs: int
     if y.all() or not y.any():
         raise ValueError("the structures have no pair that touches, or none that does not: nothing can be fitted")
     weight, bias = _logistic(x, y, c)
+    if not weight.any():
+        raise ValueError(
+            f"no attention map tells which residues touch: at c={c:g} every coefficient is 0; give more structures, or "
+            "a larger c (--c)"
+        )
     return Regression(weight, bias + float(np.log(share)), total, int(y.sum()))
 
 

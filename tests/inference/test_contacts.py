@@ -204,6 +204,13 @@ def test_what_is_no_structure_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "o.safetensors").exists()
 
 
+def test_a_regression_of_nothing_is_refused(tmp_path, capsys):
+    """Its file would be one that every reader takes for none."""
+    fit = ["fit-contacts", "esm1b_t6_demo", *FIT[:4], "--pairs", "2000", "--c", "1e-6"]
+    assert main([*fit, "-o", str(tmp_path / "r.safetensors")]) == 1
+    assert "every coefficient is 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_files_without_a_protein_are_left_out_by_name(fair_checkpoint, tmp_path, capsys):
     folder = tmp_path / "structures"
     folder.mkdir()
@@ -211,7 +218,7 @@ def test_files_without_a_protein_are_left_out_by_name(fair_checkpoint, tmp_path,
         shutil.copy(path, folder)
     water = "HETATM    1  O   HOH A   1       0.000   0.000   0.000  1.00 10.00           O\nEND\n"
     (folder / "0_water.pdb").write_text(water)
-    fit = ["fit-contacts", str(fair_checkpoint), str(folder), "--pairs", "500", "--json"]
+    fit = ["fit-contacts", str(fair_checkpoint), str(folder), "--pairs", "500", "--c", "10", "--json"]
     assert main([*fit, "-o", str(tmp_path / "r.safetensors")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["chains"] == 4 and "1 left out, no protein of 20 residues: 0_water.pdb" in err
