@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         with joined() as processes:
             _finetune(args, settings, examples, clusters, processes)
     except Stopped as stopped:
-        print(stopped)
+        args.summary.say(str(stopped), stopped=str(stopped))
         return STOPPED
     except ExamplesError as error:
         text = str(error)
@@ -170,6 +170,7 @@ def _finetune(args: argparse.Namespace, settings, examples, clusters, processes)
         begun = _begun(args, settings, examples, esm, processes, asked) if settings.descends else None
         found = _train(esm, examples, settings, clusters, begun, processes)
         if not processes.first:
+            args.summary.as_json = False  # one object, the first process's
             return
         report = found.report | {"base": args.model}
         base = base_of(args.model) if args.alone else None
