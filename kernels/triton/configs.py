@@ -62,9 +62,18 @@ def attention_config(kernel: str, capability: int, dtype: torch.dtype, dim: int)
     return Config(dict(BLOCK=own, INNER=other), warps, stages)
 
 
+_WIDE = (90, 100)  # wgmma and tcgen05, with 227 KiB of shared memory a block
+_TWO_BLOCKS = ("linear_gelu", "qkv_projection", "input_grad")  # an SM holds two, where their tiles leave the room
+
+
 def linear_config(kernel: str, capability: int, dtype: torch.dtype) -> Config:
-    """The tile of the products; a backward with two accumulators has half a tile, or twice the warps, for each."""
+    """The tile of the products; a backward with two accumulators has half a tile, or twice the warps, for each. In fp32
+    `input_grad` has one stage, five blocks an SM: with more its operands would not fit in the registers.
+
+    A fourth stage pays where registers leave one block an SM anyway; with three, 98,304 bytes, two fit.
+    """
     two = kernel == "gelu_ffn_backward"
     if dtype == torch.float32:
-        return Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), 8 if two else 4, 3)
-    return Config(dict(BLOCK_M=128, BLOCK_N=64 if two else 128, BLOCK_K=64), 8, 4 if capability in (90, 100) else 3)
+        return Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), 8 if two else 4, 1 if kernel == "input_grad" else 3)
+    stages = 4 if capability in _WIDE and kernel not in _TWO_BLOCKS else 3
+    return Config(dict(BLOCK_M=128, BLOCK_N=64 if two else 128, BLOCK_K=64), 8, stages)

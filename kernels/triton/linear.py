@@ -39,16 +39,21 @@ def product(
 ):  # fmt: skip
     """total plus the rows at a_at, K wide, times columns of a matrix of N; W_N and W_K are that matrix's strides.
 
-    Columns beyond the end repeat the last one, as rows do.
+    Columns beyond the end repeat the last one, as rows do; where they lie side by side they are masked instead, since a
+    column that may be any other one is loaded by itself, two bytes at a time.
     """
     k = tl.arange(0, BLOCK_K)
-    columns = tl.minimum(column + tl.arange(0, BLOCK_N), N - 1)
+    columns = column + tl.arange(0, BLOCK_N)
+    if W_N != 1:
+        columns = tl.minimum(columns, N - 1)
     w_at = W + columns[None, :] * W_N + k[:, None] * W_K
     for first in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a, w = tl.load(a_at), tl.load(w_at)
+        a = tl.load(a_at) if K % BLOCK_K == 0 else tl.load(a_at, mask=first + k[None, :] < K, other=0.0)
+        if W_N == 1 and N % BLOCK_N != 0:
+            w = tl.load(w_at, mask=(columns[None, :] < N) & (first + k[:, None] < K), other=0.0)
+        elif K % BLOCK_K == 0:
+            w = tl.load(w_at)
         else:
-            a = tl.load(a_at, mask=first + k[None, :] < K, other=0.0)
             w = tl.load(w_at, mask=first + k[:, None] < K, other=0.0)
         total = tl.dot(a.to(w.dtype), w, total, input_precision=PRECISION)
         a_at += BLOCK_K
@@ -115,7 +120,7 @@ def tiles(config, m: int, n: int) -> int:
 
 def _linear(a, weight, bias, residual, out, then):
     (m, k), n = a.shape, len(weight)
-    config = linear_config("linear", capability(a), a.dtype)
+    config = linear_config(f"linear_{then}", capability(a), a.dtype)
     linear[(tiles(config, m, n),)](a, weight, bias, residual, out, m, n, k, then, precision(), **config.launch)
     return out
 
@@ -162,7 +167,7 @@ def compile_specs(capability: int) -> list:
             kernel,
             types.format(NAMES[dtype]),
             shape | dict(PRECISION=how),
-            linear_config(kernel.__name__, capability, dtype),
+            linear_config(f"linear_{shape['THEN']}" if kernel is linear else "input_grad", capability, dtype),
             direction="fwd" if kernel is linear else "bwd",
             dtype=dtype,
         )

@@ -3,6 +3,11 @@
 The tools are in triton_proof/, and so are the tests that run in the interpreter, in pytest processes of their own.
 """
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -148,3 +153,43 @@ def test_the_table_of_results_is_found_again(interpreted):
     for run in interpreted.values():
         run.finish()
     assert matrix.rows(run.record for run in interpreted.values()) == matrix.read(), "run `make proof`"
+
+
+def test_planted_faults_are_rejected_by_a_qualification():
+    """One a file, each a machine whose kernels have it: none is proven, so none is ever chosen."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "triton_proof.qualified_mutants", "one"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    right, *found = map(json.loads, done.stdout.splitlines())
+    assert right[2] == "proven", right
+    assert done.returncode == 0 and len(found) > 12, done.stderr[-2000:]
+    assert [row for row in found if row[2] == "proven" and tuple(row[:2]) not in HARMLESS] == []
+
+
+# Whose results are right: what is wrong is that two programs write one value.
+HARMLESS = {("contact_map", "both mirror images")}
+
+
+@pytest.mark.parametrize("kernel", ["input_grad", "gelu_ffn_backward", "linear", "attention_backward"])
+def test_tiles_are_loaded_16_bytes_at_a_time(kernel):
+    from triton_proof import widths
+
+    spec = one_of(kernel, **({"HEAD_DIM": 64} if kernel.startswith("attention") else {}))
+    assert widths.loads_of(widths.layouts_of(spec, 80)) and widths.narrow(spec, 80) == []
+    if "N" in spec.constexprs:  # a smaller ESM-2's width, no multiple of a tile
+        assert widths.narrow(replace(spec, constexprs=spec.constexprs | dict(N=320)), 90) == []
+
+
+def test_columns_that_may_be_any_are_seen_as_narrow_loads(tmp_path):
+    """The fault that `linear.py` had: a minimum over the columns of a matrix whose columns lie side by side."""
+    from triton_proof import widths
+
+    text = (source.KERNELS / "linear.py").read_text()
+    assert "    if W_N != 1:\n" in text
+    (tmp_path / "linear.py").write_text(text.replace("    if W_N != 1:\n", "    if W_N != 0:\n"))
+    name = "esm_fast.kernels.triton.clamped"
+    made = importlib.util.spec_from_file_location(name, tmp_path / "linear.py")
+    clamped = importlib.util.module_from_spec(made)
+    made.loader.exec_module(clamped)
+    spec = one_of("input_grad")
+    assert {load.bytes for load in widths.narrow(replace(spec, jit_fn=clamped.input_grad), 80)} == {2}

@@ -221,6 +221,11 @@ def _set_grid_dim(self, *grid):
 
 def _load(self, pointers, mask, other, cache_policy, is_volatile):
     _current.touch(pointers, mask, self.grid_idx, store=False)
+    return undefined_where_masked(self, pointers, mask, other)
+
+
+def undefined_where_masked(self, pointers, mask, other, *_):
+    """The interpreter's load; lanes that are masked off without `other` are undefined, as on a GPU."""
     triton_dtype = pointers.get_element_ty()
     dtype = numpy_dtype(triton_dtype)
     filling = np.full(pointers.data.shape, undefined(dtype)) if other is None else other.data
