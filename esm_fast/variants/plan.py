@@ -8,7 +8,7 @@ import numpy as np
 
 from ..alphabet import CLS, EOS, MASK, TOKENS
 from .compute import log_probs_of
-from .windows import Rule, Span, View
+from .windows import Rule, Span, View, Whole
 
 _INDEX = {token: index for index, token in enumerate(TOKENS)}
 _NONE = 255  # no token
@@ -215,6 +215,19 @@ class Rows(_Sink):
     def add(self, item: int, protein: Protein, masks: tuple[int, ...], at: int) -> None:
         for view in protein.rule(at):
             self._request(item, protein, masks, view, 1.0)
+
+    def add_all(self, first: int, protein: Protein, masks: tuple[int, ...]) -> None:
+        """All residues of a protein, under the same masks, as the items from `first` on."""
+        residues = len(protein)
+        if not isinstance(protein.rule, Whole):
+            for at in range(residues):
+                self.add(first + at, protein, masks, at)
+            return
+        number = self.plan.context(protein, protein.rule.span, masks)
+        self.item.extend(range(first, first + residues))
+        self.number.extend([number] * residues)
+        self.row.extend(range(1, residues + 1))
+        self.weight.extend([1.0] * residues)
 
     def empty(self) -> np.ndarray:
         return np.zeros((len(self), len(TOKENS)))

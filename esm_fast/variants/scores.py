@@ -79,9 +79,12 @@ class Job:
 
     def add_rows(self, rows: Rows, first: int, model, masked: bool | tuple[int, ...]) -> None:
         """Those of all residues, as the items from `first` on."""
-        protein, together = self.proteins(model).wild_type, () if isinstance(masked, bool) else masked
+        protein = self.proteins(model).wild_type
+        if masked is not True:
+            rows.add_all(first, protein, masked or ())
+            return
         for at in range(len(protein)):
-            rows.add(first + at, protein, (at,) if masked is True else together, at)
+            rows.add(first + at, protein, (at,), at)
 
     def log_probs(
         self,

@@ -39,13 +39,17 @@ def rule(name: str, residues: int, longest: int | None) -> Rule:
         raise ValueError(f"window is {name!r}; choose one of auto, {', '.join(WINDOWS)}")
     size = RESIDUES if longest is None else min(RESIDUES, longest)
     if residues <= size or name == "whole" and (longest is None or residues <= longest):
-        return _whole(residues)
+        return Whole(Span(0, residues + 2))
     return WINDOWS[name](residues, size)
 
 
-def _whole(residues: int) -> Rule:
-    span = Span(0, residues + 2)
-    return lambda at: [View(span, at + 1, 1.0)]
+class Whole(NamedTuple):
+    """The rule of a protein that fits: all its residues in one span."""
+
+    span: Span
+
+    def __call__(self, at: int) -> list[View]:
+        return [View(self.span, at + 1, 1.0)]
 
 
 def error(residues: int, size: int) -> Rule:
