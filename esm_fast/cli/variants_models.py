@@ -87,6 +87,7 @@ def tell(args, models: Models, counts: Counter, out: Path, seconds: float) -> No
         strategy=args.strategy,
         window=args.window,
         model=args.model,
+        random_weights=any(map(is_random, args.model)),
         dtype=models.dtypes,
     )
     args.summary.output(out)

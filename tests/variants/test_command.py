@@ -222,6 +222,7 @@ def test_the_summary_as_json(command):
     said = json.loads(kept.out)
     assert kept.code == 3 and said["rows"] == 3 and said["not_scored"] == 1 and said["strategy"] == ["wt"]
     assert said["counted"] == {"duplicate": 1, "other wild type": 1} and said["dtype"] == ["float32"]
+    assert said["random_weights"] is False
     assert json.loads(command("--json").out)["rows"] == 19 * len(PROTEIN)
 
 
