@@ -676,7 +676,7 @@ def test_other_heads_begin_as_the_solved_one_and_are_kept(esm, head, tmp_path):
         np.testing.assert_array_equal(one, other)
     if head == "attention":  # of windows: the softmax over all residues
         output, rows = predictor.output(), torch.randn(90, 32)
-        cut = [Segment("x", np.zeros(0), 0, 60, 90, np.array([0, 30]), 0)]
+        cut = [Segment("x", np.zeros(0), 0, 60, np.array([0, 30]), 0, 90)]
         cut.append(cut[0]._replace(start=30, number=1))
         assert output.finish(joined_parts(output, rows, cut)).shape == (2,)
         twice = torch.cat([rows[:60], rows[30:]])
