@@ -150,6 +150,7 @@ def test_auto_dtype_by_machine(monkeypatch, capsys, isa, gpu, device, backend, d
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
     monkeypatch.setattr(common, "require_device", lambda device: None)  # the GPU is made up
+    monkeypatch.setattr("esm_fast.inference.dtype.as_measured", lambda dtype, why, device: (dtype, why))  # nor measured
     args = SimpleNamespace(dtype="auto", device=device, model=common.DEMO, backend=backend)
     assert common.dtype_of(args) == dtype
     assert f"dtype     {dtype} (" in capsys.readouterr().err
