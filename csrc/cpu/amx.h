@@ -63,7 +63,7 @@ ESM_INLINE void copy_end(const bf16* a, size_t lda, int height, int count, bf16*
 
 // The weights of so many steps stay in the first-level cache for the next tile of rows; the rest, and the rows, pass it
 // by. What the epilogue touches has to fit there too.
-constexpr int kKept = 14;
+constexpr int kKept = 14, kKept8 = 12;
 
 // The registers of sums that a tile has: those of its upper left quarter, and these.
 struct Quarters {
@@ -286,38 +286,56 @@ class Products {
     Quarters has_{false, true};
 };
 
-// Steps that a panel takes at once: with more, the rows would leave the second-level cache between two panels.
-constexpr int kMostSteps = 56;
+// Steps of inputs, of a panel and of the rows, that a GEMM takes at once: with more than kMostSteps the rows would leave
+// the second-level cache between two panels, and parts that small stay nearer.
+constexpr int kMostSteps = 56, kPassSteps = 24;
+constexpr int kMostGroups = 12, kPassGroups = 4;  // the same in groups of 8 bits
+constexpr size_t kTileSums = kTileRows<bf16> * kPanel;
 
-// What a GEMM of bf16 does in which order. Every tile has the same height, so that the registers are configured once:
-// the last one begins early, and its first rows are computed twice. Of many inputs some go through all panels before the
-// next ones do, and the sums rest in memory meanwhile; they are the same sums.
+// What a GEMM does in which order. Every tile has the same height, so that the registers are configured once: the last
+// one begins early, and its first rows are computed twice. Of many inputs some go through all panels before the next
+// ones do, and the sums rest in memory meanwhile; they are the same sums.
 struct Order {
     int rows, steps, tiles, height, passes;
 
-    Order(int64_t rows_, int in)
-        : rows(int(rows_)), steps(int(round_up(in, kInputs) / kInputs)),
-          tiles(int((rows_ + kTileRows<bf16> - 1) / kTileRows<bf16>)), height((rows + tiles - 1) / tiles),
-          passes((steps + kMostSteps - 1) / kMostSteps) {}
+    Order(int64_t rows_, int steps_, int most, int at_once)
+        : rows(int(rows_)), steps(steps_), tiles(int((rows_ + kTileRows<bf16> - 1) / kTileRows<bf16>)),
+          height((rows + tiles - 1) / tiles), passes(steps <= most ? 1 : (steps + at_once - 1) / at_once) {}
     int first_step(int pass) const { return steps * pass / passes; }
     int first_row(int tile) const { return tile + 1 < tiles ? tile * height : rows - height; }
     int known_rows(int tile) const { return tile * height - first_row(tile); }
 };
 
+// Asks for memory, some lines at a time, to be in the second-level cache when it is needed.
+struct Prefetch {
+    const char *at, *end;
+
+    Prefetch(const void* from, size_t bytes) : at(static_cast<const char*>(from)), end(at + bytes) {}
+    // Lines a time, of so many times; more than kMost would displace the loads.
+    int share(int times) const {
+        constexpr int kMost = 8;
+        const int even = int((end - at) / 64 + times - 1) / times;
+        return even < kMost ? even : kMost;
+    }
+    ESM_INLINE void advance(int lines) {
+        for (int i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+    }
+};
+// Sums that rest, of which a pass has too many for the cache.
+ESM_INLINE Prefetch sums_at(const float* tile) { return {tile, tile ? kTileSums * sizeof(float) : 0}; }
+
 // gemm.h's, but the epilogue of a tile runs beside the products of the next one, and so do prefetches of the next
-// panel into the second-level cache, which the rows' tiles share out evenly among themselves.
+// panel, which the rows' tiles share out evenly among themselves.
 template <class Finish>
 void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, int first_panel, int last_panel,
           const Finish& finish) {
     if (rows <= 0) return;
     const double start = clock_start();
-    const Order order(rows, in);
+    const Order order(rows, int(round_up(in, kInputs) / kInputs), kMostSteps, kPassSteps);
     const int tiles = order.tiles, height = order.height, panels = last_panel - first_panel;
-    constexpr size_t kTile = kTileRows<bf16> * kPanel;
-    constexpr int kMostLines = 8;  // prefetches per 32 inputs: more would displace the loads
     float* resting = nullptr;
-    if (order.passes > 1) resting = buffer<float>(Any::resting, int64_t(panels) * tiles, kTile);
-    alignas(64) float sums[2][kTile];
+    if (order.passes > 1) resting = buffer<float>(Any::resting, int64_t(panels) * tiles, kTileSums);
+    alignas(64) float sums[2][kTileSums];
     Products products;
     Finishing last;
     bool turn = false;
@@ -325,19 +343,22 @@ void gemm(const bf16* a, size_t lda, int64_t rows, const bf16* packed, int in, i
         const int first = order.first_step(pass), steps = order.first_step(pass + 1) - first;
         const int inputs = in - first * kInputs < steps * kInputs ? in - first * kInputs : steps * kInputs;
         const bool final = pass + 1 == order.passes;
-        const int even = (kPanel + tiles - 1) / tiles, lines = even < kMostLines ? even : kMostLines;
         const int rows_a_step = steps > 1 ? (height + steps - 2) / (steps - 1) : height;
         for (int panel = first_panel; panel < last_panel; ++panel) {
             const bf16* weights = packed + panel * panel_size(packed, in) + size_t(first) * kInputs * kPanel;
-            const char* ahead = reinterpret_cast<const char*>(weights + panel_size(packed, in));
-            const char* end = panel + 1 < last_panel ? ahead + size_t(steps) * kInputs * kPanel * sizeof(bf16) : ahead;
+            const size_t size = panel + 1 < last_panel ? size_t(steps) * kInputs * kPanel * sizeof(bf16) : 0;
+            Prefetch ahead(weights + panel_size(packed, in), size);
+            const int lines = ahead.share(tiles * steps);
             for (int tile = 0; tile < tiles; ++tile) {
-                float* rest = resting ? resting + (size_t(panel - first_panel) * tiles + tile) * kTile : nullptr;
+                float* rest = resting ? resting + (size_t(panel - first_panel) * tiles + tile) * kTileSums : nullptr;
                 float* c = final ? sums[turn] : rest;
+                Prefetch next_rest = sums_at(rest ? rest + kTileSums : nullptr);
+                const int rest_lines = next_rest.share(steps);
                 products(height, a + order.first_row(tile) * int64_t(lda) + first * kInputs, lda, weights, inputs,
                          kPanel, pass ? rest : nullptr, c, kPanel, [&](int number) {
                              if (number) last.advance(rows_a_step, finish);
-                             for (int i = 0; i < lines && ahead < end; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                             ahead.advance(lines);
+                             next_rest.advance(rest_lines);
                          });
                 last.advance(height, finish);
                 last = Finishing();

@@ -68,18 +68,23 @@ ESM_INLINE void each_vector(int column, int columns, const Use& use) {
     for (int v = 0; v < kPanel && column + v < columns; v += N) use(v, columns - column - v);
 }
 
-// The epilogues. `bias` is padded with zeros to whole panels.
+// The epilogues. `bias` is padded with zeros to whole panels. The results of a block of rows are more than the second-level
+// cache holds, and stores that wait for memory would have the next sums wait: each tile asks for the lines that the next
+// panel's will go to.
 template <class A>
 struct Gelu {
-    A* out;
+    A* out;  // begins with column `first`
     size_t ld;
     const float* bias;
+    int first = 0;
 
     ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
-        for (int r = 0; r < height; ++r)
+        for (int r = 0; r < height; ++r) {
+            A* to = out + (row + r) * ld + column - first;
+            __builtin_prefetch(to + kPanel, 1, 2);
             for (int v = 0; v < kPanel; v += N)
-                store(out + (row + r) * ld + column + v,
-                      gelu_for(out, load(c + r * kPanel + v) + load(bias + column + v)));
+                store(to + v, gelu_for(out, load(c + r * kPanel + v) + load(bias + column + v)));
+        }
     }
 };
 
@@ -91,12 +96,14 @@ struct Project {
     int columns;
 
     ESM_INLINE void operator()(const float* c, int64_t row, int height, int column) const {
-        for (int r = 0; r < height; ++r)
+        for (int r = 0; r < height; ++r) {
+            __builtin_prefetch(out + (row + r) * ld + column + kPanel, 1, 2);
             each_vector(column, columns, [&](int v, int left) {
                 const F x = load(c + r * kPanel + v) + load(bias + column + v);
                 A* to = out + (row + r) * ld + column + v;
                 left >= N ? store(to, x) : store_part(to, x, left);
             });
+        }
     }
 };
 

@@ -1,7 +1,7 @@
 // How the kernels share work among the threads, and the memory they work in.
 #pragma once
 
-#include "amx.h"
+#include "amx_int8.h"
 #include "host.h"
 #include "rows.h"
 

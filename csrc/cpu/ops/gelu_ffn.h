@@ -79,10 +79,8 @@ class Ffn {
     // Some rows, on this thread.
     void rows(int64_t first, int64_t last) const {
         B* normed = buffer<B>(Layer::own_rows, last - first, ld_);
-        A* middle = buffer<A>(Layer::own_wide, last - first, ld_middle_);
         norm_(first, last, normed, ld_);
-        widened(normed, middle, last - first, 0, panels_of(hidden_));
-        narrowed(operand_of(middle, last - first, Layer::own_operand), first, last, 0, panels_of(width_));
+        narrowed(hidden(normed, last - first), first, last, 0, panels_of(width_));
     }
     void by_panels() const {
         B* normed = buffer<B>(Layer::rows, call_->rows, ld_);
@@ -94,6 +92,28 @@ class Ffn {
     }
 
   private:
+    // GELU's results as fc2 reads them. Those of 8 bits are quantised group by group, so that what they are made of stays
+    // in the second-level cache.
+    Rows<B> hidden(const B* normed, int64_t rows) const {
+        if constexpr (kQuantized<B>) {
+            constexpr int kPanels = kGroup / kPanel;
+            const size_t ld = leading<B>(hidden_), ld_group = leading<A>(kGroup);
+            B* quantized = buffer<B>(Layer::own_operand, rows, ld);
+            A* middle = buffer<A>(Layer::own_wide, rows, ld_group);
+            for (int group = 0; group < groups_of(hidden_); ++group) {
+                const int from = group * kPanels, to = int(smaller(from + kPanels, panels_of(hidden_)));
+                gemm(normed, ld_, rows, weights_of<W>(call_->fc1), width_, from, to,
+                     Gelu<A>{middle, ld_group, bias1_, group * kGroup});
+                for (int64_t row = 0; row < rows; ++row)
+                    quantize_part(middle + row * ld_group, group, hidden_, quantized + row * ld);
+            }
+            return {quantized, ld};
+        } else {
+            A* middle = buffer<A>(Layer::own_wide, rows, ld_middle_);
+            widened(normed, middle, rows, 0, panels_of(hidden_));
+            return {middle, ld_middle_};
+        }
+    }
     void widened(const B* normed, A* middle, int64_t rows, int from, int to) const {
         gemm(normed, ld_, rows, weights_of<W>(call_->fc1), width_, from, to, Gelu<A>{middle, ld_middle_, bias1_});
     }
