@@ -164,7 +164,8 @@ ESM_INLINE float largest_magnitude(const bf16* x, int n) {
         const __m512i last = _mm512_maskz_loadu_epi16((__mmask32(1) << (n - i)) - 1, x + i);
         best = _mm512_max_epu16(best, _mm512_and_si512(mask, last));
     }
-    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(best), _mm512_extracti64x4_epi64(best, 1));
+    const __m256i low = _mm512_maskz_extracti64x4_epi64(15, best, 0), high = _mm512_maskz_extracti64x4_epi64(15, best, 1);
+    const __m256i half = _mm256_max_epu16(low, high);
     const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
     return widen(bf16{uint16_t(~_mm_extract_epi16(least, 0))});
