@@ -81,6 +81,17 @@ const Machine& machine() {
     return found;
 }
 
+// By the order of what they need; the emulated amx, which needs nothing, is last.
+static size_t place(const std::string& level) {
+    if (level == "base") return 0;
+    size_t at = 0;
+    for (const Need& need : kNeeds)
+        if (++at, level == need.level) return at;
+    return SIZE_MAX;
+}
+
+bool at_least(const std::string& level, const std::string& other) { return place(level) >= place(other); }
+
 std::string missing(const std::string& level, const Machine& machine) {
     std::string names;
     bool reached = level == "base";

@@ -19,5 +19,8 @@ const Machine& machine();
 // What a machine lacks for a level, in words; empty if it runs it. Every level needs what those before it need.
 std::string missing(const std::string& level, const Machine& machine);
 
+// Whether a level is another one or a better one, by the order of what they need; built in or not.
+bool at_least(const std::string& level, const std::string& other);
+
 }  // namespace cpu
 }  // namespace esm

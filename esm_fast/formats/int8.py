@@ -10,7 +10,6 @@ from .. import _C
 from ..ops import contract
 from ..ops.quantize import Quantized, int8_linear, quantize
 from .format import Format
-from .levels import at_least
 from .smoothing import Smoothing
 from .weight import PrepackedWeight
 
@@ -78,7 +77,7 @@ def _require(device: str, backend: str | None, packed) -> None:
         raise ValueError(f"dtype 'int8' runs on CPUs only, not on {device}; choose bfloat16 there")
     if packed is False:
         raise ValueError("8-bit weights are always prepacked; leave out packed=False, or choose another dtype")
-    if not at_least(_NATIVE) and backend is None:
+    if not _C.at_least(_NATIVE) and backend is None:
         raise ValueError(
             f"the CPU kernels' level here, {_C.isa()}, has no instructions for 8 bits and would be slower than with "
             "other types; choose float32 or bfloat16, or insist with backend='cpu'"

@@ -8,7 +8,6 @@ numbers.
 import torch
 
 from .. import _C, hub, weights
-from ..formats.levels import at_least
 from ..ops import verdicts
 from ..ops.registry import request_of
 
@@ -28,7 +27,7 @@ def fastest(model: str, device: str, backend: str | None = None) -> tuple[str, s
         return as_measured(*of_gpu(torch.cuda.get_device_capability(device)), device)
     if backend not in (None, "cpu"):
         return "float32", f"backend {backend} is not the one that multiplies bfloat16 natively on a CPU"
-    if at_least(_NATIVE_BF16):
+    if _C.at_least(_NATIVE_BF16):
         return as_measured("bfloat16", f"the kernels' level {_C.isa()} multiplies it natively", "cpu")
     return "float32", f"the kernels' level {_C.isa()} does not multiply bfloat16 natively"
 

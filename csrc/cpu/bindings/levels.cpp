@@ -39,6 +39,7 @@ const Binding binding([](py::module_& module) {
     module.def("isas", &isas);
     module.def("missing_isas", &missing_isas);
     module.def("isa", [] { return active().name; });
+    module.def("at_least", [](const std::string& level) { return at_least(active().name, level); }, "level"_a);
     module.def("set_isa", [](const std::string& name) { select(name.c_str()); }, "name"_a);
     module.def("peak", &peak, "dtype"_a);
     module.def("set_clocks", &set_clocks, "on"_a);
