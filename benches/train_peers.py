@@ -102,7 +102,7 @@ def hf_trainer(trainer: Trainer, first: MaskedBatch) -> Built:
     from transformers import DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
     from transformers import Trainer as HFTrainer
 
-    model, recipe, store = hugging_face(trainer), trainer.recipe, trainer.store
+    model, recipe, store = hugging_face(trainer), trainer.recipe, trainer.sources[0].store
     loss, norm = _first(model, first, recipe)
     tokenizer = hf_tokenizer()
     letters = ("".join(TOKENS[token] for token in store.tokens[slice(*ends)]) for ends in _spans(trainer))
@@ -185,5 +185,5 @@ def _norm(model: torch.nn.Module) -> float:
 
 
 def _spans(trainer: Trainer):
-    offsets = trainer.store.offsets
+    offsets = trainer.sources[0].store.offsets
     return ((offsets[record], offsets[record + 1]) for record in trainer.steps.records)

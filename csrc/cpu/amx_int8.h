@@ -1,4 +1,4 @@
-// Rows x packed weights of 8 bits on AMX's tile registers.
+// Rows x prepacked weights of 8 bits on AMX's tile registers.
 //
 // Within a group of inputs the sums are integers, which begin from the group's corrections. The sums of one group are
 // scaled and added up beside the products of the next one, and a tile whose last group was added goes through the

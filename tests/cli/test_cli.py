@@ -147,6 +147,7 @@ def test_auto_dtype_is_that_of_a_packed_file(embed, fasta, fair_checkpoint, tmp_
 )
 def test_auto_dtype_by_machine(monkeypatch, capsys, isa, gpu, device, backend, dtype):
     monkeypatch.setattr(_C, "isa", lambda: isa)
+    monkeypatch.setattr(_C, "at_least", lambda level: level == "avx512bf16" and isa in ("avx512bf16", "amx"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
     monkeypatch.setattr(common, "require_device", lambda device: None)  # the GPU is made up

@@ -277,6 +277,12 @@ def test_an_impossible_level_is_refused_by_name():
         _C.set_isa("neon9")
 
 
+def test_levels_have_an_order(isa):
+    """Also those that were not built, or do not run here: `isa` is the level in use."""
+    order = list(FLAGS)
+    assert [_C.at_least(level) for level in order] == [order.index(isa) >= order.index(level) for level in order]
+
+
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
 @pytest.mark.parametrize("level", FLAGS if platform.machine() == "x86_64" else ["base"])
 def test_a_level_leaks_no_symbol(level, tmp_path):

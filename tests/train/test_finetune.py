@@ -594,7 +594,7 @@ def test_a_predictor_of_before_is_read(esm, tmp_path):
     finetune(esm, examples(LABELS["regression", "sequence"], 60), Settings("regression")).predictor.save(tmp_path)
     about = json.loads((tmp_path / "finetune.json").read_text())
     (column,) = about["targets"].pop("columns")
-    del about["layer"], column["name"]
+    del about["layer"], about["targets"]["separator"], about["targets"]["name"], column["name"]
     (tmp_path / "finetune.json").write_text(json.dumps({"targets": about["targets"] | column}))
     assert len(load_predictor(tmp_path).predict(["MKT"])) == 1
 
