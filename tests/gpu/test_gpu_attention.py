@@ -107,7 +107,8 @@ def test_tensors_begin_where_a_kernel_can_load_them(backend, log):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["attention_varlen", "pre_ln_attention"])
 def test_no_rows_need_no_kernel(name, backend, log):
-    arguments = OPS[name].cases()[0].build(torch.float32, "cpu", 0)
+    dtype = torch.float16 if backend == "flash" else torch.float32
+    arguments = OPS[name].cases()[0].build(dtype, "cpu", 0)
     rows = {key: arguments[key][:0].requires_grad_() for key in ("x", "q", "k", "v") if key in arguments}
     empty = rows | dict(cu_seqlens=torch.zeros(2, dtype=torch.int32), max_seqlen=0)
     out = OPS[name](**(arguments | empty), backend=backend)
@@ -265,9 +266,10 @@ def test_the_choice_by_architecture(arch, dtype, expected, grad):
 
 @pytest.mark.parametrize("arch", [(7, 0), (7, 5)])
 def test_before_sm_80_cuda_and_cutlass_come_first(arch):
-    """Triton declines there, and what has never run on a GPU leaves it to what has."""
+    """Triton and flash decline there, and what has never run on a GPU leaves it to what has."""
     explained = dict(registry.explain("attention_varlen", Request("cuda", arch, torch.float16, 64, True)))
-    willing = [name for name in explained if name not in ("triton", "xformers")]
+    willing = [name for name in explained if name not in ("triton", "flash", "xformers")]
+    assert explained["flash"] == [f"needs compute capability 8.0 to 9.x, this GPU has {arch[0]}.{arch[1]}"]
     assert willing[:2] == ["cuda", "cutlass"] and explained["cuda"] and not explained["cutlass"]
     if "triton" in explained:
         assert explained["triton"] == [f"needs compute capability 8.0, this GPU has {arch[0]}.{arch[1]}"]
