@@ -20,7 +20,6 @@ from ..ops.common import spans
 from ..ops.registry import Case
 
 clock = time.perf_counter  # a test has its own
-GUARD = 64  # elements around a tensor that no kernel may let into a result: a multiple of every alignment
 _ROWS = {"x", "q", "k", "v"}  # arguments with a row for every token
 ROUNDS, SECONDS = 5, 0.5  # of timing a case on a backend: rounds at most, and at least 3 even if they take longer
 
@@ -43,7 +42,7 @@ def prove(task: dict) -> list[str]:
     kernel = next(k for k in registry.kernels(op.name) if k.backend == task["backend"])
     ran = 0
     try:
-        for case in map(guarded, [*op.cases(), *bench_cases(task)[:1]]):
+        for case in map(verify.guarded, [*op.cases(), *bench_cases(task)[:1]]):
             arguments = verify.bound(op, case.build(dtype, device, 0))
             if kernel.why_not(op.request(arguments)):
                 continue
@@ -71,29 +70,6 @@ def has_heads(op_name: str) -> bool:
 def bench_cases(task: dict) -> list[Case]:
     made = OPS[task["op"]].bench_cases
     return made(task["head_dim"]) if has_heads(task["op"]) else made()
-
-
-def guarded(case: Case) -> Case:
-    """The case with every tensor in the middle of memory that is NaN, or the largest integer."""
-
-    def build(dtype, device, seed):
-        return {name: _in_guards(value) for name, value in case.build(dtype, device, seed).items()}
-
-    return Case(case.name, build)
-
-
-def _in_guards(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    wide = torch.full((value.numel() + 2 * GUARD,), poison(value.dtype), dtype=value.dtype, device=value.device)
-    return wide[GUARD : GUARD + value.numel()].view(value.shape).copy_(value)
-
-
-def poison(dtype: torch.dtype):
-    """A value that no right result can come from."""
-    if dtype == torch.bool:
-        return True
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .registry import Case, Kernel, Op
 
 NOTHING = 1e-12  # of the largest gradient: one below it is zero, and fp64 itself computes roundings of it
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+GUARD = 64  # elements around a tensor that no kernel may let into a result: a multiple of every alignment
 
 
 class Check(NamedTuple):
@@ -27,6 +28,29 @@ class Check(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.largest <= 1 and self.rms <= 1
+
+
+def guarded(case: Case) -> Case:
+    """The case with every tensor in the middle of memory that is NaN, or the largest integer."""
+
+    def build(dtype, device, seed):
+        return {name: _in_guards(value) for name, value in case.build(dtype, device, seed).items()}
+
+    return Case(case.name, build)
+
+
+def _in_guards(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    wide = torch.full((value.numel() + 2 * GUARD,), poison(value.dtype), dtype=value.dtype, device=value.device)
+    return wide[GUARD : GUARD + value.numel()].view(value.shape).copy_(value)
+
+
+def poison(dtype: torch.dtype):
+    """A value that no right result can come from."""
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def forward(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[Check]:

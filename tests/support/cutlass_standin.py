@@ -21,27 +21,18 @@ ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
 def installed(log: list):
     """Within, aten's operators run on CPU tensors, and every call is noted in the log by the operator's name."""
 
-    def forward(*arguments, **options):
-        log.append("forward")
-        return _forward(*arguments, **options)
+    def noted(name, compute):
+        def call(*arguments, **options):
+            log.append(name)
+            return compute(*arguments, **options)
 
-    def backward(*arguments, **options):
-        log.append("backward")
-        return _backward(*arguments, **options)
-
-    def flash_forward(*arguments, **options):
-        log.append("forward")
-        return _flash_forward(*arguments, **options)
-
-    def flash_backward(*arguments, **options):
-        log.append("backward")
-        return _flash_backward(*arguments, **options)
+        return call
 
     with library._scoped_library("aten", "IMPL") as aten:
-        aten.impl("_efficient_attention_forward", forward, "CPU")
-        aten.impl("_efficient_attention_backward", backward, "CPU")
-        aten.impl("_flash_attention_forward", flash_forward, "CPU")
-        aten.impl("_flash_attention_backward", flash_backward, "CPU")
+        aten.impl("_efficient_attention_forward", noted("forward", _forward), "CPU")
+        aten.impl("_efficient_attention_backward", noted("backward", _backward), "CPU")
+        aten.impl("_flash_attention_forward", noted("forward", _flash_forward), "CPU")
+        aten.impl("_flash_attention_backward", noted("backward", _flash_backward), "CPU")
         yield log
 
 

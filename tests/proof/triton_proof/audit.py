@@ -119,14 +119,24 @@ def key_of(spec: Spec, capability: int) -> str:
 
 def ir_of(spec: Spec, capability: int) -> str:
     """What Triton makes of a kernel before it is lowered."""
+    with made(spec, capability) as (module, _):
+        return module.str_nodebug()
+
+
+@contextlib.contextmanager
+def made(spec: Spec, capability: int):
+    """Triton's module of a kernel, before it is lowered, and the stages that lower it; gone with their context."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     options = backend.parse_options(_options(spec))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
+    source, stages = _source(spec), {}
     generated = backend.get_codegen_implementation(options), backend.get_module_map()
-    return _source(spec).make_ir(target, options, *generated, context).str_nodebug()
+    module = source.make_ir(target, options, *generated, context)
+    backend.add_stages(stages, options, source.language)
+    yield module, stages
 
 
 def audit(spec: Spec, capability: int, **extra_options) -> Facts:

@@ -10,32 +10,6 @@ from esm_fast.ops import verify
 from esm_fast.ops.common import spans
 from esm_fast.ops.registry import Case, Kernel, Op, run_with_gradients
 
-GUARD = 64  # elements on either side: a multiple of every alignment the kernels use
-
-
-def guarded(case: Case) -> Case:
-    """The case with every tensor in the middle of memory that holds NaN or absurd integers."""
-
-    def build(dtype, device, seed):
-        return {name: _in_guards(value) for name, value in case.build(dtype, device, seed).items()}
-
-    return Case(case.name, build)
-
-
-def _in_guards(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    wide = torch.full((value.numel() + 2 * GUARD,), poison(value.dtype), dtype=value.dtype, device=value.device)
-    inner = wide[GUARD : GUARD + value.numel()].view(value.shape)
-    return inner.copy_(value)
-
-
-def poison(dtype: torch.dtype):
-    """A value that no right result can come from."""
-    if dtype == torch.bool:
-        return True
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-
 
 class Share(NamedTuple):
     """One part of a batch, which nothing outside it may touch: its elements of some arguments, and of each output."""
@@ -101,12 +75,12 @@ SHARES: dict[str, Callable[[dict], Share]] = {
 
 def neighbours_are_left_alone(op: Op, kernel: Kernel, case: Case, dtype: torch.dtype, share_of, *, grad: bool) -> None:
     """Asserts that a share's outputs and gradients keep every bit when everything outside it is poison."""
-    arguments = verify.bound(op, guarded(case).build(dtype, "cpu", 0))
+    arguments = verify.bound(op, verify.guarded(case).build(dtype, "cpu", 0))
     share = share_of(arguments)
     poisoned = dict(arguments)
     for name, own in share.inputs.items():
         # An absurd token would be an error of the caller's; a neighbour of <mask> tokens alone has an infinite scale.
-        value = MASK if name == "tokens" else poison(arguments[name].dtype)
+        value = MASK if name == "tokens" else verify.poison(arguments[name].dtype)
         poisoned[name] = _poison_outside(arguments[name], own, value)
     clean, dirty = (_run(op, kernel, values, share, grad, outside) for values, outside in
                     ((arguments, 0.0), (poisoned, float("nan"))))  # fmt: skip

@@ -13,7 +13,7 @@ def examine(op_name: str, case_name: str, direction: str) -> None:
     kernel = next(kernel for kernel in registry.kernels(op_name) if kernel.backend == "triton")
     case = next(case for case in op.cases() if case.name == case_name)
     rule = {"fwd": verify.forward, "bwd": verify.gradients}[direction]
-    found = rule(op, kernel, checks.guarded(case), torch.float32, "cpu")
+    found = rule(op, kernel, verify.guarded(case), torch.float32, "cpu")
     if wrong := [check for check in found if not check.ok]:
         raise AssertionError(f"beyond tolerance: {wrong}")
     if case_name == "tile_edges":

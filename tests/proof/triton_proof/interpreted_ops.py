@@ -40,7 +40,7 @@ def test_against_fp64(op, kernel, dtype, direction, case, proof):
     """Within the tolerance rule in guarded memory; the launches are recorded."""
     require_runnable(op, kernel, dtype, case)
     with sanitizer.recording() as launches:
-        for check in VERIFY[direction](op, kernel, checks.guarded(case), dtype, "cpu"):
+        for check in VERIFY[direction](op, kernel, verify.guarded(case), dtype, "cpu"):
             assert check.ok, check
     kernels = sorted({launch.kernel for launch in launches})
     assert kernels or case.name == "no_rows", "no Triton kernel ran"
@@ -62,7 +62,7 @@ def test_tiles_of_a_newer_architecture(op, kernel, dtype, direction, monkeypatch
         if hasattr(module, "capability"):
             monkeypatch.setattr(module, "capability", lambda tensor: 90)
     case = next((case for case in op.cases() if case.name == "primes"), largest(op))
-    for check in VERIFY[direction](op, kernel, checks.guarded(case), dtype, "cpu"):
+    for check in VERIFY[direction](op, kernel, verify.guarded(case), dtype, "cpu"):
         assert check.ok, check
 
 

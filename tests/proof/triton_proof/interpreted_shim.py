@@ -111,7 +111,7 @@ def test_the_right_kernel_passes(case, dtype):
 
 def check_toy(fault, case_name, dtype=torch.float32):
     case = next(case for case in toy.cases() if case.name == case_name)
-    found = verify.forward(toy.OP, toy.kernel(fault), checks.guarded(case), dtype, "cpu")
+    found = verify.forward(toy.OP, toy.kernel(fault), verify.guarded(case), dtype, "cpu")
     if not all(check.ok for check in found):
         raise AssertionError(f"tolerance: {found}")
     if case_name != "one_token":

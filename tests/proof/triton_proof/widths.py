@@ -11,11 +11,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-
-from .audit import ARCHITECTURES, Spec, _in_table, _options, _source, compile_specs
+from .audit import ARCHITECTURES, Spec, _in_table, compile_specs, made
 
 WHOLE = 16
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i1": 1, "i8": 1}
@@ -39,19 +35,10 @@ class Load(NamedTuple):
 
 def layouts_of(spec: Spec, capability: int) -> str:
     """Triton's IR with the layouts of its tensors."""
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    options = backend.parse_options(_options(spec))
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    source = _source(spec)
-    generated = backend.get_codegen_implementation(options), backend.get_module_map()
-    module, stages = source.make_ir(target, options, *generated, context), {}
-    backend.add_stages(stages, options, source.language)
-    for name in ("ttir", "ttgir"):
-        module = stages[name](module, {"name": spec.kernel_name})
-    return str(module)
+    with made(spec, capability) as (module, stages):
+        for name in ("ttir", "ttgir"):
+            module = stages[name](module, {"name": spec.kernel_name})
+        return str(module)
 
 
 def loads_of(text: str) -> list[Load]:
