@@ -24,7 +24,8 @@ LEAST_COSINE = {"fp32": 0.9999999, "fp16": 0.9999, "bf16": 0.999}  # of a protei
 
 def names(place: Place) -> list[str]:
     """Every part, what costs least and says most first."""
-    known = [name for name in BACKENDS if name in registry.backends()]
+    there = registry.backends()
+    known = [name for name in BACKENDS if name in there]
     smoke = ["cubins", "thread", "graph", *(f"model {name}" for name in known)]
     correct = [f"{op} {kernel.backend}" for op in OPS for kernel in registry.kernels(op)
                if kernel.backend not in ("reference", "cpu")]  # fmt: skip
@@ -62,7 +63,7 @@ def facts(place: Place) -> dict:
         command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
         try:
             said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
-        except OSError as error:
+        except (OSError, subprocess.SubprocessError) as error:
             said = str(error)
         found |= dict(zip(_SMI.split(","), said.split(", "), strict=False))
     backends = [f"{name}{'' if why is None else f' ({why})'}" for name, why in registry.backends().items()]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import parser_of
 
 _MODEL = dict(layers=2, embed_dim=256, ffn_embed_dim=1024, attention_heads=4)
 _STEPS = 3
@@ -63,7 +64,7 @@ def measure(folder: Path, processes: int, sharding: str, precision: str) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8])
     kinds = ["none:bfloat16", "zero1:float32", "zero1:bfloat16"]
     parser.add_argument("--kinds", nargs="+", default=kinds, help="sharding:precision (default: %(default)s)")

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from esm_fast.ops.attention_varlen import attention_varlen as attention_op
-from esm_fast.ops.common import aligned, parts_of
+from esm_fast.ops.common import joined, parts_of, ready
 from esm_fast.ops.pre_ln_attention import compose
 from esm_fast.ops.registry import Request, implements
 
@@ -41,20 +41,16 @@ def why_not(request: Request) -> list[str]:
     if request.dtype not in _ALIGNED:
         reasons.append(f"has float32, float16 and bfloat16, not {name}")
     elif request.head_dim is not None and request.head_dim % _ALIGNED[request.dtype]:
-        aligned = _ALIGNED[request.dtype]
-        reasons.append(f"needs a head_dim that is a multiple of {aligned} in {name}, this is {request.head_dim}")
+        multiple = _ALIGNED[request.dtype]
+        reasons.append(f"needs a head_dim that is a multiple of {multiple} in {name}, this is {request.head_dim}")
     return reasons
-
-
-def _ready(*tensors) -> list[torch.Tensor]:
-    return aligned([tensor.contiguous() for tensor in tensors])
 
 
 def _attend(q, k, v, cu_seqlens, max_seqlen, scale, keep_lse):
     """(out, [log-sum-exp of every row: (sequences, heads, max_seqlen up to a multiple of 32), empty unless kept])."""
     if not len(q):
         return torch.empty_like(q), [q.new_empty(0, dtype=torch.float32)]
-    found, (q, k, v) = [], _ready(q, k, v)
+    found, (q, k, v) = [], ready(q, k, v)
     for rows, ends in parts_of(cu_seqlens, len(q), _MOST_SEQUENCES):
         longest = min(max_seqlen, rows.stop - rows.start)
         out, lse, *_ = torch.ops.aten._efficient_attention_forward(
@@ -63,7 +59,7 @@ def _attend(q, k, v, cu_seqlens, max_seqlen, scale, keep_lse):
         )  # fmt: skip
         found.append((out[0], lse))
     outs, lses = zip(*found, strict=True)
-    return outs[0] if len(outs) == 1 else torch.cat(outs), list(lses)
+    return joined(outs), list(lses)
 
 
 def _train(q, k, v, cu_seqlens, max_seqlen, scale):
@@ -76,7 +72,7 @@ def _backward(arguments, kept, grad_outputs):
     out, *lses = kept
     if not len(q):
         return *(torch.empty_like(tensor) for tensor in (q, k, v)), None, None, None
-    grads, (grad, q, k, v, out) = [], _ready(*grad_outputs, q, k, v, out)
+    grads, (grad, q, k, v, out) = [], ready(*grad_outputs, q, k, v, out)
     for (rows, ends), lse in zip(parts_of(cu_seqlens, len(q), _MOST_SEQUENCES), lses, strict=True):
         longest = min(max_seqlen, rows.stop - rows.start)
         no_seed = lse.new_empty((), dtype=torch.int64)  # of the dropout, of which there is none
@@ -84,8 +80,7 @@ def _backward(arguments, kept, grad_outputs):
             *(tensor[None, rows] for tensor in (grad, q, k, v)), None, out[None, rows], ends, ends, longest, longest,
             lse, 0.0, no_seed, no_seed, _NO_MASK, False, scale=scale, num_splits_key=1,
         )[:3])  # fmt: skip
-    joined = ([part[0] for part in parts] for parts in zip(*grads, strict=True))
-    return *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in joined), None, None, None
+    return *(joined([part[0] for part in parts]) for parts in zip(*grads, strict=True)), None, None, None
 
 
 @implements("attention_varlen", backend=BACKEND, why_not=why_not, train=_train, backward=_backward)

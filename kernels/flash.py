@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from esm_fast.ops.attention_varlen import attention_varlen as attention_op
-from esm_fast.ops.common import aligned, parts_of
+from esm_fast.ops.common import joined, parts_of, ready
 from esm_fast.ops.pre_ln_attention import compose
 from esm_fast.ops.registry import Request, implements
 
@@ -46,15 +46,11 @@ def yields(request: Request) -> list[str]:
     return ["only by name on a GPU, where it has never run here: esm-fast qualify tries it"]
 
 
-def _ready(*tensors) -> list[torch.Tensor]:
-    return aligned([tensor.contiguous() for tensor in tensors])
-
-
 def _train(q, k, v, cu_seqlens, max_seqlen, scale):
     """(out, what the backward needs: the output and, of each launch, its log-sum-exp and two states of no dropout)."""
     if not len(q):
         return torch.empty_like(q), (q,)
-    outs, kept, (q, k, v) = [], [], _ready(q, k, v)
+    outs, kept, (q, k, v) = [], [], ready(q, k, v)
     for rows, ends in parts_of(cu_seqlens, len(q), _MOST_SEQUENCES):
         longest = min(max_seqlen, rows.stop - rows.start)
         out, *states = torch.ops.aten._flash_attention_forward(
@@ -62,7 +58,7 @@ def _train(q, k, v, cu_seqlens, max_seqlen, scale):
         )
         outs.append(out)
         kept += states[:3]
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    out = joined(outs)
     return out, (out, *kept)
 
 
@@ -71,7 +67,7 @@ def _backward(arguments, kept, grad_outputs):
     if not len(q):
         return *(torch.empty_like(tensor) for tensor in (q, k, v)), None, None, None
     out, *states = kept
-    grads, (grad, q, k, v, out) = [], _ready(*grad_outputs, q, k, v, out)
+    grads, (grad, q, k, v, out) = [], ready(*grad_outputs, q, k, v, out)
     parts = parts_of(cu_seqlens, len(q), _MOST_SEQUENCES)
     for number, (rows, ends) in enumerate(parts):
         longest = min(max_seqlen, rows.stop - rows.start)
@@ -81,7 +77,7 @@ def _backward(arguments, kept, grad_outputs):
                 grad[rows], q[rows], k[rows], v[rows], out[rows], lse, ends, ends, longest, longest, *_WHOLE, seed,
                 unused, scale=scale,
             ))  # fmt: skip
-    return *(g[0] if len(g) == 1 else torch.cat(g) for g in zip(*grads, strict=True)), None, None, None
+    return *map(joined, zip(*grads, strict=True)), None, None, None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from esm_fast.ops.attention_varlen import attention_varlen as attention_op
-from esm_fast.ops.common import aligned
+from esm_fast.ops.common import ready
 from esm_fast.ops.pre_ln_attention import compose
 from esm_fast.ops.registry import Request, implements
 
@@ -50,7 +50,7 @@ def _with_mask(q, k, v, cu_seqlens):
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
-    q, k, v = (tensor[None] for tensor in aligned([tensor.contiguous() for tensor in (q, k, v)]))
+    q, k, v = (tensor[None] for tensor in ready(q, k, v))
     return q, k, v, BlockDiagonalMask.from_seqlens(lengths, device=q.device)
 
 
@@ -69,9 +69,9 @@ def _backward(arguments, kept, grad_outputs):
     q, k, v, cu_seqlens, _, scale = arguments
     if not len(q):
         return *(torch.empty_like(tensor) for tensor in (q, k, v)), None, None, None
-    (out, lse), (grad,) = kept, grad_outputs
+    (out, lse), (grad,) = kept, ready(*grad_outputs)
     grads = memory_efficient_attention_backward(
-        grad.contiguous()[None], out[None], lse, *_with_mask(q, k, v, cu_seqlens), scale=scale
+        grad[None], out[None], lse, *_with_mask(q, k, v, cu_seqlens), scale=scale
     )
     return *(grad[0] for grad in grads), None, None, None
 

@@ -107,7 +107,8 @@ class GroupProducts {
             }
             scaled();
             const float* scales = reinterpret_cast<const float*>(part + kPanel * sizeof(int32_t));
-            scaling_ = {sums_, scales, scales_of(rows, in_) + group, lda_ * sizeof(biased8), group == first ? from : to, to, height_};
+            scaling_ = {sums_, scales, scales_of(rows, in_) + group, lda_ * sizeof(biased8),
+                        group == first ? from : to, to, height_};
             part = lines;
         }
     }

@@ -74,20 +74,20 @@ Machine find() {
     return m;
 }
 
-}  // namespace
-
-const Machine& machine() {
-    static const Machine found = find();
-    return found;
-}
-
 // By the order of what they need; the emulated amx, which needs nothing, is last.
-static size_t place(const std::string& level) {
+size_t place(const std::string& level) {
     if (level == "base") return 0;
     size_t at = 0;
     for (const Need& need : kNeeds)
         if (++at, level == need.level) return at;
     return SIZE_MAX;
+}
+
+}  // namespace
+
+const Machine& machine() {
+    static const Machine found = find();
+    return found;
 }
 
 bool at_least(const std::string& level, const std::string& other) { return place(level) >= place(other); }

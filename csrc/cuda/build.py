@@ -160,11 +160,13 @@ def chosen_architectures(compiler, named: str = "") -> tuple[int, ...]:
     """Those of ESM_FAST_CUDA_ARCH, such as "90" or "80,90", that ship; without a name, all that the compiler knows."""
     if not named:
         return compiler.architectures
-    wanted = tuple(int(part) if part.strip().isdigit() else -1 for part in named.replace(".", "").split(","))
-    if strange := [part for part in wanted if part not in compiler.architectures]:
-        known = ", ".join(map(str, compiler.architectures))
-        raise CompileError(f"ESM_FAST_CUDA_ARCH is {named!r}: {strange[0]} is none of {known}, of this compiler")
-    return wanted
+    known = {str(arch): arch for arch in compiler.architectures}
+    wanted = [part.strip() for part in named.replace(".", "").split(",")]
+    if strange := [part or "nothing" for part in wanted if part not in known]:
+        raise CompileError(
+            f"ESM_FAST_CUDA_ARCH is {named!r}: {strange[0]} is none of {', '.join(known)}, of this compiler"
+        )
+    return tuple(known[part] for part in wanted)
 
 
 def build(archive: Path, compiler, named: str = "") -> None:

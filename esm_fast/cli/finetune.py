@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         examples = read_examples(args.table, columns, labels=args.labels)
         clusters = read_clusters(args.clusters) if args.clusters else None
         with joined() as processes:
+            args.summary.heard = processes.first
             _finetune(args, settings, examples, clusters, processes)
     except Stopped as stopped:
         args.summary.say(str(stopped), stopped=str(stopped))
@@ -170,7 +171,6 @@ def _finetune(args: argparse.Namespace, settings, examples, clusters, processes)
         begun = _begun(args, settings, examples, esm, processes, asked) if settings.descends else None
         found = _train(esm, examples, settings, clusters, begun, processes)
         if not processes.first:
-            args.summary.as_json = False  # one object, the first process's
             return
         report = found.report | {"base": args.model}
         base = base_of(args.model) if args.alone else None
@@ -278,10 +278,12 @@ def _write_predictions(found, path: Path) -> None:
 
 
 def _given(targets, row) -> list[str]:
-    cells = []
+    from ..train.sets import label_of
+
     if targets.separator:
         there = [c.name for c, value in zip(targets.columns, row.tolist(), strict=True) if value]
-        return [targets.separator.join(there) or targets.separator]
+        return [label_of(there, targets.separator)]
+    cells = []
     for column, value in zip(targets.columns, row.tolist(), strict=True):
         if value != value:
             cells.append("")

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             if counts != expected or written != counts.proteins:
                 raise InputError("the input changed while it was read; nothing was written")
         seconds = time.perf_counter() - start
-    tell_result(args, counts, seconds, args.predictor, args.dtype)
+    tell_result(args, counts, seconds, args.predictor, dtype)
     args.summary.output(out)
 
 

@@ -56,10 +56,12 @@ def columns_of(targets) -> tuple[list[str], set[str]]:
 
 def values_of(targets, outputs: "np.ndarray") -> Iterator[list]:
     """The cells of each row of (rows, targets.outputs)."""
+    from ..train.sets import label_of
+
     if targets.separator:
         (labels,), (numbers,) = targets.labels(outputs), targets.probabilities(outputs)
         rows = zip(labels, numbers.tolist(), strict=True)
-        return ([targets.separator.join(found) or targets.separator, *chances] for found, chances in rows)
+        return ([label_of(found, targets.separator), *chances] for found, chances in rows)
     parts = []
     for column, numbers, labels in zip(targets.columns, targets.numbers(outputs), targets.labels(outputs), strict=True):
         more = numbers.tolist() if column.classes else [[]] * len(labels)

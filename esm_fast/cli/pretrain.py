@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = replace(recipe, store=args.store or recipe.store, output=args.output or recipe.output)
     set_threads(args.threads)
     with joined() as processes:
+        args.summary.heard = processes.first
         if args.fast_dev_run:
             if args.fork:
                 raise InputError(
@@ -70,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
             if processes.first:
                 _remove_earlier(Path(recipe.output))
             processes.wait()
-        if not processes.first:
-            args.summary.as_json = False  # one object, the first process's
         if recipe.plot:
             _require_matplotlib()
         trainer = Trainer(recipe, open_stores(recipe.store), processes, fork=args.fork)
@@ -80,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
         except FloatingPointError as error:
             raise InputError(str(error)) from None
         except Stopped as stopped:
-            if processes.first:
-                args.summary.say(str(stopped), output=str(recipe.output), stopped=str(stopped))
+            args.summary.say(str(stopped), output=str(recipe.output), stopped=str(stopped))
             return STOPPED
         if processes.first:
             best = _perplexity(trainer.best)

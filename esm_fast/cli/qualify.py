@@ -61,15 +61,16 @@ def tell(summary, device: str, dtypes: tuple[str, ...], **options) -> None:
     found = qualify(Asked(device, dtypes, **options), note=lambda line: print(line, file=sys.stderr, flush=True))
     changed = [(key, entry) for key, entry in found.items() if entry["winner"] != entry["default"]]
     failed = [(key, b, o) for key, entry in found.items() for b, o in entry["backends"].items() if o[0] != "proven"]
+    where = str(verdicts.path_of(verdicts.identity(device)))
     summary.say(
         *(f"changed   {key}: {entry['winner']} runs, not {entry['default']}" for key, entry in changed),
         *(f"failed    {key}, {backend}: {outcome}, {detail}" for key, backend, (outcome, detail) in failed),
         f"qualified {len(found)} of op, type and direction in {time.perf_counter() - begin:.0f} s on {device}",
         f"chosen    as before for {len(found) - len(changed)}, otherwise for {len(changed)}",
-        f"verdicts  {verdicts.path_of(verdicts.identity(device))}",
+        f"verdicts  {where}",
         device=device,
         qualified=len(found),
         changed={key: {"runs": entry["winner"], "not": entry["default"]} for key, entry in changed},
         failed=[{"key": str(key), "backend": name, "outcome": list(found)} for key, name, found in failed],
-        output=str(verdicts.path_of(verdicts.identity(device))),
+        output=where,
     )

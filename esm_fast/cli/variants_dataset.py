@@ -46,37 +46,25 @@ def make_dataset(args: argparse.Namespace) -> int:
     except StoppedError:
         print(f"stopped   the same command resumes where this one left {args.output}", file=sys.stderr)
         return report.STOPPED
-    return _tell(args, built)
+    return report.tell_end(built, args.summary.say, partial(_lines, args), strategy=built.plan.settings.scan)
 
 
-def _tell(args: argparse.Namespace, built) -> int:
-    """The summary; returns the exit code."""
+def _lines(args: argparse.Namespace, built, size: int) -> list[str]:
     from ..dataset import report
 
-    failed = report.failures(built)
-    _say(args, built, Path(args.output))
-    for word, count in failed.items():
-        print(f"failed    {count:,} {word}", file=sys.stderr)
-    return report.SOME_FAILED if failed else 0
-
-
-def _say(args: argparse.Namespace, built, folder: Path) -> None:
-    from ..dataset import report
-
-    plan, done = built.plan, built.progress
-    size = report.human_bytes(report.size_of(folder))
+    plan, done, folder = built.plan, built.progress, Path(args.output)
     lines = [line for line in report.plan_lines(plan) if not line.startswith("layers")]
     lines += [
         f"strategy  {plan.settings.scan} (stored as {plan.settings.store})",
         f"residues  {done.residues:,} in {built.seconds:.1f} s: {done.residues / built.seconds:,.0f} residues/s",
         f"units     {done.units:,} committed, {done.already_done:,} were there already",
-        f"output    {folder} ({size})",
+        f"output    {folder} ({report.human_bytes(size)})",
     ]
     if built.share.count > 1:
         lines.append(f"next      when all {built.share.count} shares are done: esm-fast finish {folder}")
     else:
         lines.append(f"next      esm-fast variants {args.output} --lookup 'P04637 R175H'")
-    args.summary.say(*lines, **report.facts(built), strategy=plan.settings.scan)
+    return lines
 
 
 def look_up(args: argparse.Namespace) -> int:

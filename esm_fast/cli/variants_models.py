@@ -60,14 +60,12 @@ def tell_proteins(say, proteins: dict[str, str], report) -> None:
     rare = residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
     left_out = report.records - len(proteins)
     lines = [f"proteins  {len(proteins):,} of {report.records:,} records, {residues:,} residues"]
-    empty, unknown = report.empty, report.skipped_unknown
+    skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty}
+    skipped["duplicate"] = left_out - sum(skipped.values())
     if left_out:
-        lines.append(
-            f"skipped   {unknown:,} unknown residue, {empty:,} empty, {left_out - empty - unknown:,} duplicate"
-        )
+        lines.append(f"skipped   {', '.join(f'{count:,} {why}' for why, count in skipped.items())}")
     if rare:
         lines.append(f"rare      {rare:,} residues U, O, B, Z or X, scored against their own token")
-    skipped = {"unknown residue": unknown, "empty": empty, "duplicate": left_out - empty - unknown}
     say(*lines, proteins=len(proteins), records=report.records, residues=residues, skipped=skipped)
 
 

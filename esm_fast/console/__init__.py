@@ -25,6 +25,11 @@ def human_bytes(count: float) -> str:
         count /= 1000
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
 class SpaceError(ValueError):
     """The disk is too small for what is going to be written."""
 

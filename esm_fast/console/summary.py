@@ -5,10 +5,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from . import human_bytes
+from . import human_bytes, size_of
 
 
 class Summary:
@@ -21,6 +20,7 @@ class Summary:
     def __init__(self, command: str = "", as_json: bool = False, **facts):
         self.as_json, self._facts, self._whole = as_json, {"command": command, **facts}, None
         self._begin = time.perf_counter()
+        self.heard = True  # False in all processes of a training but the one that tells
 
     @property
     def seconds(self) -> float:
@@ -30,13 +30,13 @@ class Summary:
     def say(self, *lines: str, **facts) -> None:
         """lines: for people. facts: for scripts, under names that all commands use for the same thing."""
         self._facts |= facts
-        if not self.as_json:
+        if self.heard and not self.as_json:
             print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
 
     def output(self, path: str | Path, **facts) -> None:
         """What was written, how large it is, and what the whole took; said last."""
         path = Path(path)
-        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        size = size_of(path)
         self.time()
         self.say(f"output    {path} ({human_bytes(size)})", output=str(path), bytes=size, **facts)
 
@@ -47,20 +47,13 @@ class Summary:
         """With --json, this in place of the object: where another tool's form is promised."""
         self._whole = value
 
-    @contextlib.contextmanager
-    def speaking(self) -> Iterator[None]:
-        if not self.as_json:
-            yield
-            return
-        before, sys.stdout = sys.stdout, sys.stderr
-        try:
-            yield
-        finally:
-            sys.stdout = before
+    def speaking(self) -> contextlib.AbstractContextManager:
+        """Whatever is printed within goes to standard error, with --json."""
+        return contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
 
     def end(self, code: int) -> None:
         """Prints the object, where one was asked for. code: the exit code."""
-        if self.as_json:
+        if self.heard and self.as_json:
             whole = self._facts | {"seconds": round(self.seconds, 3), "exit_code": code}
             print(json.dumps(_finite(whole if self._whole is None else self._whole), default=str))
 

@@ -9,7 +9,7 @@ import ray
 import ray.exceptions
 
 from ..ops import verdicts
-from .build import Options, as_begun, chosen_dtype, exact, finished, loader, planned, require_space, settings_of
+from .build import Options, exact, finished, loaded, loader, planned, require_space, settings_of
 from .errors import DatasetError
 from .reader import Dataset
 from .worker import Progress, remaining
@@ -70,10 +70,7 @@ def build_dataset(
 
 def _settings(options: Options):
     """What decides the bytes on this machine, by what the model's file says of itself."""
-    dtype = chosen_dtype(options)
-    with as_begun(options):
-        model = loader(options)(dtype=dtype)
-    return settings_of(options, model.config, model.device, dtype)
+    return loaded(options, loader(options))[1]
 
 
 class _Worker:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
-from ..console import human_bytes, progress
+from ..console import human_bytes, progress, size_of
 from ..console.streams import printable
 from .build import MEANINGLESS, Built
 from .units import has_numbers
@@ -75,7 +74,7 @@ def plan_lines(plan) -> list[str]:
     ]
 
 
-def summary(built: Built) -> list[str]:
+def summary(built: Built, size: int) -> list[str]:
     plan, done, share = built.plan, built.progress, built.share
     end = (
         [
@@ -92,7 +91,7 @@ def summary(built: Built) -> list[str]:
         *plan_lines(plan),
         f"residues  {done.residues:,} in {built.seconds:.1f} s: {done.residues / built.seconds:,.0f} residues/s",
         f"units     {done.units:,} committed, {done.already_done:,} were there already",
-        f"output    {plan.folder} ({human_bytes(size_of(plan.folder))})",
+        f"output    {plan.folder} ({human_bytes(size)})",
         *end,
     ]
 
@@ -118,22 +117,15 @@ def failures(built: Built) -> dict[str, int]:
     return {word: count for word, count in built.status.items() if not has_numbers(word)}
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def tell_share(share) -> None:
     if share.count > 1:
         print(f"share     {share.rank} of {share.count} ({share.said_by})", file=sys.stderr)
 
 
-def _print(*lines: str, **facts) -> None:
-    print("\n".join(lines))
-
-
-def tell_end(built: Built, say: Callable[..., None] = _print) -> int:
-    """Says the summary, its lines and its facts; returns the exit code."""
-    say(*summary(built), **facts(built))
-    for word, count in failures(built).items():
+def tell_end(built: Built, say: Callable[..., None], lines: Callable[..., list[str]] | None = None, **more) -> int:
+    """Says lines(built, bytes), the summary unless others are given, and the facts; returns the exit code."""
+    found = facts(built)
+    say(*(lines or summary)(built, found["bytes"]), **found, **more)
+    for word, count in found["failed"].items():
         print(f"failed    {count:,} {word}", file=sys.stderr)
-    return SOME_FAILED if failures(built) else 0
+    return SOME_FAILED if found["failed"] else 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import submitit
 
+from ..console.summary import Summary
 from .build import Options, build
 from .report import SOME_FAILED, STOPPED, Watch, tell_end, tell_share
 from .stopping import StoppedError, stop_signals
@@ -45,7 +46,7 @@ class Share(submitit.helpers.Checkpointable):
         tell_share(ranks.share(share))
         try:
             with stop_signals() as check, Watch(log, check) as watch:
-                return tell_end(build(options, share, watch))
+                return tell_end(build(options, share, watch), Summary().say)
         except StoppedError:
             print(f"stopped   the same command resumes {options.folder}", file=sys.stderr)
             return STOPPED

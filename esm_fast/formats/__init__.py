@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 
-_SHARED = ("file", "format", "levels", "model", "smoothing", "weight")
+_SHARED = ("file", "format", "model", "smoothing", "weight")
 
 
 def files() -> list[str]:

@@ -48,13 +48,12 @@ def load(name_or_path, *, device="auto", dtype="auto", backend=None, packed=None
     require_backend(backend)
     if packed not in (None, True, False, "auto"):
         raise ValueError(f"packed is {packed!r}; choose one of None, True, False, 'auto'")
-    given = name_or_path if isinstance(name_or_path, weights.Checkpoint) else None
-    wanted, name = _dtype(dtype), str(given.source if given else name_or_path)
+    checkpoint = name_or_path if isinstance(name_or_path, weights.Checkpoint) else None
+    wanted, name = _dtype(dtype), str(checkpoint.source if checkpoint else name_or_path)
     form = _quantised(wanted)
     if form is not None:
         form.require(device, backend, packed)
-    checkpoint = given
-    if given is None and not name.startswith("random:"):
+    if checkpoint is None and not name.startswith("random:"):
         checkpoint = weights.read(hub.resolve(name_or_path))
     if regression is not None:
         if checkpoint is None:

@@ -16,8 +16,8 @@ from ..ops.opaque import transformed
 _KEYS = torch._C._TorchDispatchModeKey
 _EXPORT = (
     "torch.export, torch.fx, torch.jit.script, make_fx and FakeTensorMode record a call without the values of its "
-    "tokens, which decide here how "
-    "many rows there are to compute with: use torch.compile, or export the original package's model"
+    "tokens, which decide here how many rows there are to compute with: use torch.compile, or export "
+    "the original package's model"
 )
 
 

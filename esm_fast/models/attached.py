@@ -44,7 +44,7 @@ def left_out(*kinds: type[nn.Module]) -> None:
         _FORWARDS.setdefault(kind, kind.forward)
 
 
-left_out(nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
+left_out(nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.Sigmoid)
 
 
 def require_nothing_for_all() -> None:

@@ -1,5 +1,6 @@
 """ESM-2 (Lin et al. 2023): pre-LN transformers with rotary positions (Su et al. 2021), which limit no length."""
 
+import operator
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -90,13 +91,15 @@ class ESM2(Encoder):
     meant; layers that turn differently run by their modules.
     """
 
-    _compared: list | None = None  # the frequencies that were found to be one, and how often they were written
+    # The frequencies that were found to be one, and how often each had been written. What is written through `.data`
+    # counts nowhere: on a GPU it is not noticed.
+    _compared: tuple[list, list | None] = ([], None)
 
     def __init__(self, config: Config, *, backend: str | None = None):
         super().__init__(config, backend=backend)
         for layer in self.layers:
             layer.self_attn.rot_emb = RotaryEmbedding(config.head_dim)
-        self.register_load_state_dict_pre_hook(_require_one_rotation)
+        self.register_load_state_dict_pre_hook(_require_one_rotation_in)
 
     def reset_buffers(self) -> None:
         for layer in self.layers:
@@ -118,12 +121,14 @@ class ESM2(Encoder):
             for other in found[1:]:  # a graph cannot branch on a value; this raises when it runs
                 torch._assert_async((other == found[0]).all(), _DIFFERENT)
             return
-        state = [(id(each), None if each.is_inference() else each._version) for each in found]
-        if self.device.type != "cpu" and state == self._compared:  # there each comparison would wait for the device
+        versions = None if any(each.is_inference() for each in found) else [each._version for each in found]
+        known, then = self._compared
+        same = versions is not None and versions == then and all(map(operator.is_, known, found))
+        if self.device.type != "cpu" and same:  # there each comparison would wait for the device
             return
         if any(not torch.equal(other, found[0]) for other in found[1:]):
             raise NotPackable(_DIFFERENT)
-        self._compared = state
+        self._compared = found, versions
 
     def embed(self, batch: PackedBatch, scale) -> torch.Tensor:
         return ops.embedding(
@@ -147,7 +152,7 @@ class ESM2(Encoder):
         return super().tied() | dict.fromkeys(keys[1:], keys[0])
 
 
-def _require_one_rotation(model: ESM2, state: dict, prefix: str, *_) -> None:
+def _require_one_rotation_in(model: ESM2, state: dict, prefix: str, *_) -> None:
     """Layers with other frequencies than the first one's would be computed with those of the first."""
     found = [tensor for key, tensor in state.items() if key.startswith(prefix) and key.endswith(_FREQUENCIES)]
     if any(not torch.equal(tensor, found[0]) for tensor in found[1:] if not tensor.is_meta):

@@ -23,6 +23,16 @@ def aligned(values) -> list:
     return [v.clone() if isinstance(v, torch.Tensor) and v.data_ptr() % ALIGNMENT else v for v in values]
 
 
+def ready(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Each contiguous, and beginning where a kernel can load it."""
+    return aligned([tensor.contiguous() for tensor in tensors])
+
+
+def joined(parts) -> torch.Tensor:
+    """What the launches of `parts_of` gave."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 stays fp64; everything else accumulates (statistics, softmax, residual stream) in fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -121,7 +121,7 @@ class Op:
 
     def run(self, *args, backend: str | None = None, **kwargs):
         arguments = self.bind(args, kwargs)
-        kernel, request = self.chosen(arguments, backend)
+        kernel, request = self._chosen(arguments, backend)
         values = tuple(arguments.values())
         return run_with_gradients(self, kernel, values) if request.grad else kernel.forward(*values)
 
@@ -146,7 +146,7 @@ class Op:
         """All tensors among the arguments. Raises ValueError for what the op cannot be computed of, on any backend."""
         return self.contract.check(self.name, arguments)
 
-    def chosen(self, arguments: dict[str, Any], backend: str | None) -> tuple[Kernel, Request]:
+    def _chosen(self, arguments: dict[str, Any], backend: str | None) -> tuple[Kernel, Request]:
         """The kernel for arguments that are right, and the request it was chosen for."""
         tensors = self.check(**arguments)
         request = self.request(arguments, tensors)

@@ -34,14 +34,12 @@ def guarded(case: Case) -> Case:
     """The case with every tensor in the middle of memory that is NaN, or the largest integer."""
 
     def build(dtype, device, seed):
-        return {name: _in_guards(value) for name, value in case.build(dtype, device, seed).items()}
+        return pytree.tree_map_only(torch.Tensor, _in_guards, case.build(dtype, device, seed))
 
     return Case(case.name, build)
 
 
-def _in_guards(value):
-    if not isinstance(value, torch.Tensor):
-        return value
+def _in_guards(value: torch.Tensor) -> torch.Tensor:
     wide = torch.full((value.numel() + 2 * GUARD,), poison(value.dtype), dtype=value.dtype, device=value.device)
     return wide[GUARD : GUARD + value.numel()].view(value.shape).copy_(value)
 

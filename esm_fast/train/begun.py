@@ -1,6 +1,5 @@
 """A fine-tuning that was begun: all that it needs to resume bit for bit, in one file, whole or not there."""
 
-import hashlib
 import json
 import time
 from collections.abc import Sized
@@ -11,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import weights
 from ..files.atomic import atomic
+from ..files.checksums import digest_of
 
 NAME = "training.safetensors"
 _SECONDS = 600.0  # of work that a kill may cost
@@ -76,8 +77,4 @@ class Begun:
 
 
 def _checksum(tensors: dict[str, torch.Tensor], state: dict) -> str:
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest_of([weights.checksum(tensors), state])

@@ -18,10 +18,11 @@ from .parts import moments
 from .predictor import Predictor
 from .processes import ALONE, Processes
 from .running import Stopped
+from .updates import MOMENTS
 
 _WARMUP = 0.1  # of all updates
 _CLIP = 1.0  # largest norm of the gradient
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_STATE = ("step", *MOMENTS)  # of an optimiser, a parameter
 
 
 class _Pass(nn.Module):
@@ -45,12 +46,13 @@ class Descent:
         self, predictor: Predictor, data: Labelled, features: np.ndarray, settings, processes: Processes = ALONE
     ):
         self.predictor, self.data, self.settings, self.processes = predictor, data, settings, processes
-        self.rows = data.residue_rows if predictor.of_residues else data.rows
+        self.rows = data.rows_of(predictor.of_residues)
+        self.counts, self.lengths = np.diff(self.rows), data.tokens.lengths  # rows, and residues, of each example
         self.frozen = torch.from_numpy(features) if settings.trained == "frozen" else None
         self.train_set = data.of("train")
         at = np.concatenate([np.arange(self.rows[n], self.rows[n + 1]) for n in self.train_set])
         self.head = Standardised(predictor.head, *moments(features[at]))
-        wanted = np.concatenate([data.wanted[n] for n in self.train_set])
+        wanted = data.wanted_of(self.train_set)
         weights = data.targets.class_weights(wanted, settings.class_weights == "balanced")
         self.class_weights = [w if w is None else w.to(predictor.esm.device) for w in weights]
         self.labels = int((~np.isnan(wanted)).sum())
@@ -127,10 +129,8 @@ class Descent:
             for name, parameter in moving.items():
                 parameter.copy_(tensors[f"now/{name}"])
                 if f"step/{name}" in tensors:
-                    moments_of = {moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS}
-                    device = parameter.device
                     self.optimizer.state[parameter] = {
-                        m: t if m == "step" else t.to(device) for m, t in moments_of.items()
+                        key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in _STATE
                     }
         self.best = {name: tensors[f"best/{name}"].to(tensor.device) for name, tensor in self.best.items()}
         for name in ("epoch", "batch", "best_epoch", "worse", "entries"):
@@ -163,13 +163,13 @@ class Descent:
         """Every label counts alike: the sum over a batch is divided by the mean number of labels of a batch."""
         if not self.batch:
             self.order = self.generator.permutation(self.train_set).astype(np.int64)
-        cut = list(batches(self.order, self.data.tokens.lengths, self.settings.batch_tokens))
+        cut = list(batches(self.order, self.lengths, self.settings.batch_tokens))
         share = len(cut) / max(self.labels, 1)
         for number in range(self.batch, len(cut)):
             self._set_rate((self.epoch - 1) * len(cut) + number, self.settings.epochs * len(cut))
             self.total += self._update(cut[number], share)
             self.batch = number + 1
-            on_batch(int(self.data.tokens.lengths[cut[number]].sum()))
+            on_batch(int(self.lengths[cut[number]].sum()))
             if begun is not None and self.batch < len(cut) and self.processes.any(begun.due):
                 self._save(begun)
         return self.total / max(self.labels, 1)
@@ -179,7 +179,7 @@ class Descent:
         self.optimizer.zero_grad(set_to_none=True)
         own, lost = self._own(chosen), 0.0
         if own:
-            wanted = torch.from_numpy(np.concatenate([self.data.wanted[i] for i in own]))
+            wanted = torch.from_numpy(self.data.wanted_of(own))
             outputs = self.head(*self._features(own))
             loss, known = self.data.targets.loss(outputs, wanted.to(outputs.device), self.class_weights)
             if known:
@@ -197,7 +197,7 @@ class Descent:
         """This process's share of a batch, balanced by residues."""
         if self.processes.world == 1:
             return chosen
-        parts = balanced(self.data.tokens.lengths[chosen] + 2, self.processes.world)
+        parts = balanced(self.lengths[chosen] + 2, self.processes.world)
         return [chosen[at] for at in parts[self.processes.rank].tolist()]
 
     def _set_rate(self, step: int, steps: int) -> None:
@@ -210,7 +210,7 @@ class Descent:
     def _features(self, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, their numbers in each example)."""
         device, bounds = self.predictor.esm.device, self.rows
-        lengths = torch.from_numpy(np.diff(bounds)[chosen]).to(device)
+        lengths = torch.from_numpy(self.counts[chosen]).to(device)
         if self.frozen is not None:
             return torch.cat([self.frozen[bounds[i] : bounds[i + 1]] for i in chosen]).to(device), lengths
         packed = packed_of(self.data, chosen).to(device)
@@ -226,7 +226,7 @@ class Descent:
     def outputs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """The head's outputs for a split's examples, as they will be predicted, and what they should be."""
         numbers = self.data.of(split)
-        wanted = np.concatenate([self.data.wanted[i] for i in numbers])
+        wanted = self.data.wanted_of(numbers)
         if self.frozen is not None:
             with torch.no_grad():
                 return self.predictor.head(*self._features(numbers)).cpu().numpy(), wanted

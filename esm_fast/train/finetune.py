@@ -282,7 +282,7 @@ class _Run:
 
     @torch.no_grad()
     def _of_features(self, predictor: Predictor, features: np.ndarray, numbers: list[int]):
-        bounds, head = self.data.residue_rows if predictor.of_residues else self.data.rows, predictor.head
+        bounds, head = self.data.rows_of(predictor.of_residues), predictor.head
         for number in numbers:
             rows = torch.from_numpy(features[bounds[number] : bounds[number + 1]]).to(head.weight.device)
             yield head(rows, torch.tensor([len(rows)], device=rows.device)).cpu().numpy()

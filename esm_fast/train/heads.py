@@ -4,6 +4,8 @@ All are linear at the start, so that what the solved head knows is where each be
 a head that looks at residues gets theirs, with the numbers of them in each protein.
 """
 
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -94,9 +96,7 @@ class Standardised(nn.Module):
         device = head.weight.device
         self.register_buffer("mean", torch.from_numpy(mean).float().to(device))
         self.register_buffer("spread", torch.from_numpy(spread).float().to(device))
-        hidden = len(head.inner.bias) if head.kind == "mlp" else 0
-        self.head = make(head.kind, head.weight.shape[1], len(head.bias), hidden=hidden, device=device)
-        self.head.load_state_dict(head.state_dict())
+        self.head = copy.deepcopy(head)
         with torch.no_grad():
             for weight, bias in self.head.maps():
                 if bias is not None:

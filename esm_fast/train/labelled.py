@@ -36,10 +36,13 @@ class Labelled:
         """int64 (examples + 1,): where each one's rows begin in the features of all."""
         return np.cumsum([0, *map(len, self.wanted)])
 
-    @cached_property
-    def residue_rows(self) -> np.ndarray:
-        """The same in the features of residues, whatever has the labels."""
-        return np.cumsum([0, *self.tokens.lengths.tolist()])
+    def rows_of(self, of_residues: bool) -> np.ndarray:
+        """The same in the features of residues, whatever has the labels, or of what has them."""
+        return self.tokens.offsets if of_residues else self.rows
+
+    def wanted_of(self, numbers: Sequence[int]) -> np.ndarray:
+        """float32 (their rows, columns)."""
+        return np.concatenate([self.wanted[number] for number in numbers])
 
     def of(self, split: str) -> list[int]:
         return [number for number, example in enumerate(self.examples) if example.split == split]
@@ -56,7 +59,7 @@ class Labelled:
         """The rows of some examples, and what they should be."""
         bounds = self.rows
         at = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in numbers])
-        return Part(features[at], np.concatenate([self.wanted[n] for n in numbers]))
+        return Part(features[at], self.wanted_of(numbers))
 
 
 def labelled_of(esm: Encoder, examples: Sequence[Example], settings, clusters=None) -> Labelled:
@@ -103,7 +106,7 @@ def features_of(
     """
     of_residues = data.targets.level == "residue" if of_residues is None else of_residues
     pool = "per_residue" if of_residues else "mean"
-    count, width = (data.residue_rows if of_residues else data.rows)[-1], esm.config.embed_dim
+    count, width = data.rows_of(of_residues)[-1], esm.config.embed_dim
     found = {layer: np.empty((count, width), np.float32) for layer in layers}
     outputs, at = [make(pool, layer) for layer in layers], 0
     for protein in run(esm, [data.tokens], outputs, token_budget(esm, batch_tokens), on_batch, data.policy.window):

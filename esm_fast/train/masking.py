@@ -69,7 +69,7 @@ class Masker:
 
     def lengths(self, records: np.ndarray) -> np.ndarray:
         """Tokens of each record as the model sees it: cropped, with <cls> and <eos>."""
-        return np.minimum(self.store.lengths_of(records), self.max_residues) + 2
+        return self.store.tokens_of(records, self.max_residues)
 
     def selected(self, records: np.ndarray, epoch: int) -> np.ndarray:
         """How many tokens of each record are selected: floor(share * length + U), so `share` of all in the mean."""

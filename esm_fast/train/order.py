@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .random import MEMBER, ORDER, mix, streams, uniform
+from .random import MEMBER, ORDER, STEP, mix, streams, uniform
 from .store import Store
 
 _CHUNK = 1 << 18  # positions at a time
@@ -42,7 +42,7 @@ class Permutation:
         return left * low + right
 
     def _hash(self, digits: np.ndarray, number: int, limit: int) -> np.ndarray:
-        salt = np.uint64((int(self.stream) + 0x9E3779B97F4A7C15 * (number + 1)) % 2**64)
+        salt = np.uint64((int(self.stream) + int(STEP) * (number + 1)) % 2**64)
         return (mix(digits.astype(np.uint64) + salt) >> np.uint64(33)).astype(np.int64) % limit
 
 
@@ -59,7 +59,7 @@ class Permuted:
     limit: int
     by_cluster: bool = False
     _next: tuple = field(default=(None, 0, 0, 0), init=False, repr=False)  # epoch, step of it, position, tokens before
-    _totals: dict = field(default_factory=dict, init=False, repr=False)
+    _total_of: tuple = field(default=(None, 0), init=False, repr=False)  # epoch, its tokens
 
     def __post_init__(self):
         if self.by_cluster:
@@ -98,18 +98,17 @@ class Permuted:
         """Tokens of an epoch."""
         if not self.by_cluster:
             return self.expected
-        if epoch not in self._totals:
-            self._totals = {epoch: sum(int(tokens.sum()) for _, _, tokens in self._walk(epoch, shuffled=False))}
-        return self._totals[epoch]
+        if self._total_of[0] != epoch:
+            self._total_of = epoch, sum(int(tokens.sum()) for _, _, tokens in self._walk(epoch, shuffled=False))
+        return self._total_of[1]
 
     def _walk(self, epoch: int, start: int = 0, *, shuffled: bool = True) -> Iterator[tuple]:
         """(positions, records, tokens) of an epoch, from a position on."""
         count = len(self.store.clusters) - 1 if self.by_cluster else len(self.store)
         order = Permutation(count, streams(self.seed, ORDER, epoch, [0])[0]) if shuffled else None
-        size = 1024  # a step is small: what it does not take is computed again by the next
-        for_all = start == 0 and not shuffled
+        size = 1024 if shuffled else _CHUNK  # a step is small: what it does not take is computed again by the next
         while start < count:
-            size = _CHUNK if for_all else min(2 * size, _CHUNK)
+            size = min(2 * size, _CHUNK)
             positions = np.arange(start, min(start + size, count))
             numbers = positions if order is None else order(positions)
             start += size
@@ -118,10 +117,7 @@ class Permuted:
             else:
                 kept = self.store.valid[numbers] == 0
                 positions, records = positions[kept], numbers[kept]
-            yield positions, records, self._tokens(records)
-
-    def _tokens(self, records: np.ndarray) -> np.ndarray:
-        return np.minimum(self.store.lengths_of(records), self.limit) + 2
+            yield positions, records, self.store.tokens_of(records, self.limit)
 
     def _members(self, epoch: int, clusters: np.ndarray) -> np.ndarray:
         begins, ends = self.store.clusters[clusters], self.store.clusters[clusters + 1]
@@ -144,6 +140,6 @@ class Permuted:
         clusters, total = self.store.clusters, 0.0
         for start in range(0, len(clusters) - 1, _CHUNK):
             bounds = clusters[start : start + _CHUNK + 1]
-            tokens = self._tokens(self.store.members[bounds[0] : bounds[-1]])
+            tokens = self.store.tokens_of(self.store.members[bounds[0] : bounds[-1]], self.limit)
             total += float((np.add.reduceat(tokens, bounds[:-1] - bounds[0]) / np.diff(bounds)).sum())
         return round(total)

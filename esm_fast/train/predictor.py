@@ -191,7 +191,10 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
 def model_of(folder: str | Path) -> Path | str:
     """The file of a predictor's model, or the name of its base."""
     folder = Path(folder)
-    return folder / _MODEL if (folder / _MODEL).exists() else _about(folder).get("base", folder / _MODEL)
+    if (folder / _MODEL).exists():
+        return folder / _MODEL
+    about = _about(folder)
+    return about["base"] if _is_alone(folder, about) else folder / _MODEL
 
 
 def _about(folder: Path) -> dict:
@@ -205,6 +208,11 @@ def _about(folder: Path) -> dict:
     except (ValueError, OSError, RecursionError) as error:
         raise PredictorError(f"{folder} holds a damaged predictor: {_ABOUT}: {error}") from None
     return about
+
+
+def _is_alone(folder: Path, about: dict) -> bool:
+    """Whether it was saved without its model; what has lost it was not."""
+    return "base_checksum" in about and not (folder / _MODEL).exists()
 
 
 def _whole(folder: Path, about: dict, base: str | None) -> weights.Checkpoint:
@@ -255,13 +263,12 @@ def load_predictor(
         if (kind := about.get("head", "linear")) not in heads.KINDS:
             raise ValueError(f"its head is {kind!r}, known are {', '.join(heads.KINDS)}")
         head = load_file(folder / _HEAD)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise PredictorError(f"{folder} holds a damaged predictor: {error}") from None
-    alone = "base_checksum" in about and not (folder / _MODEL).exists()
-    model = _whole(folder, about, base) if alone else folder / _MODEL
+    model = _whole(folder, about, base) if _is_alone(folder, about) else folder / _MODEL
     esm = load_model(model) if load_model else load(model, **{"device": "cpu"} | options)[0]
     hidden = len(head["inner.bias"]) if "inner.bias" in head else 0
-    predictor = Predictor(esm, targets, about.get("layer"), head=about.get("head", "linear"), hidden=hidden)
+    predictor = Predictor(esm, targets, about.get("layer"), head=kind, hidden=hidden)
     if {name: tensor.shape for name, tensor in head.items()} != {
         name: tensor.shape for name, tensor in predictor.head.state_dict().items()
     }:

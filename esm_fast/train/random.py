@@ -9,20 +9,20 @@ NumPy's generators this is vectorised over streams, and no release of a library 
 import numpy as np
 
 ORDER, CROP, COUNT, SELECT, ACTION, REPLACEMENT, MEMBER, SOURCE = range(8)  # purposes: independent streams
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def streams(seed: int, purpose: int, epoch: int, records) -> np.ndarray:
     """The stream of each record, uint64."""
     state = _words([seed])
     for words in ([purpose], [epoch], records):
-        state = mix(state + _STEP * (_words(words) + np.uint64(1)))
+        state = mix(state + STEP * (_words(words) + np.uint64(1)))
     return state
 
 
 def uniform(stream: np.ndarray, positions) -> np.ndarray:
     """Number `position` of each stream, float64 in [0, 1) with 53 random bits."""
-    return (mix(stream + _STEP * (_words(positions) + np.uint64(1))) >> np.uint64(11)) * 2.0**-53
+    return (mix(stream + STEP * (_words(positions) + np.uint64(1))) >> np.uint64(11)) * 2.0**-53
 
 
 def _words(values) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Multi-label classification: a protein has any number of classes, written together in its label, such as a;b."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from .examples import Example, ExamplesError
@@ -13,6 +13,11 @@ _SEPARATORS = ";|,"  # that a label of one class seldom has
 def classes_of(text: str, separator: str) -> list[str]:
     """Those of a label; the separator alone is a protein without any."""
     return sorted({part.strip() for part in text.split(separator)} - {""})
+
+
+def label_of(classes: Iterable[str], separator: str) -> str:
+    """What `classes_of` reads."""
+    return separator.join(classes) or separator
 
 
 def expanded(examples: Sequence[Example], separator: str) -> tuple[list[Example], list[str]]:
@@ -30,12 +35,14 @@ def expanded(examples: Sequence[Example], separator: str) -> tuple[list[Example]
     if not classes:
         raise ExamplesError("there is no class that some training examples have and others have not")
     left_out = sorted({name for found in own for name in found} - set(classes))
-    warnings = [f"classes that no training example has, or all, left out: {len(left_out):,}, such as {left_out[0]}"]
+    warnings = []
+    if left_out:
+        warnings = [f"classes that no training example has, or all, left out: {len(left_out):,}, such as {left_out[0]}"]
     made = [
         replace(example, labels={name: YES if name in found else NO for name in classes})
         for example, found in zip(examples, map(set, own), strict=True)
     ]
-    return made, warnings if left_out else []
+    return made, warnings
 
 
 def suspected(examples: Sequence[Example]) -> list[str]:

@@ -8,7 +8,7 @@ parameter and process, (4 + 2) x (N - 1) / N bytes in half precision, 4 + 4 in f
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from torch.func import functional_call
 from .model import MaskedLM
 from .processes import Processes
 from .recipe import Recipe
-from .updates import MOMENTS, decays, options
+from .updates import MOMENTS, decays, options, stepped
 
 _BUCKET = 8 * 2**20  # elements: 32 MB of gradients
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -129,12 +129,8 @@ class Sharded:
             bucket.missing = 0
         self._sum_what_is_ready()
 
-    @contextmanager
-    def _other(self) -> Iterator[None]:
-        yield
-
     def batch(self, *, last: bool) -> AbstractContextManager:
-        return self._last() if last else self._other()
+        return self._last() if last else nullcontext()
 
     def _sum_what_is_ready(self) -> None:
         while self._next >= 0 and not self.buckets[self._next].missing:
@@ -150,11 +146,7 @@ class Sharded:
         return self.processes.sum(own**2)[0] ** 0.5
 
     def step(self, rate: float, factor: float) -> None:
-        if factor != 1:
-            torch._foreach_mul_([bucket.own.grad for bucket in self.buckets], factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        stepped(self.optimizer, [bucket.own.grad for bucket in self.buckets], rate, factor)
         self._hand_out(self.dtype)
 
     def _hand_out(self, dtype: torch.dtype) -> None:

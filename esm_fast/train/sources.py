@@ -55,10 +55,9 @@ class Source:
     def _valid_records(self) -> np.ndarray:
         """As many of the held-out records, always the same, as the recipe's number of tokens takes."""
         records = self.store.records(valid=True)
-        limit = round(self.recipe.valid_tokens * self.share)
+        limit = self.recipe.valid_tokens and max(1, round(self.recipe.valid_tokens * self.share))  # 0: all
         if limit and len(records):
-            steps = Steps(records, self.masker.lengths(records), self.seed, limit)
-            records = records[steps[0]]
+            records = Steps(records, self.masker.lengths(records), self.seed, limit).of(0)
         return records
 
 

@@ -44,6 +44,10 @@ class Store:
         """Residues of each record; 8 bytes a record."""
         return np.diff(self.offsets)
 
+    def tokens_of(self, records: np.ndarray, limit: int) -> np.ndarray:
+        """Tokens of records as a model sees them: cropped to `limit` residues, with <cls> and <eos>."""
+        return np.minimum(self.lengths_of(records), limit) + 2
+
     def lengths_of(self, records: np.ndarray) -> np.ndarray:
         """Residues of some records."""
         return self.offsets[np.asarray(records) + 1] - self.offsets[records]

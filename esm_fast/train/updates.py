@@ -47,11 +47,7 @@ class Replicated:
 
     def step(self, rate: float, factor: float) -> None:
         """factor: what the gradients are multiplied by first."""
-        if factor != 1:
-            torch._foreach_mul_(self._grads, factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        stepped(self.optimizer, self._grads, rate, factor)
 
     def whole(self) -> None:
         """Makes the model's own parameters those of the last update."""
@@ -75,6 +71,15 @@ class Replicated:
 
     def restored(self) -> None:
         """After the parameters and what was `wanted` were filled."""
+
+
+def stepped(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor], rate: float, factor: float) -> None:
+    """An update; factor: what the gradients are multiplied by first."""
+    if factor != 1:
+        torch._foreach_mul_(grads, factor)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 def options(recipe: Recipe) -> dict:

@@ -191,35 +191,42 @@ def _compare(path: Path, file, records: list[_Record], digest, of_tensors=None) 
     """Reads a file from its beginning to its end, once, into the digests of all its bytes and of its tensors."""
     buffer, at = memoryview(bytearray(_CHUNK)), 0
 
-    def take(size: int | None, crc: int = 0, *digests) -> int:
+    def take(size: int | None, *digests) -> None:
         nonlocal at
         while size is None or size > 0:
             got = file.readinto(buffer[: size and min(size, _CHUNK)])
             if not got:
                 break
             piece, at = buffer[:got], at + got
-            crc = 0 if of_tensors else zlib.crc32(piece, crc)
             for each in digests:
                 each.update(piece)
             size = size and size - got
-        return crc
 
     whole = [digest] if digest else []
     file.seek(0)
     for record in records:
         if digest:
-            take(record.start - at, 0, *whole)
+            take(record.start - at, *whole)
         else:
             at = file.seek(record.start)
         if of_tensors:
             of_tensors.update(record.line)
-            take(record.size, 0, of_tensors, *whole)
-        elif record.crc != -1 and take(record.size, 0, *whole) != record.crc:
+            take(record.size, of_tensors, *whole)
+            continue
+        take(record.size, crc := _Crc(), *whole)
+        if record.crc not in (-1, crc.value):
             raise CheckpointError(
                 f"{path} is damaged: its record {record.name!r} does not match its checksum; download or write it again"
             )
     if digest:
-        take(None, 0, *whole)
+        take(None, *whole)
+
+
+class _Crc:
+    value = 0
+
+    def update(self, piece) -> None:
+        self.value = zlib.crc32(piece, self.value)
 
 
 # --- what is remembered ---------------------------------------------------------------------------------------------

@@ -95,11 +95,12 @@ def read_file(path: Path, verify: bool) -> Checkpoint:
         mapped.forget_bytes(prepacked_file.address(view), view.nbytes)
 
     # Of panels only where it is asked for; of plain tensors from an earlier reading, if there was one.
-    found = None if verify or "packed" in metadata else integrity.tensors_checksum(path)
-    if found is None and (verify or "packed" not in metadata):
-        found = checksum(tensors, after=forget)
-    if found not in (None, metadata.get("sha256")):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum; convert or download it again")
+    if verify or "packed" not in metadata:
+        found = (None if verify else integrity.tensors_checksum(path)) or checksum(tensors, after=forget)
+        if found != metadata.get("sha256"):
+            raise CheckpointError(
+                f"{path} is damaged: its tensors do not match its checksum; convert or download it again"
+            )
     return Checkpoint(path, "esm_fast", config, tensors, metadata.get("sha256"))
 
 

@@ -87,6 +87,19 @@ def test_commands_of_models(capsys, fair_checkpoint, fasta, tmp_path):
     assert fitted["counts"]["train"] == 16 and "test" in fitted and fitted["bytes"] > 0
     predicted = told(capsys, "predict", tmp_path / "p", fasta, "-o", tmp_path / "p.csv", "--device", "cpu")
     assert predicted["proteins"] == 4 and predicted["dtype"] == "float32"
+    again = (
+        "predict",
+        tmp_path / "p",
+        fasta,
+        "-o",
+        tmp_path / "p.csv",
+        "--device",
+        "cpu",
+        "--dtype",
+        "auto",
+        "--force",
+    )
+    assert told(capsys, *again)["dtype"] in ("float32", "bfloat16")
 
 
 def test_an_error_prints_no_object(capsys, tmp_path):
@@ -108,6 +121,15 @@ def test_what_a_library_prints_is_not_in_the_object(capsys):
     summary.say("one line", count=3)
     summary.end(0)
     assert capsys.readouterr().out == "one line\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_of_several_processes_one_tells(capsys, as_json):
+    summary = Summary("x", as_json=as_json)
+    summary.heard = False
+    summary.say("one line", count=3)
+    summary.end(75)
+    assert capsys.readouterr().out == ""
 
 
 def test_shells_complete_every_command(capsys, tmp_path):

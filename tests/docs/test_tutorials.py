@@ -1,4 +1,4 @@
-"""The tutorials and the README's Python run as they are written, and print what the pages say."""
+"""The tutorials run as they are written, and print what the pages say."""
 
 import contextlib
 import doctest

@@ -1,8 +1,8 @@
 """The driver's calls, on a fake libcuda: what a launch does in a thread that has no context, and in a capture."""
 
 import ctypes
+import threading
 from contextlib import nullcontext
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +20,7 @@ class FakeCuda:
         self.calls, self.current = [], {}
 
     def _thread(self):
-        return id(__import__("threading").current_thread())
+        return threading.get_ident()
 
     def cuCtxGetCurrent(self, out):
         out._obj.value = self.current.get(self._thread())
@@ -94,7 +94,7 @@ def test_a_launch_binds_torchs_context_first(fake, before):
         except BaseException as error:
             failed.append(error)
 
-    thread = Thread(target=work)
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert not failed and fake.calls == ["retain", "set", "load", "launch", "launch"]

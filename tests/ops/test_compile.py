@@ -184,9 +184,8 @@ def meta():
         return *(torch.empty_like(tensor) for tensor in (q, k, v)), grad.new_empty(())
 
     with admitted("cutlass", devices=("meta",)), library._scoped_library("aten", "IMPL") as aten:
-        aten.impl(
-            "_efficient_attention_backward", gradient, "Meta", allow_override=True
-        )  # some releases of torch have one
+        # Some releases of torch have one.
+        aten.impl("_efficient_attention_backward", gradient, "Meta", allow_override=True)
         yield torch.device("meta")
 
 

@@ -101,6 +101,7 @@ def _backward(
     _check(q, k, v, bias, ends_q, ends_k, longest_q, longest_k, dropout, mask, **options)
     assert not bias_requires_grad and not shared_storage_dqdkdv
     assert grad.shape == out.shape == q.shape and grad.dtype == out.dtype == q.dtype
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
     assert lse.dtype == torch.float32 and lse.shape[2] % 32 == 0 and lse.shape[2] >= longest_q
     grads = [torch.full_like(t, float("nan")) for t in (q, k, v)]
     for i, (start, end) in enumerate(_spans(ends_q)):

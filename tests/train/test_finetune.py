@@ -720,6 +720,8 @@ def test_multi_label(esm, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "label", "p_a", "p_b", "p_c"]
     assert [row["label"] for row in rows] == [";".join(one) or ";" for one in said]
+    all_learned = finetune(esm, given[1:], Settings("classification", multi_label=";")).report["warnings"]
+    assert not any("left out" in text for text in all_learned)
     plain = finetune(esm, given[1:], Settings("classification")).report["warnings"]
     assert any("--multi-label" in text for text in plain)
 
