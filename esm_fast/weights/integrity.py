@@ -212,12 +212,13 @@ def _compare(path: Path, file, records: list[_Record], digest, of_tensors=None) 
         if of_tensors:
             of_tensors.update(record.line)
             take(record.size, of_tensors, *whole)
-            continue
-        take(record.size, crc := _Crc(), *whole)
-        if record.crc not in (-1, crc.value):
-            raise CheckpointError(
-                f"{path} is damaged: its record {record.name!r} does not match its checksum; download or write it again"
-            )
+        elif record.crc != -1:
+            take(record.size, crc := _Crc(), *whole)
+            if crc.value != record.crc:
+                raise CheckpointError(
+                    f"{path} is damaged: its record {record.name!r} does not match its checksum; "
+                    "download or write it again"
+                )
     if digest:
         take(None, *whole)
 
