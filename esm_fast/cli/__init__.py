@@ -3,9 +3,12 @@
 import argparse
 import functools
 import importlib
+import os
 import pkgutil
 import re
 import signal
+import sys
+import threading
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -124,16 +127,27 @@ def parser() -> argparse.ArgumentParser:
 def _termination_as_exit():
     """SIGTERM, as a scheduler sends it, and SIGHUP, as a terminal that closes, unwind: temporary files go.
 
-    A signal that is ignored (nohup) stays so.
+    A signal that is ignored (nohup) stays so. Where Python cannot pass on what a handler raises (a destructor, a
+    callback) it prints it and carries on as if nothing had been asked: that signal, SIGINT too, is sent once more.
     """
 
     def leave(number, _frame):
         raise SystemExit(128 + number)
 
+    def resend(lost):
+        value = lost.exc_value
+        number = signal.SIGINT if isinstance(value, KeyboardInterrupt) else codes.get(getattr(value, "code", None))
+        if number is None:
+            return hook(lost)
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # when the destructor is over
+
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    codes = {128 + number: number for number in numbers}
     before = {number: signal.signal(number, leave) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, resend
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in numbers:
             signal.signal(number, before[number])

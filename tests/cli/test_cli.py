@@ -622,6 +622,30 @@ def test_a_signal_leaves_no_file(fair_checkpoint, tmp_path, number):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_within_a_destructor_is_not_lost(number):
+    """What a handler raises there Python prints and drops: the run went on as if nobody had asked it to stop."""
+    code = f"""
+import signal, time
+from esm_fast.cli import info, main
+
+class Freed:
+    def __del__(self):
+        signal.raise_signal({int(number)})
+
+def run(args):
+    Freed()
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+info.run = run
+raise SystemExit(main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    said = "interrupted\n" if number == signal.SIGINT else ""
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", said)
+
+
 def test_human_bytes():
     values = {0: "0 B", 999: "999 B", 1500: "1.5 kB", 2.5e9: "2.5 GB", 9e14: "900 TB"}
     assert {value: common.human_bytes(value) for value in values} == values
