@@ -26,6 +26,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from .console import progress
+from .files.atomic import sync
 
 STALL_SECONDS = 30  # in which STALL_BYTES must come, or the download ends
 STALL_BYTES = 32 << 10
@@ -66,7 +67,9 @@ def fetch(url: str, target: Path, check: Callable[[Path], object] = lambda path:
         except Exception:  # it came as the server has it, and is not what was wanted
             part.discard()
             raise
+        # Not by `files.atomic`: a part outlives its process, and its one name is how the next finds and resumes it.
         os.replace(part.path, target)
+        sync(target.parent)
         part.discard()
 
 

@@ -20,6 +20,7 @@ from .export import finished, layer_of
 from .numbers import positive
 from .search import embedded, ids_by_row, model_of
 from .variants import read_proteins
+from .variants_models import tell_proteins
 
 NAME = "report"
 ORDER = 24
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     out = output_path(args.output, args.force)
-    proteins, _ = read_proteins(args)
+    proteins, counts = read_proteins(args)
     if len(proteins) > _MOST:
         raise InputError(
             f"a page is for at most {_MOST} proteins, and there are {len(proteins):,}; see esm-fast variants"
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     worth = " ".join(f"{line[:1].upper()}{line[1:]}." for line in lines)
     with atomic(out) as temporary:
         temporary.write_text(page(found, ", ".join(proteins), f"{by}; written by esm-fast report", worth), "utf-8")
-    _summary(args, out, proteins, dtype, time.perf_counter() - start)
+    _summary(args, out, proteins, counts, dtype, time.perf_counter() - start)
 
 
 def _findings(args: argparse.Namespace, model, name: str, protein: str, dtype: str, neighbours):
@@ -145,14 +146,11 @@ def _neighbours(data, k: int, proteins: dict[str, str], model) -> dict[str, list
     }
 
 
-def _summary(args: argparse.Namespace, out: Path, proteins: dict, dtype: str, seconds: float) -> None:
-    residues = sum(map(len, proteins.values()))
+def _summary(args: argparse.Namespace, out: Path, proteins: dict, counts, dtype: str, seconds: float) -> None:
+    tell_proteins(args.summary.say, proteins, counts)
     args.summary.say(
-        f"proteins  {len(proteins):,}, {residues:,} residues in {seconds:.1f} s",
-        f"scan      {args.scan}",
+        f"scan      {args.scan}, in {seconds:.1f} s",
         f"model     {args.model} ({dtype})",
-        proteins=len(proteins),
-        residues=residues,
         compute_seconds=round(seconds, 3),
         scan=args.scan,
         model=args.model,

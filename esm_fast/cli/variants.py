@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections import Counter
-from itertools import count
 from pathlib import Path
 
 from ..variants.parse import shown
@@ -12,6 +11,7 @@ from .common import (
     add_batch_tokens,
     add_model,
     add_policies,
+    ingest_of,
     output_path,
     progress,
 )
@@ -150,47 +150,33 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{out} ends in none of {', '.join(ENDINGS + _DRAWN)}")
     if not args.fasta and not args.variants:
         raise InputError("give a FASTA of wild types, or with --variants a table that has them (wt_seq)")
-    proteins, report = read_proteins(args) if args.fasta else ({}, None)
+    proteins, counts = read_proteins(args) if args.fasta else ({}, None)
     if args.variants:
         from .variants_table import score_tables
 
-        return score_tables(args, out, proteins, report, Models(args))
-    return _scan(args, out, proteins, report, Models(args))
+        return score_tables(args, out, proteins, counts, Models(args))
+    return _scan(args, out, proteins, counts, Models(args))
 
 
 def read_proteins(args: argparse.Namespace):
-    """{id: residues}, and the report of reading them."""
+    """{id: residues}, and the counts of reading them."""
     from ..alphabet import TOKENS
-    from ..sequences.fasta import read_fasta
-    from ..sequences.names import accession
-    from ..sequences.tokenize import Policy, Report, tokenize
+    from ..sequences.ingest import Counts
     from ..variants.bind import require_protein
+    from ..variants.windows import RESIDUES
 
-    policy, report, proteins = Policy(unknown=args.unknown, empty=args.empty, overlength="window"), Report(), {}
-    for path in args.fasta:
-        for records in read_fasta(path):
-            tokens = tokenize(records, policy, report)
-            bounds = tokens.offsets.tolist()
-            for header, start, end in zip(tokens.headers, bounds, bounds[1:], strict=False):
-                text = "".join(TOKENS[i] for i in tokens.ids[start:end].tolist())
-                if (name := _name(args.duplicates, accession(header), proteins)) is None:
-                    continue
-                try:
-                    proteins[name] = require_protein(text)
-                except ValueError as error:
-                    raise InputError(f"{path}: {shown(name)}: {error}") from None
+    counts, proteins = Counts(), {}
+    for batch in ingest_of(args, RESIDUES).read(args.fasta, counts):
+        tokens = batch.tokens
+        bounds = tokens.offsets.tolist()
+        for name, number, start, end in zip(batch.ids, tokens.numbers.tolist(), bounds, bounds[1:], strict=False):
+            try:
+                proteins[name] = require_protein("".join(TOKENS[i] for i in tokens.ids[start:end].tolist()))
+            except ValueError as error:
+                raise InputError(f"{batch.source}: record {number + 1} ({shown(name)}), {error}") from None
     if not proteins:
-        raise InputError(f"nothing is left to score: all {report.records} records were skipped")
-    return proteins, report
-
-
-def _name(duplicates: str, wanted: str, taken: dict) -> str | None:
-    """The name of a record: the second P1 is P1_2, or left out (None), or refused."""
-    if wanted not in taken or duplicates == "skip":
-        return None if wanted in taken else wanted
-    if duplicates == "error":
-        raise InputError(f"the id {shown(wanted)} is there twice; --duplicates keep names the second {shown(wanted)}_2")
-    return next(name for n in count(2) if (name := f"{wanted}_{n}") not in taken)
+        raise InputError(f"nothing is left to score: all {counts.report.records} records were skipped")
+    return proteins, counts
 
 
 # ---- all substitutions
@@ -204,7 +190,7 @@ def _cost(job, residues: int) -> int:
     return residues * width if job.how.MASKED else residues + 2
 
 
-def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: Models) -> int:
+def _scan(args: argparse.Namespace, out: Path, proteins: dict, counts, models: Models) -> int:
     from ..variants.scores import scans
     from .variants_scan import write_scans
 
@@ -226,6 +212,6 @@ def _scan(args: argparse.Namespace, out: Path, proteins: dict, report, models: M
             together = (models.combine(list(group)) for group in zip(*columns, strict=True))
             found = zip(names, proteins.values(), together, strict=True)
         rows = write_scans(args, out, found, models, len(proteins))
-    tell_proteins(args.summary.say, proteins, report)
+    tell_proteins(args.summary.say, proteins, counts)
     tell(args, models, Counter(rows=rows), out, time.perf_counter() - start)
     return 0

@@ -29,6 +29,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     (model,) = args.model
     load = partial(load_model, model, device=args.device, backend=args.backend, threads=args.threads)
     same = ("device", "backend", "threads", "batch_tokens", "unit_residues", "unknown", "empty", "duplicates")
+    same += ("gaps", "max_record")
     options = {name: getattr(args, name) for name in same} | {"store": args.store or "float16"}
     options |= {"dtype": args.dtype, "strategy": args.strategy[0]}
     try:

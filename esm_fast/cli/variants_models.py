@@ -55,18 +55,19 @@ def job_factory(args: argparse.Namespace, strategy: str):
     return cache(partial(Job, strategy=strategy, window=args.window, compat=args.compat))
 
 
-def tell_proteins(say, proteins: dict[str, str], report) -> None:
-    residues = sum(map(len, proteins.values()))
-    rare = residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
-    left_out = report.records - len(proteins)
-    lines = [f"proteins  {len(proteins):,} of {report.records:,} records, {residues:,} residues"]
-    skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty}
-    skipped["duplicate"] = left_out - sum(skipped.values())
-    if left_out:
+def tell_proteins(say, proteins: dict[str, str], counts) -> None:
+    rare = counts.residues - sum(protein.count(residue) for protein in proteins.values() for residue in STANDARD)
+    records, skipped = counts.report.records, counts.skipped
+    changed = {what: count for what, count in counts.changed.items() if what != "windowed"}  # of which tell() tells
+    lines = [f"proteins  {len(proteins):,} of {records:,} records, {counts.residues:,} residues"]
+    if any(skipped.values()):
         lines.append(f"skipped   {', '.join(f'{count:,} {why}' for why, count in skipped.items())}")
+    if any(changed.values()):
+        lines.append(f"changed   {', '.join(f'{count:,} {what}' for what, count in changed.items())}")
     if rare:
         lines.append(f"rare      {rare:,} residues U, O, B, Z or X, scored against their own token")
-    say(*lines, proteins=len(proteins), records=report.records, residues=residues, skipped=skipped)
+    numbers = dict(proteins=len(proteins), records=records, residues=counts.residues)
+    say(*lines, **numbers, skipped=skipped, changed=changed)
 
 
 def tell(args, models: Models, counts: Counter, out: Path, seconds: float) -> None:

@@ -16,7 +16,7 @@ from .variants_models import job_factory, listed, tell, tell_proteins
 _WHY = "not_scored_because"
 
 
-def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], report, models) -> int:
+def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], counts, models) -> int:
     from ..variants.formats import layout_of, opened
     from ..variants.rows import Collection
 
@@ -40,8 +40,8 @@ def score_tables(args: argparse.Namespace, out: Path, proteins: dict[str, str], 
     columns = _columns(args, made, jobs, models)
     why = {problem.row: problem for wrong in problems for problem in wrong}
     _write(args, out, tables, columns, {row: str(problem.error) for row, problem in why.items()})
-    if report:
-        tell_proteins(args.summary.say, proteins, report)
+    if counts:
+        tell_proteins(args.summary.say, proteins, counts)
     else:
         args.summary.say(f"proteins  {len(made[0].groups):,}", proteins=len(made[0].groups))
     offsets = {group.offset for group in made[0].groups.values() if not group.pairs}

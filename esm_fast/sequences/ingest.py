@@ -71,6 +71,7 @@ class Batch(NamedTuple):
     ids: list[str]  # theirs, each given once
     first: int  # number of the source's first record in all sources together
     skipped: list[Skipped]
+    source: str = ""  # the name of what they were read from
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Ingest:
             for records in read_fasta(source, max_record=self.max_record):
                 yield self._batch(records, ids, counts, number, first)
 
-    def _batch(self, records: Records, ids: Ids, counts: Counts, source: int, first: int) -> Batch:
+    def _batch(self, records: Records, names: Ids, counts: Counts, source: int, first: int) -> Batch:
         for i, header in enumerate(records.headers):
             if what := self.unstorable(header):
                 raise FastaError(f"{records.where(i)}: its header holds {what}; remove it from the header")
@@ -110,7 +111,7 @@ class Ingest:
             (skip.place, self.id_of(records.headers[skip.place]), skip.reason, skip.detail) for skip in tokens.skipped
         ]
         wanted = [self.safe(self.id_of(header)) for header in tokens.headers]
-        given = wanted if self.duplicates == "ignore" else ids.give(wanted, rename=self.duplicates == "keep")
+        given = wanted if self.duplicates == "ignore" else names.give(wanted, rename=self.duplicates == "keep")
         keep = np.ones(len(tokens), dtype=bool)
         for i, name in enumerate(given):
             if name is None:
@@ -125,7 +126,8 @@ class Ingest:
         skipped = [
             Skipped(first + records.first + i, source, int(records.lines[i]), *why) for i, *why in sorted(left_out)
         ]
-        return Batch(tokens, [name for name, kept in zip(given, keep.tolist(), strict=True) if kept], first, skipped)
+        ids = [name for name, kept in zip(given, keep.tolist(), strict=True) if kept]
+        return Batch(tokens, ids, first, skipped, records.source)
 
     def _duplicate(self, records: Records, i: int, counts: Counts) -> tuple[int, str, str, str]:
         name = self.id_of(records.headers[i])

@@ -165,7 +165,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _fasta(path: Path) -> Iterator[tuple[int, dict]]:
-    """Each record's id, sequence, and what its header says as name=value."""
+    """Each record's id, sequence, and what its header says as name=value.
+
+    Not by Ingest: records are rows here, as a table's are; one protein may have several, and those of a file of labels
+    are no proteins. `tokens_of` applies the policy, to the rows of every format alike.
+    """
     for records in read_fasta(path):
         for line, (header, sequence) in zip(records.lines.tolist(), records, strict=True):
             said = {name.lower(): value for name, value in _PAIR.findall(header)}
@@ -176,16 +180,16 @@ def _joined(rows, path: Path, columns: Columns, where: str) -> tuple[list[str], 
     """The rows of a FASTA file with the values of another file for their ids."""
     names, others = _read(path, path)
     if others is not None and names and {"sequence", "id"} == set(names):  # FASTA: its sequences are the labels
-        values = {row["id"]: {"label": row["sequence"]} for _, row in others}
-        names = ["label"]
+        key, names = "id", ["id", "label"]
+        others = ((line, {"id": row["id"], "label": row["sequence"]}) for line, row in others)
     else:
         key = _column(names, "id", columns.id, str(path), required=True)
-        values = {}
-        for line, row in others:
-            if (name := row.pop(key).strip()) in values:
-                raise ExamplesError(f"{path}: line {line}: the id {name!r} was there before")
-            values[name] = row
-        names = [name for name in names if name != key]
+    values = {}
+    for line, row in others:
+        if (name := row.pop(key).strip()) in values:
+            raise ExamplesError(f"{path}: line {line}: the id {name!r} was there before")
+        values[name] = row
+    names = [name for name in names if name != key]
     rows = list(rows)
     if lacking := [row["id"] for _, row in rows if row["id"] not in values]:
         shown = ", ".join(lacking[:3])

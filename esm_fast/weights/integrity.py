@@ -12,7 +12,6 @@ import os
 import re
 import stat
 import struct
-import tempfile
 import time
 import warnings
 import zipfile
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files.atomic import atomic
 from ..files.caches import own_cache
 from .checkpoint import CheckpointError
 
@@ -287,14 +287,9 @@ def _store(facts: dict[str, Facts]) -> None:
     file = _file()
     if file is None:
         return
-    try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".checked-")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "w") as out:
-            json.dump({key: asdict(value) for key, value in latest.items()}, out)
-        os.replace(temporary, file)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(temporary)
+    content = json.dumps({key: asdict(value) for key, value in latest.items()})
+    with suppress(OSError):
+        if file.is_symlink() or file.exists() and not file.is_file():
+            file.unlink()  # nothing of ours: `atomic` would write to what a link or a pipe leads to
+        with atomic(file, durable=False) as temporary:
+            temporary.write_text(content)

@@ -413,6 +413,9 @@ def test_rows_of_every_source_are_the_same(tmp_path):
     (tmp_path / "few.csv").write_text("id,label\np0,1\n")
     with pytest.raises(ExamplesError, match=r"few.csv has no labels for 8 proteins of .*s.fasta.gz, such as p1"):
         read_examples(tmp_path / "s.fasta.gz", labels=tmp_path / "few.csv")
+    (tmp_path / "twice.fasta").write_text(f"{letters}>p0\n{'C' * len(rows[0]['sequence'])}\n")
+    with pytest.raises(ExamplesError, match=r"twice.fasta: line 19: the id 'p0' was there before"):
+        read_examples(tmp_path / "s.fasta.gz", labels=tmp_path / "twice.fasta")
 
 
 @pytest.mark.parametrize(

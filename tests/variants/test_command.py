@@ -322,7 +322,13 @@ def test_ids_that_are_there_twice(command):
     assert {row[0] for row in read(result.path)[1:]} == {"P1", "P1_2", "P3"} and "2 residues U, O" in result.out
     skipped = command("--duplicates", "skip", fasta=["twice.fasta"])
     assert "1 duplicate" in skipped.out and len(read(skipped.path)) == 1 + 19 * 3 + 20 * 2 + 19 * 2
-    assert "the id P1 is there twice" in command("--duplicates", "error", fasta=["twice.fasta"]).err
+    refused = command("--duplicates", "error", fasta=["twice.fasta"]).err
+    assert "twice.fasta: record 2 (line 3): the id 'P1' was there before" in refused and "--duplicates skip" in refused
+    assert "has more than 5 bytes" in command("--max-record", 5, fasta=["twice.fasta"]).err
     with open("gaps.fasta", "w") as file:
         file.write(">P1\nMK-T\n")
     assert "'P1'), column 3: '-' is a gap" in command(fasta=["gaps.fasta"]).err
+    kept = command("--gaps", "keep", fasta=["twice.fasta", "gaps.fasta"]).err
+    assert "gaps.fasta: record 1 (P1_3), column 3: '-' is not a residue whose variants" in kept
+    removed = command("--gaps", "remove", fasta=["gaps.fasta"])
+    assert len(read(removed.path)) == 1 + 19 * 3 and "1 gaps removed" in removed.out
