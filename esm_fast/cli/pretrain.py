@@ -120,9 +120,10 @@ def _train(trainer) -> None:
     with progress(recipe.steps, "steps", unit_scale=False, disable=not first) as bar:
 
         def show(step: int, entry: dict) -> None:
-            if step - bar.n > 1 or not bar.n:  # resumed: those steps took no time
+            if step != bar.n + 1:  # resumed, or rolled back: the steps before took no time
                 bar.initial = bar.n = step - 1
-            bar.set_postfix(loss=f"{entry['loss']:.4f}", perplexity=_perplexity(trainer.best), refresh=False)
+            if entry:
+                bar.set_postfix(loss=f"{entry['loss']:.4f}", perplexity=_perplexity(trainer.best), refresh=False)
             bar.update()
 
         trainer.train(show)

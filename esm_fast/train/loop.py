@@ -5,11 +5,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,30 +20,27 @@ from ..ops.registry import request_of
 from . import checkpoint
 from .batches import Steps, share
 from .checkpoint import CheckpointError
-from .masking import MaskedBatch, Masker
-from .model import MaskedLM, new_model, training_flops
+from .counted import Counted
+from .masking import Masker
+from .meter import Meter
+from .model import MaskedLM, new_model
 from .order import Permuted
 from .processes import Processes
 from .recipe import Recipe, RecipeError, as_dict, initial
 from .report import Log, plot
 from .running import Stopped, asked_to_stop, only_run
+from .saving import Saver
 from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from .sharded import Sharded
 from .sources import SORTED, identity_of, sources_of
 from .store import Store
 from .updates import Replicated
+from .work import Done, Work, ahead, together
 
 _VALIDATION = -1  # the epoch of every validation: always the same crops and masks
 _SKIPPED = 10  # steps in a row that non_finite: skip passes over: more are no accident
+_BACK = 3  # times in a row that non_finite: roll_back returns to one checkpoint
 _WRITING = ".writing"  # a folder of the run's own: safetensors writes by temporary files, which a kill leaves
-
-
-class Work(NamedTuple):
-    """A process's share of a step."""
-
-    batches: list[MaskedBatch]
-    lengths: np.ndarray  # tokens of every sequence of the step, those of other processes too
-    selected: int  # tokens of the step, likewise
 
 
 class Trainer:
@@ -71,17 +67,21 @@ class Trainer:
         kind = Sharded if recipe.sharding == "zero1" and processes.world > 1 else Replicated
         self.updater = kind(recipe, lm, self.parameters, processes)
         self.model: torch.nn.Module = self.updater.model
-        self.scale = LossScale() if recipe.precision == "float16" else None
-        self.step = self.updates = 0
-        self.skipped = 0  # steps in a row whose gradient was not finite
+        self.scale = LossScale(device=processes.device) if recipe.precision == "float16" else None
+        self.step = 0
+        self.passed = 0  # steps' batches that were passed over by rolling back: step n has those of n + passed
+        self.counted = Counted(processes.device)
+        self.log: Log | None = None
+        self._backs: list[int] = []  # the steps that the run was rolled back to
         self.best: float | None = None  # the lowest held-out loss
         self.kernels = ""  # the choices of `ops.verdicts`
 
     def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
-        """on_step gets the number of steps done, and that step's numbers.
+        """on_step gets the number of steps done, and that step's numbers where it is logged: between, {}.
 
-        On SIGTERM or SIGUSR1, whichever process gets it, the step is finished and saved. Raises Stopped then,
-        CheckpointError, and BusyError where another process trains into the same output.
+        On SIGTERM or SIGUSR1, whichever process gets it, the step is finished and saved; several processes agree on it
+        when they log. Raises Stopped then, CheckpointError, FloatingPointError (see `recipe.non_finite`), and BusyError
+        where another process trains into the same output.
         """
         with only_run(self.output, self.processes), asked_to_stop() as asked, _deterministic(self.recipe.deterministic):
             # The first process's choice of kernels is everyone's, and a resumed run's that of its checkpoint.
@@ -93,41 +93,54 @@ class Trainer:
                 self._train(on_step, asked, started)
 
     def _train(self, on_step: Callable[[int, dict], None], asked: list[int], started: float) -> None:
-        recipe, stepping = self.recipe, 0.0
-        log = Log(self.output, self.step, recipe.tensorboard) if self.processes.first else None
-        began, tokens, flops = time.perf_counter(), 0, 0.0
-        for work in _ahead(self._work(step) for step in range(self.step, recipe.steps)):
-            entry = self._step(work, asked)
-            self.step += 1
-            tokens, flops, stop = tokens + int(work.lengths.sum()), flops + entry.pop("flops"), entry.pop("stop")
-            if self._due(recipe.log_every):
-                now = time.perf_counter()
-                seconds, stepping = now - began, stepping + now - began
-                entry |= {"tokens_per_second": tokens / seconds, "mfu": self._mfu(flops / seconds)}
-                entry["goodput"] = stepping / (now - started)
-                if log:
-                    log.add(step=self.step, **entry)
-                began, tokens, flops = time.perf_counter(), 0, 0.0
-            on_step(self.step, entry)
-            if self._due(recipe.valid_every) and any(len(source.valid_records) for source in self.sources):
-                paused = time.perf_counter()
-                self._validate(log)
-                began += time.perf_counter() - paused
-            if self._due(recipe.save_every):
-                paused = time.perf_counter()
-                self._save()
-                began += time.perf_counter() - paused
-            if stop and self.step < recipe.steps:
-                if not self._due(recipe.save_every):
-                    self._save()
-                if log:
-                    log.close()
-                raise Stopped(f"stopped after step {self.step}, which is saved; the same command resumes")
+        recipe, processes = self.recipe, self.processes
+        self.log = Log(self.output, self.step, recipe.tensorboard) if processes.first else None
+        meter = Meter(recipe, processes.world, started)
+        with Saver(self._checkpoints, recipe.keep, processes, beside=recipe.async_checkpoints) as saver:
+            if recipe.non_finite == "roll_back" and not checkpoint.paths(self._checkpoints):
+                self._save(saver)
+                processes.wait()
+            try:
+                while self._rolled_back(saver, meter, asked, on_step):
+                    pass
+            finally:
+                if self.log:
+                    self.log.close()
         self.updater.whole()
-        if log:
-            log.close()
+        if self.log:
             self._publish("model.safetensors")
-        self.processes.wait()
+        processes.wait()
+
+    def _rolled_back(self, saver: Saver, meter: Meter, asked: list[int], on_step) -> bool:
+        """Steps until the end, or until the run was rolled back: True then."""
+        recipe = self.recipe
+        for work in ahead(self._work(step + self.passed) for step in range(self.step, recipe.steps)):
+            done, entry = self._step(work), {}
+            meter.add(work)
+            saver.check()
+            stop = bool(asked) and self.processes.world == 1
+            logged, saved = self._due(recipe.log_every), self._due(recipe.save_every)
+            validated = self._due(recipe.valid_every) and any(len(source.valid_records) for source in self.sources)
+            if logged:
+                entry, stop = self._told(done, asked)
+                entry |= meter.read()
+            saved |= stop and self.step < recipe.steps
+            if (logged or saved or validated) and (back := self._settled(entry)) is not None:
+                self._roll_back(back, saver)
+                meter.restart()
+                return True
+            if self.log and logged:
+                self.log.add(step=self.step, **entry)
+            on_step(self.step, entry)
+            with meter.paused():
+                if validated:
+                    self._validate(self.log)
+                if saved:
+                    self._save(saver)
+            if stop and self.step < recipe.steps:
+                saver.wait()
+                raise Stopped(f"stopped after step {self.step}, which is saved; the same command resumes")
+        return False
 
     def _publish(self, name: str) -> None:
         """Writes the model as it is into the output, whole or not at all."""
@@ -143,7 +156,7 @@ class Trainer:
     # ---- one step
 
     def _work(self, step: int) -> Work:
-        return _together([self._share(s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources])
+        return together([self._share(s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources])
 
     @property
     def masker(self) -> Masker:
@@ -160,69 +173,102 @@ class Trainer:
         shares = share(lengths, ranks, self.recipe.batch_tokens)
         mine = shares[self.processes.rank] if self.processes.rank < ranks else []  # few held-out proteins
         batches = [masker.batch(records[part], epoch) for part in mine]
+        if self.processes.device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
         return Work(batches, lengths, int(masker.selected(records, epoch).sum()))
 
-    def _step(self, work: Work, asked: Sized = ()) -> dict:
-        """Accumulates the gradient of the mean loss over the step's selected tokens, and updates the parameters."""
+    def _step(self, work: Work) -> Done:
+        """Accumulates the gradient of the mean loss over the step's selected tokens, and updates the parameters, if it
+        is finite. Does not wait for the device."""
         self.updater.begin()
         # In fp16 a token's gradient is scaled by the loss scale alone, as in fairseq, whatever the batch and the number
         # of processes; the mean is taken in fp32 afterwards.
-        scale, mean = self.scale.scale if self.scale else 1.0, self.updater.factor / max(work.selected, 1)
-        factor, unit = (scale, scale / mean) if self.scale else (mean, 1.0)
+        mean, scale = self.updater.factor / max(work.selected, 1), self.scale and self.scale.scale
         total = torch.zeros((), device=self.processes.device)
         for number, masked in enumerate(work.batches, start=1):
             with self.updater.batch(last=number == len(work.batches)):
                 loss = self.model(masked.to(self.processes.device))
-                (loss * factor).backward()
+                (loss * (mean if scale is None else scale)).backward()
             total += loss.detach()
-        rate = self._rate()
-        norm = self._update(rate, unit)
-        loss, stop = self.processes.sum(float(total), float(len(asked)))
-        loss /= max(work.selected, 1)
-        entry = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": int(work.lengths.sum())}
-        if self.scale:
-            entry["loss_scale"] = scale
-        return entry | {"stop": stop > 0, "flops": training_flops(self.recipe.model, work.lengths, work.selected)}
+        norm, rate = self._update(None if scale is None else scale.double() / mean)
+        return Done(work, total, norm, rate, scale)
 
-    def _rate(self) -> float:
+    def _update(self, unit: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the gradient's norm and the rate. unit: 1 as the gradients have it, None for 1."""
+        rate = self.counted.rate(self._rate, cooldown_factor(self.step, self.recipe.steps, self.recipe.cooldown))
+        norm = self.updater.norm() if unit is None else self.updater.norm() / unit
+        bad, clip, factor = ~norm.isfinite(), self.recipe.clip, None
+        if clip:
+            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+        if unit is not None:
+            factor = (1.0 if factor is None else factor) / unit
+        self.updater.step(rate, factor, bad)
+        self.step += 1
+        self.counted.saw(bad, self.step)
+        if self.scale:
+            self.scale.update(bad)
+        return norm, rate
+
+    def _rate(self, updates: int) -> float:
         recipe = self.recipe
         if recipe.schedule == "linear":
-            rate = linear_rate(self.updates, recipe.learning_rate, recipe.warmup, recipe.steps)
-        else:
-            rate = learning_rate(self.updates, recipe.learning_rate, recipe.warmup)
-        return rate * cooldown_factor(self.step, recipe.steps, recipe.cooldown)
+            return linear_rate(updates, recipe.learning_rate, recipe.warmup, recipe.steps)
+        return learning_rate(updates, recipe.learning_rate, recipe.warmup)
 
-    def _update(self, rate: float, unit: float) -> float | None:
-        """Returns the gradient's norm; None where it overflowed and the step was skipped. unit: 1 as the gradients have
-        it."""
-        norm = self.updater.norm() / unit
-        if not math.isfinite(norm):
-            self._not_finite(norm)
-            return None
-        self.skipped = 0
-        clip = self.recipe.clip
-        factor = min(1.0, clip / (norm + 1e-6)) / unit if clip else 1 / unit
-        self.updater.step(rate, factor)
-        self.updates += 1
-        if self.scale:
-            self.scale.update()
-        return norm
+    # ---- what the host asks the device, when it logs or saves
 
-    def _not_finite(self, norm: float) -> None:
-        """The step is skipped, or the run stops."""
-        self.skipped += 1
+    def _told(self, done: Done, asked: Sequence = ()) -> tuple[dict, bool]:
+        """(the step's numbers, for the log; whether any process was asked to stop)."""
+        loss, stop = self.processes.sum(float(done.loss), float(len(asked)))
+        norm = float(done.norm)
+        entry = {"loss": loss / max(done.work.selected, 1), "learning_rate": float(done.rate)}
+        entry |= {"gradient_norm": norm if math.isfinite(norm) else None, "tokens": int(done.work.lengths.sum())}
+        if done.scale is not None:
+            entry["loss_scale"] = float(done.scale)
+        return entry, stop > 0
+
+    def _settled(self, entry: dict) -> int | None:
+        """What became of the steps since the last time. Returns the first one whose gradient was not finite, if the run
+        is to be rolled back for it; raises FloatingPointError where it is to stop."""
+        seen = self.counted.read()
+        if seen.skipped:
+            entry["skipped"] = seen.skipped
         if self.scale is not None:
-            self.scale.overflow()
-        elif self.recipe.non_finite == "stop" or self.skipped > _SKIPPED:
-            what = f"of {self.skipped} steps in a row " if self.skipped > 1 else ""
+            self.scale.check()
+        elif seen.first is not None and self.recipe.non_finite == "roll_back":
+            return seen.first
+        elif seen.first is not None and (self.recipe.non_finite == "stop" or seen.longest > _SKIPPED):
+            what = f"of {seen.longest} steps in a row " if self.recipe.non_finite == "skip" else ""
+            step = self.step if what else seen.first
             raise FloatingPointError(
-                f"step {self.step + 1}: the gradient {what}is not finite (norm {norm}); the last checkpoint is from "
-                "before it. Lower the learning rate, lengthen the warm-up or clip gradients"
+                f"step {step}: the gradient {what}is not finite; the last checkpoint is from before it. "
+                "Lower the learning rate, lengthen the warm-up or clip gradients"
             )
+        return None
 
-    def _mfu(self, flops_per_second: float) -> float | None:
-        peak = self.recipe.peak_tflops
-        return flops_per_second / (peak * 1e12 * self.processes.world) if peak else None
+    def _roll_back(self, first: int, saver: Saver) -> None:
+        """To the newest checkpoint, after which the batches up to those of step `first` are passed over."""
+        saver.wait()
+        saved, passed = checkpoint.newest(self._checkpoints, self.processes), self.passed
+        if saved is None:
+            raise CheckpointError(f"{self._checkpoints} holds no checkpoint to roll back to")
+        step = saved.state["step"]
+        self._backs = [*(back for back in self._backs if back == step), step]
+        if len(self._backs) > _BACK:
+            raise FloatingPointError(
+                f"step {first}: the gradient is not finite, as after each of {_BACK} returns to {saved.path}, with "
+                "other batches. Lower the learning rate, lengthen the warm-up or clip gradients"
+            )
+        self._take(saved)
+        self.passed = passed + first - step
+        if self.log:
+            said = f"back to step {step}, past the batches of steps {step + 1} to {first}"
+            warnings.warn(f"step {first}: the gradient is not finite: {said}", stacklevel=2)
+            self.log.close()
+            self.log = Log(self.output, step, self.recipe.tensorboard)
+            note = {"step": step, "rolled_back_from": first, "passed": self.passed}
+            if self.log.last() != note:  # a run that was killed since comes here again
+                self.log.add(**note)
 
     # ---- validation
 
@@ -231,7 +277,7 @@ class Trainer:
         """The perplexity of held-out proteins, every selected token shown as <mask>, in fp32."""
         self.updater.whole()
         held_out = [source for source in self.sources if len(source.valid_records)]
-        work = _together([self._share(s.valid_records, _VALIDATION, s.valid_masker) for s in held_out])
+        work = together([self._share(s.valid_records, _VALIDATION, s.valid_masker) for s in held_out])
         model = MaskedLM(self.esm)
         total = sum(float(model(masked.to(self.processes.device))) for masked in work.batches)
         loss = self.processes.sum(total)[0] / max(work.selected, 1)
@@ -245,16 +291,21 @@ class Trainer:
 
     # ---- checkpoints
 
-    def _save(self) -> None:
-        state = {"step": self.step, "updates": self.updates, "best": self.best, "recipe": as_dict(self.recipe)}
+    def _save(self, saver: Saver) -> None:
+        state = {
+            "step": self.step,
+            "updates": self.counted.updates,
+            "passed": self.passed,
+            "best": self.best,
+            "recipe": as_dict(self.recipe),
+        }
         state |= {"store": identity_of(self.sources), "order": [source.order for source in self.sources]}
         if self.kernels:
             state["kernels"] = self.kernels
         if self.scale:
-            state["scale"] = vars(self.scale)
+            state["scale"] = self.scale.state()
         self.updater.whole()
-        holders = self.parameters, self.updater
-        checkpoint.save(self._checkpoints, self.step, *holders, state, self.recipe.keep, self.processes)
+        saver.save(self.step, self.parameters, self.updater, state)
 
     @property
     def _checkpoints(self) -> Path:
@@ -304,14 +355,15 @@ class Trainer:
         return str(saved.path)
 
     def _take(self, saved: checkpoint.Saved) -> None:
-        self.step, self.updates = (saved.state[name] for name in ("step", "updates"))
+        self.step, self.passed = saved.state["step"], saved.state.get("passed", 0)
+        self.counted = Counted(self.processes.device, saved.state["updates"])
         self.kernels = saved.state.get("kernels", "")
         orders = saved.state.get("order", [SORTED])
         for source, order in zip(self.sources, orders, strict=False):
             source.keep_order(order)
         if self.scale and "scale" in saved.state:
-            self.scale = LossScale(**saved.state["scale"])
-        checkpoint.restore(saved, self.parameters, self.updater, self.updates)
+            self.scale = LossScale(**saved.state["scale"], device=self.processes.device)
+        checkpoint.restore(saved, self.parameters, self.updater, saved.state["updates"])
 
 
 def _first_model(recipe: Recipe) -> Encoder:
@@ -336,19 +388,3 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
-
-
-def _together(works: list[Work]) -> Work:
-    """Of several stores, in one step."""
-    batches = [batch for work in works for batch in work.batches]
-    return Work(batches, np.concatenate([work.lengths for work in works]), sum(work.selected for work in works))
-
-
-def _ahead(items: Iterable[Work]) -> Iterator[Work]:
-    """The items of an iterator, the next one made while the current one is used."""
-    iterator = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, iterator, None)
-            yield item

@@ -53,6 +53,14 @@ class MaskedBatch:
     rows: torch.Tensor  # int64 (m,), ascending
     targets: torch.Tensor  # int64 (m,)
 
+    def pinned(self) -> "MaskedBatch":
+        """In pinned memory, from which a GPU copies beside the host's work."""
+        batch = self.batch
+        parts = (part.pin_memory() for part in (batch.tokens, batch.positions, batch.cu_seqlens))
+        tokens, positions, cu_seqlens = parts
+        packed = PackedBatch(tokens, positions, cu_seqlens, batch.max_seqlen, batch.order.pin_memory())
+        return MaskedBatch(packed, self.rows.pin_memory(), self.targets.pin_memory())
+
     def to(self, device) -> "MaskedBatch":
         rows, targets = (t.to(device, non_blocking=True) for t in (self.rows, self.targets))
         return MaskedBatch(self.batch.to(device), rows, targets)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,16 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
+    """group: through which they exchange, None for that of all that they do one after the other."""
+
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    def beside(self) -> "Processes":
+        """The same, for another thread, whose exchanges nothing else gets mixed up with. All call this."""
+        return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
     @property
     def first(self) -> bool:
@@ -58,12 +65,12 @@ class Processes:
         """Every process's value, in order of rank."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -14,12 +14,13 @@ from .masking import Masking
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDING = ("none", "zero1")
 DECAYS = ("matrices", "all")
-NON_FINITE = ("stop", "skip")
+NON_FINITE = ("stop", "skip", "roll_back")
 SAMPLING = ("records", "clusters")
 SCHEDULES = ("inverse_sqrt", "linear")
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"steps", "cooldown", "batch_tokens", "sharding", "log_every", "valid_every", "save_every", "keep"}
-MAY_CHANGE |= {"recompute", "deterministic", "non_finite", "output", "store", "peak_tflops", "tensorboard", "plot"}
+MAY_CHANGE |= {"recompute", "deterministic", "non_finite", "async_checkpoints"}
+MAY_CHANGE |= {"output", "store", "peak_tflops", "tensorboard", "plot"}
 
 
 class RecipeError(ValueError):
@@ -62,7 +63,8 @@ class Recipe:
     of the gradient, or None. attention: what the heads begin as (`model.new_model`). cooldown: the last steps, over
     which the learning rate goes to zero. recompute: each layer again in the backward pass, a third more work, instead
     of keeping what is inside it. deterministic: torch's algorithms whose results never differ, or an error. non_finite:
-    what a gradient in bf16 or fp32 that is not finite does: "stop" the run, or "skip" the step, ten in a row at most.
+    what a gradient in bf16 or fp32 that is not finite does: "stop" the run, "skip" the step, ten in a row at most, or
+    "roll_back" to the last checkpoint and pass over the batches since. async_checkpoints: written beside the steps.
     valid_tokens: how much of the held-out records is used each time, 0 for all. peak_tflops: of one device, for the
     MFU. keep: how many checkpoints stay.
     """
@@ -93,6 +95,7 @@ class Recipe:
     sharding: str = "none"
     deterministic: bool = False
     non_finite: str = "stop"
+    async_checkpoints: bool = True
     log_every: int = 10
     valid_every: int = 500
     valid_tokens: int = 1_000_000

@@ -24,6 +24,9 @@ class Log:
                 if name != "step" and value is not None:
                     self.board.add_scalar(name, value, entry["step"])
 
+    def last(self) -> dict:
+        return next(reversed(read_log(self.path)), {})
+
     def close(self) -> None:
         self.file.close()
         if self.board is not None:

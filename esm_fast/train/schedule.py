@@ -1,6 +1,6 @@
 """What changes from update to update: the learning rate, and the factor that keeps fp16 gradients in range."""
 
-from dataclasses import dataclass
+import torch
 
 
 def learning_rate(update: int, peak: float, warmup: int) -> float:
@@ -24,25 +24,32 @@ def cooldown_factor(step: int, steps: int, cooldown: int) -> float:
     return min(1.0, (steps - step) / cooldown) if cooldown else 1.0
 
 
-@dataclass
 class LossScale:
-    """The dynamic loss scale of fairseq: halved by an overflow, doubled after `window` updates without one."""
+    """The dynamic loss scale of fairseq: halved by an overflow, doubled after `window` updates without one.
 
-    scale: float = 2.0**15
-    window: int = 2000
-    smallest: float = 1e-4
-    good: int = 0  # updates since the last change
+    It lives on the device, and nothing waits for it but `check` and `state`.
+    """
 
-    def overflow(self) -> None:
-        """After gradients that were not finite; their step is skipped."""
-        self.scale, self.good = self.scale / 2, 0
-        if self.scale < self.smallest:
+    def __init__(self, scale=2.0**15, window=2000, smallest=1e-4, good=0, *, device: torch.device | str = "cpu"):
+        self.window, self.smallest = window, smallest
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.good = torch.tensor(good, device=device)  # updates since the last change
+
+    def update(self, overflow: torch.Tensor) -> None:
+        """overflow: bool (), whether gradients were not finite; their step is passed over."""
+        good = (self.good + 1) * ~overflow
+        grown = good == self.window
+        self.scale = torch.where(overflow, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
+        self.good = good * ~grown
+
+    def state(self) -> dict:
+        """What it is made of again, for JSON."""
+        return {"scale": float(self.scale), "window": self.window, "smallest": self.smallest, "good": int(self.good)}
+
+    def check(self) -> None:
+        """Raises FloatingPointError where it fell too low."""
+        if float(self.scale) < self.smallest:
             raise FloatingPointError(
                 f"the loss scale fell below {self.smallest}: the loss is probably diverging; lower the learning rate, "
                 "lengthen the warm-up, clip gradients, or train in bfloat16"
             )
-
-    def update(self) -> None:
-        self.good += 1
-        if self.good == self.window:
-            self.scale, self.good = self.scale * 2, 0

@@ -138,15 +138,16 @@ class Sharded:
             bucket.summing = _summed(bucket.sums, bucket.own.grad)
             self._next -= 1
 
-    def norm(self) -> float:
+    def norm(self) -> torch.Tensor:
         for bucket in reversed(self.buckets):
             bucket.summing()
             bucket.summing = None
-        own = float(torch.nn.utils.get_total_norm([bucket.own.grad for bucket in self.buckets]))
-        return self.processes.sum(own**2)[0] ** 0.5
+        total = torch.nn.utils.get_total_norm([bucket.own.grad for bucket in self.buckets]).double().square()
+        dist.all_reduce(total)
+        return total.sqrt()
 
-    def step(self, rate: float, factor: float) -> None:
-        stepped(self.optimizer, [bucket.own.grad for bucket in self.buckets], rate, factor)
+    def step(self, rate: torch.Tensor, factor: torch.Tensor | None, bad: torch.Tensor) -> None:
+        stepped(self.optimizer, [bucket.own.grad for bucket in self.buckets], rate, factor, bad)
         self._hand_out(self.dtype)
 
     def _hand_out(self, dtype: torch.dtype) -> None:
@@ -171,21 +172,20 @@ class Sharded:
 
     # ---- for checkpoints: whole tensors, as every other way of updating has them
 
-    def held(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """The moments are gathered bucket by bucket; each process keeps those of some parameters, in host memory."""
-        names = list(self.parameters)
-        mine = set(names[self.processes.rank :: self.processes.world])
+    def held(self, names: list[str], *, copy: bool = True) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """The moments are gathered bucket by bucket; each process copies those that it asks for, to host memory."""
         for bucket in self.buckets:
             state = self.optimizer.state.get(bucket.own)
             for moment in MOMENTS if state else ():
                 flat = torch.empty_like(bucket.values)
                 _GATHER(flat, state[moment].contiguous())
                 for name, (start, end) in zip(bucket.names, bucket.bounds, strict=True):
-                    if name in mine:
-                        yield moment, name, flat[start:end].cpu().clone().view_as(self.parameters[name])
+                    if name in names:
+                        yield moment, name, flat[start:end].to("cpu", copy=True).view_as(self.parameters[name])
 
     def wanted(self, there: set[str], updates: int) -> Iterator[tuple[str, str, torch.Tensor]]:
         self.arrive()
+        self.optimizer.state.clear()
         self._wanted = []
         for bucket in self.buckets:
             if not there.intersection(bucket.names):

@@ -41,44 +41,54 @@ class Replicated:
     def _grads(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self.parameters.values()]
 
-    def norm(self) -> float:
-        """Of the whole gradient, once all batches are done."""
-        return float(torch.nn.utils.get_total_norm(self._grads))
+    def norm(self) -> torch.Tensor:
+        """Of the whole gradient, once all batches are done: float64 (), on the device, in all processes."""
+        return torch.nn.utils.get_total_norm(self._grads).double()
 
-    def step(self, rate: float, factor: float) -> None:
-        """factor: what the gradients are multiplied by first."""
-        stepped(self.optimizer, self._grads, rate, factor)
+    def step(self, rate: torch.Tensor, factor: torch.Tensor | None, bad: torch.Tensor) -> None:
+        """An update, see `stepped`."""
+        stepped(self.optimizer, self._grads, rate, factor, bad)
 
     def whole(self) -> None:
         """Makes the model's own parameters those of the last update."""
 
     # ---- for checkpoints
 
-    def held(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(moment, parameter, tensor) that this process writes, or all of them."""
-        for name, parameter in self.parameters.items():
+    def held(self, names: list[str], *, copy: bool = False) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(moment, parameter, tensor) of these parameters. copy: in host memory, so that what is held may change."""
+        for name in names:
+            parameter = self.parameters[name]
             for moment in MOMENTS if parameter in self.optimizer.state else ():
-                yield moment, name, self.optimizer.state[parameter][moment]
+                tensor = self.optimizer.state[parameter][moment]
+                yield moment, name, tensor.to("cpu", copy=True) if copy else tensor
 
     def wanted(self, there: set[str], updates: int) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(moment, parameter, tensor to be filled) of the parameters whose moments are `there`."""
+        """(moment, parameter, tensor to be filled) of the parameters whose moments are `there`; of others they go."""
+        self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             if name in there:
                 moments = {moment: torch.empty_like(parameter, requires_grad=False) for moment in MOMENTS}
                 step = torch.tensor(float(updates), device=parameter.device)
                 self.optimizer.state[parameter] = {"step": step, **moments}
-        yield from self.held()
+        yield from self.held(list(self.parameters))
 
     def restored(self) -> None:
         """After the parameters and what was `wanted` were filled."""
 
 
-def stepped(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor], rate: float, factor: float) -> None:
-    """An update; factor: what the gradients are multiplied by first."""
-    if factor != 1:
-        torch._foreach_mul_(grads, factor)
+def stepped(
+    optimizer: torch.optim.Optimizer,
+    grads: list[torch.Tensor],
+    rate: torch.Tensor,
+    factor: torch.Tensor | None,
+    bad: torch.Tensor,
+) -> None:
+    """An update, or none where `bad`, bool (). factor: what the gradients are multiplied by first, None for 1."""
+    if factor is not None:
+        torch._foreach_mul_(grads, factor.float())
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.found_inf = bad.float()
     optimizer.step()
 
 

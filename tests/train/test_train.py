@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import esm_fast
 from esm_fast import weights
@@ -66,6 +68,13 @@ def recipe(store, output, **changes):
 
 def curve(output, name="loss"):
     return [entry[name] for entry in read_log(output / "log.jsonl") if name in entry]
+
+
+def stepped(trainer, number):
+    """A step's numbers."""
+    entry, _ = trainer._told(trainer._step(trainer._work(number)))
+    trainer._settled(entry)
+    return entry
 
 
 def train(store, output, **changes):
@@ -445,7 +454,7 @@ def test_fewer_held_out_proteins_than_processes(store, tmp_path):
 def test_half_precision_learns_as_fp32_does(store, tmp_path, precision):
     run = Trainer(recipe(store, tmp_path / "half", precision=precision, steps=30), store, ALONE)
     if run.scale:  # of a token: from 2^15, as fairseq, the first steps overflow and are skipped, and the curves part
-        run.scale.scale = 2.0**8
+        run.scale = LossScale(2.0**8)
     run.train()
     train(store, tmp_path / "full", steps=30)
     half, full = curve(tmp_path / "half"), curve(tmp_path / "full")
@@ -479,13 +488,13 @@ def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
 
 def test_an_overflow_skips_a_step_and_halves_the_scale(store, tmp_path):
     trainer = Trainer(recipe(store, tmp_path, precision="float16"), store, ALONE)
-    trainer.scale.scale = 2.0**40
+    trainer.scale = LossScale(2.0**40)
     before = trainer.esm.embed_tokens.weight.clone()
-    entry = trainer._step(trainer._work(0))
-    assert entry["gradient_norm"] is None and trainer.updates == 0
+    entry = stepped(trainer, 0)
+    assert entry["gradient_norm"] is None and entry["skipped"] == 1 and trainer.counted.updates == 0
     assert trainer.scale.scale == 2.0**39 and trainer.esm.embed_tokens.weight.equal(before)
-    while trainer.updates == 0:
-        trainer._step(trainer._work(0))
+    while trainer.counted.updates == 0:
+        stepped(trainer, 0)
     assert trainer.scale.scale < 2.0**39
 
 
@@ -503,13 +512,137 @@ def test_a_gradient_that_is_not_finite_can_be_skipped(store, tmp_path):
     weight = trainer.esm.layers[0].fc1.weight
     hook = weight.register_hook(lambda gradient: gradient * float("nan"))
     before = trainer.esm.embed_tokens.weight.clone()
-    entry = trainer._step(trainer._work(0))
-    assert entry["gradient_norm"] is None and trainer.updates == 0 and trainer.esm.embed_tokens.weight.equal(before)
+    entry = stepped(trainer, 0)
+    assert entry["gradient_norm"] is None and trainer.esm.embed_tokens.weight.equal(before)
     hook.remove()
-    assert trainer._step(trainer._work(1))["gradient_norm"] > 0 and trainer.updates == 1
+    assert trainer.counted.updates == 0 and stepped(trainer, 1)["gradient_norm"] > 0 and trainer.counted.updates == 1
     weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(FloatingPointError, match="step 11: the gradient of 11 steps in a row is not finite"):
+    with pytest.raises(FloatingPointError, match="step 13: the gradient of 11 steps in a row is not finite"):
         trainer.train()
+
+
+def _poisoned(trainer, *steps):
+    """The gradients of these batches, counted from 1 whatever was passed over, are not finite."""
+    step = trainer._step
+
+    def poisoned(work):
+        weight = trainer.esm.layers[0].fc1.weight
+        bad = trainer.step + 1 + trainer.passed in steps
+        hook = weight.register_hook(lambda gradient: gradient * (float("nan") if bad else 1.0))
+        try:
+            return step(work)
+        finally:
+            hook.remove()
+
+    trainer._step = poisoned
+    return trainer
+
+
+def test_a_run_is_rolled_back(store, tmp_path):
+    """To the last checkpoint, with the batches since then passed over; as a run that never saw them, whenever it is
+    looked, and whenever it is cut off. Where it does not help, the run ends."""
+    options = dict(non_finite="roll_back", steps=12)
+    bad = (3, 10, 13)  # 3: back to the beginning, 10: to step 4, 13 = 4 + 3 + 3 + ...: to step 4 again
+
+    def run(name, cut=0, **changes):
+        trainer = _poisoned(Trainer(recipe(store, tmp_path / name, **options | changes), store, ALONE), *bad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train(lambda step, entry: 1 / 0 if step == cut and trainer.passed else None)
+        return trainer
+
+    with pytest.warns(UserWarning, match="step 3: the gradient is not finite: back to step 0, past the batches of ste"):
+        _poisoned(Trainer(recipe(store, tmp_path / "told", **options | {"steps": 4}), store, ALONE), 3).train()
+    whole = run("whole")
+    assert whole.step == 12 and whole.passed == 3 + 3 + 3
+    notes = [entry for entry in read_log(tmp_path / "whole" / "log.jsonl") if "rolled_back_from" in entry]
+    assert [(note["step"], note["rolled_back_from"], note["passed"]) for note in notes] == [
+        (0, 3, 3), (4, 7, 6), (4, 7, 9)]  # fmt: skip
+    never = Trainer(recipe(store, tmp_path / "never", steps=12), store, ALONE)
+    work, order = never._work, [*range(3, 7), *range(13, 21)]  # batches, from 0: none that led to one of `bad`
+    never._work = lambda step: work(order[step])
+    never.train()
+    assert curve(tmp_path / "whole") == curve(tmp_path / "never")
+    rare = run("rare", log_every=7)
+    for cut in (2, 6, 11):
+        with pytest.raises(ZeroDivisionError):
+            run("cut", cut)
+    cut = run("cut")
+    for name, parameter in whole.parameters.items():
+        assert parameter.equal(rare.parameters[name]) and parameter.equal(cut.parameters[name]), name
+    times = ("tokens_per_second", "mfu", "goodput")
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
+    for entry in logs[0] + logs[1]:
+        for name in times:
+            entry.pop(name, None)
+    assert logs[0] == logs[1]
+    hopeless = _poisoned(Trainer(recipe(store, tmp_path / "no", **options), store, ALONE), *range(5, 99))
+    with pytest.warns(UserWarning), pytest.raises(FloatingPointError, match="after each of 3 returns to .*000000004"):
+        hopeless.train()
+
+
+def test_nothing_waits_for_the_device_between_logs(store, tmp_path, monkeypatch):
+    """No number of a tensor is asked for by the loop but where it logs, validates or saves; scales in fp16 included."""
+    asked, now = [], [0]
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, original=original, name=name):
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename.startswith(torch.__path__[0]):  # a number may be asked for by torch
+                frame = frame.f_back
+            if Path(frame.f_code.co_filename).parent.name == "train" and "esm_fast" in frame.f_code.co_filename:
+                asked.append((now[0], f"{frame.f_code.co_qualname}: {name}"))
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    masked = ("Masker.", "pack")  # made beside the steps, in the host's memory
+    for precision in ("float16", "float32"):
+        options = dict(precision=precision, log_every=4, valid_every=8, save_every=12, clip=1.0, non_finite="skip")
+        trainer = Trainer(recipe(store, tmp_path / precision, **options), store, ALONE)
+        asked.clear()
+        trainer.train(lambda step, entry: now.__setitem__(0, step))
+        # What is asked for after step n was told belongs to step n + 1, or to saving and validating after n.
+        between = [what for step, what in asked if step % 4 not in (0, 3) and not what.startswith(masked)]
+        assert not between and any(step % 4 == 3 for step, _ in asked), between
+
+
+def test_checkpoints_are_written_beside_the_steps(store, tmp_path, monkeypatch):
+    """The run steps on while one is written, of the numbers as they were; the next one waits for it; its error ends the
+    run, and leaves the one before. With the switch off, the steps wait, and the same is written."""
+    save, events, hold = checkpoint.save, [], threading.Event()
+
+    def slow(folder, step, *rest):
+        events.append((f"begins {step}", threading.current_thread() is threading.main_thread()))
+        if step == 4:
+            assert hold.wait(60)
+        if step == 12 and "fails" in str(folder):
+            raise checkpoint.CheckpointError("the disk is full")
+        path = save(folder, step, *rest)
+        events.append((f"ends {step}", threading.current_thread() is threading.main_thread()))
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+
+    def told(step, entry):
+        events.append((step, True))
+        if step == 7:
+            hold.set()
+
+    Trainer(recipe(store, tmp_path / "beside", keep=3), store, ALONE).train(told)
+    names = [name for name, _ in events]
+    assert names.index(7) < names.index("ends 4") < names.index("begins 8") and not dict(events)["begins 4"]
+    waits = tmp_path / "waits"
+    Trainer(recipe(store, waits, keep=3, async_checkpoints=False), store, ALONE).train()
+    assert events[-1] == ("ends 12", True)
+    files = [path.relative_to(waits) for path in (waits / "checkpoints").rglob("*.safetensors")]
+    assert len(files) == 3
+    for file in files:
+        one, other = (load_file(output / file) for output in (waits, tmp_path / "beside"))
+        assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items()), file
+    with pytest.raises(checkpoint.CheckpointError, match="the disk is full"):
+        Trainer(recipe(store, tmp_path / "fails", steps=14), store, ALONE).train()
+    assert checkpoint.newest(tmp_path / "fails" / "checkpoints", ALONE).state["step"] == 8
 
 
 def test_goodput_and_the_deterministic_switch(store, tmp_path):
@@ -532,14 +665,16 @@ def test_goodput_and_the_deterministic_switch(store, tmp_path):
 
 def test_loss_scale():
     scale = LossScale(scale=8.0, window=3, smallest=1.0)
-    for _ in range(3):
-        scale.update()
-    assert (scale.scale, scale.good) == (16.0, 0)
+    for _ in range(4):
+        scale.update(torch.tensor(False))
+    assert scale.state() == dict(scale=16.0, good=1, window=3, smallest=1.0)
     for wanted in (8.0, 4.0, 2.0, 1.0):
-        scale.overflow()
-        assert scale.scale == wanted
+        scale.update(torch.tensor(True))
+        scale.check()
+        assert (scale.scale, scale.good) == (wanted, 0)
+    scale.update(torch.tensor(True))
     with pytest.raises(FloatingPointError, match="fell below"):
-        scale.overflow()
+        scale.check()
 
 
 def test_learning_rate():
