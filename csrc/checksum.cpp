@@ -1,28 +1,42 @@
 #include "checksum.h"
 
 #include <cstring>
+#include <utility>
 
 namespace esm {
+
+namespace {
+
+constexpr size_t kChains = 8;
+using Chains = std::make_index_sequence<kChains>;
+
+uint64_t taken(uint64_t chain, const char* word) {
+    uint64_t bits;
+    std::memcpy(&bits, word, sizeof bits);
+    chain = (chain ^ bits) * kChecksumFactor;
+    return chain ^ (chain >> 32);
+}
+
+// A word a chain, written out: a loop over an array goes through memory, a quarter slower in the cache.
+template <size_t... I>
+void take(uint64_t (&chains)[kChains], const char* words, std::index_sequence<I...>) {
+    ((chains[I] = taken(chains[I], words + I * sizeof(uint64_t))), ...);
+}
+
+}  // namespace
 
 // Eight chains of words, so that their multiplications overlap. Each step can be undone, so no change of one word is
 // lost on the way. Data sets hold these numbers (esm_fast/dataset/units.py): they stay as they are.
 uint64_t checksum(const char* data, size_t size) {
-    constexpr size_t kChains = 8;
-    uint64_t chains[kChains], words[kChains];
+    uint64_t chains[kChains];
+    char words[sizeof chains] = {};
     for (size_t i = 0; i < kChains; ++i) chains[i] = (i + 1) * kChecksumFactor;
-    const auto take = [&](const char* from, size_t bytes) {
-        std::memcpy(words, from, bytes);
-        for (size_t i = 0; i < kChains; ++i) {
-            chains[i] = (chains[i] ^ words[i]) * kChecksumFactor;
-            chains[i] ^= chains[i] >> 32;
-        }
-    };
-    for (; size >= sizeof words; data += sizeof words, size -= sizeof words) take(data, sizeof words);
+    for (; size >= sizeof words; data += sizeof words, size -= sizeof words) take(chains, data, Chains{});
     if (size) {
-        std::memset(words, 0, sizeof words);
-        take(data, size);
+        std::memcpy(words, data, size);
+        take(chains, words, Chains{});
     }
-    uint64_t whole = size;
+    uint64_t whole = size;  // of the rest: data sets were written so
     for (const uint64_t chain : chains) whole = (whole ^ chain) * kChecksumFactor, whole ^= whole >> 29;
     return whole;
 }

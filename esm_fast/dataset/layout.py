@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 try:
@@ -41,12 +42,15 @@ SKIPPED_FIELDS = [
 ]
 OK = "ok"  # the status of a row; others are "float32" (computed again in it), and reasons for having no numbers
 RECOMPUTED = "float32"
+_PATHS = 256  # held: to make one takes as long as the checksum of a protein's residues
 
 
+@lru_cache(_PATHS)
 def pooled_path(folder: Path, unit: int) -> Path:
     return folder / POOLED / f"part-{unit:06d}.parquet"
 
 
+@lru_cache(_PATHS)
 def residues_path(folder: Path, unit: int) -> Path:
     return folder / RESIDUES / f"part-{unit:06d}.safetensors"
 
@@ -101,10 +105,14 @@ def table(path: Path, fields: list, metadata: dict[str, str], *, compression: st
         writer.close()
 
 
-def open_table(path: Path, fields: list | None = None) -> pq.ParquetFile:
-    """Every page is checked against its checksum when it is read. Raises DatasetError, also for other columns."""
+def open_table(path: Path, fields: list | None = None, *, whole: bool = False) -> pq.ParquetFile:
+    """Every page is checked against its checksum when it is read. Raises DatasetError, also for other columns.
+
+    whole: all of it will be read, so the file is at once; a column at a time costs more than the checksums do.
+    """
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        source = pa.BufferReader(path.read_bytes()) if whole else path
+        file = pq.ParquetFile(source, page_checksum_verification=True)
         if fields is not None and not file.schema_arrow.equals(pa.schema(fields)):
             raise DatasetError(f"{path} is damaged: it has other columns than were written")
         return file

@@ -1,12 +1,13 @@
 """Reading a data set: nothing is in memory before it is asked for."""
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
 from ..files.checksums import sha256
 from . import layout, units
@@ -49,7 +50,7 @@ class Dataset:
             kinds = ("embeddings, for esm_fast.open", "variants' scores, for esm_fast.variants.Atlas")
             raise DatasetError(f"{folder} is a data set of {kinds[not self.SCORES]}")
         self.folder, self.layers = self.plan.folder, list(self.plan.settings.layers)
-        self._ends = np.cumsum([0, *self.plan.info["unit_rows"]])
+        self._ends = list(itertools.accumulate(self.plan.info["unit_rows"], initial=0))
         self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)
         self._verified: dict[int, tuple] = {}  # files of residues -> inode, size and time of what was compared
         self._sequences = units.Sequences(self.plan)
@@ -114,8 +115,8 @@ class Dataset:
         return int(key) % len(self)
 
     def embedding(self, key: int | str, layer: int = -1) -> np.ndarray:
-        unit, at = self._with_numbers(key)
-        return self._pooled(unit).layers[self._layer(layer)][at]
+        pooled, _, at = self._with_numbers(key)
+        return pooled.layers[self._layer(layer)][at]
 
     def residues(self, key: int | str, layer: int = -1) -> np.ndarray:
         """(residues, width), read from the disk at each call; data sets made with --residues have them.
@@ -125,18 +126,16 @@ class Dataset:
         """
         if not self.plan.settings.residues:
             raise DatasetError(f"{self.folder} has no residues: it was made without --residues")
-        unit, at = self._with_numbers(key)
-        pooled, number = self._pooled(unit), self._layer(layer)
+        pooled, unit, at = self._with_numbers(key)
+        number = self._layer(layer)
         path = layout.residues_path(self.folder, unit)
         with units.reading(path):
             if pooled.checksums is None:
                 self._verify_residues(path, unit)
-            with safe_open(path, "numpy") as file:
-                rows = file.get_slice(f"layer_{number}")[int(pooled.ends[at]) : int(pooled.ends[at + 1])]
-            shape, dtype = (pooled.ends[at + 1] - pooled.ends[at], self.plan.settings.width), self.plan.settings.store
-            right = rows.shape == shape and rows.dtype == dtype
-            if right and pooled.checksums is not None:
-                right = pooled.checksums.fits(self.layers.index(number), at, rows)
+            bounds = int(pooled.ends[at]), int(pooled.ends[at + 1])
+            shape, store = (int(pooled.ends[-1]), self.plan.settings.width), self.plan.settings.store
+            rows = units.read_residues(path, number, bounds, shape, store)
+            right = pooled.checksums is None or pooled.checksums.fits(self.layers.index(number), at, rows)
         if not right:
             raise DatasetError(f"{path} is damaged: the residues of {key!r} are not those that were written")
         return rows
@@ -180,19 +179,22 @@ class Dataset:
         """(first row, (rows, width)) of the distinct sequences, a shard at a time; NaN where there are no numbers."""
         number = self._layer(layer)
         for unit in range(self.plan.units):
-            yield int(self._ends[unit]), self._read_pooled(unit).layers[number]
+            yield self._ends[unit], self._read_pooled(unit).layers[number]
 
     # ---- where things are
 
     def _place(self, row: int) -> tuple[int, int]:
         """Unit, and place in it, of a sequence."""
-        unit = int(np.searchsorted(self._ends, row, side="right")) - 1
-        return unit, int(row - self._ends[unit])
+        unit = bisect_right(self._ends, row) - 1
+        return unit, int(row) - self._ends[unit]
 
-    def _with_numbers(self, key: int | str) -> tuple[int, int]:
-        if not units.has_numbers(status := self.status(key)):
+    def _with_numbers(self, key: int | str) -> tuple[_Pooled, int, int]:
+        """A unit's table, its number, and a protein's place in it."""
+        unit, at = self._place(self.rows[self.number(key)])
+        pooled = self._pooled(unit)
+        if not units.has_numbers(status := pooled.status[at]):
             raise DatasetError(f"{key!r} has no embedding: {status}")
-        return self._place(self.rows[self.number(key)])
+        return pooled, unit, at
 
     def _verify_residues(self, path: Path, unit: int) -> None:
         """Raises DatasetError for a file that is not the one that was written with the unit's pooled table."""
@@ -212,7 +214,7 @@ class Dataset:
 
     def _read_pooled(self, unit: int) -> _Pooled:
         path, width = layout.pooled_path(self.folder, unit), self.plan.settings.width
-        with units.open_pooled(self.plan, unit) as file:
+        with units.open_pooled(self.plan, unit, whole=True) as file:
             group = layout.read_group(file, path, 0)
         layers = {layer: units.matrix(group[f"layer_{layer}"], width) for layer in self.layers}
         metadata = group.schema.metadata or {}

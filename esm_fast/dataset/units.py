@@ -1,6 +1,7 @@
 """One unit's files: per-residue numbers first, then the pooled table, whose name says that the unit is done."""
 
 import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from . import layout
 from .errors import DatasetError
 from .layout import pa
 from .plan import Plan
+
+_LONGEST_HEADER = 1 << 20  # bytes, of a few arrays
+_NAMES = {"float32": "F32", "float16": "F16"}  # of safetensors
 
 
 @dataclass
@@ -149,18 +153,44 @@ def is_done(plan: Plan, unit: int) -> bool:
     return False
 
 
-def open_pooled(plan: Plan, unit: int):
-    """Raises DatasetError where it is not this plan's table of the unit."""
+def open_pooled(plan: Plan, unit: int, *, whole: bool = False):
+    """Raises DatasetError where it is not this plan's table of the unit. whole: see `layout.open_table`."""
     path = layout.pooled_path(plan.folder, unit)
-    file = layout.open_table(path)
-    metadata = file.schema_arrow.metadata or {}
+    file = layout.open_table(path, whole=whole)
+    schema = file.schema_arrow
+    metadata = schema.metadata or {}
     if (metadata.get(b"plan"), metadata.get(b"unit")) != (plan.id.encode(), str(unit).encode()):
         raise DatasetError(f"{path} belongs to another plan or unit")
-    if not file.schema_arrow.equals(pa.schema(fields_of(plan))) or file.num_row_groups != 1:
+    if not schema.equals(pa.schema(fields_of(plan))) or file.num_row_groups != 1:
         raise DatasetError(f"{path} has other columns than its plan")
     if file.metadata.num_rows != plan.info["unit_rows"][unit]:
         raise DatasetError(f"{path} has {file.metadata.num_rows} rows, and not {plan.info['unit_rows'][unit]}")
     return file
+
+
+def read_residues(path: Path, layer: int, bounds: tuple[int, int], shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Some of the rows of a layer, which has this shape and type, read into memory of their own.
+
+    safetensors would copy them three times, out of a map, which ends the process where a file is cut meanwhile.
+
+    Raises:
+        ValueError, LookupError, TypeError: the file has no such layer.
+    """
+    stored = np.dtype(dtype).newbyteorder("<")
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError("its header is too long")
+        entry = json.loads(file.read(length).decode())[f"layer_{layer}"]
+        begin = entry["data_offsets"][0]
+        wanted = [begin, begin + shape[0] * shape[1] * stored.itemsize]
+        if entry != {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": wanted} or begin < 0:
+            raise ValueError(f"its layer {layer} is not {shape}, {dtype}")
+        rows = np.empty((bounds[1] - bounds[0], shape[1]), stored)
+        file.seek(8 + length + begin + bounds[0] * rows.strides[0])
+        if file.readinto(rows) != rows.nbytes:
+            raise ValueError("it ends before its rows do")
+    return rows
 
 
 def residue_shape(path: Path, name: Path) -> dict[str, list[int]]:

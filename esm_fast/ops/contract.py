@@ -6,7 +6,7 @@ A symbol stands for the size it is met with first; whatever names it later must 
 one device. Values, such as an index's, are looked at where that does not mean waiting for a device.
 
 A kernel reads memory by address, so nothing is skipped for arguments that were right before: tensors can change in
-place. A check takes about half a microsecond an argument.
+place. A check takes half a microsecond to two an argument.
 """
 
 import operator
@@ -66,10 +66,10 @@ class Tensor(Spec):
                 return None
             if not isinstance(value, torch.Tensor):
                 return f"must be a tensor {self.expected}, not {_kind(value)}"
-        sizes, shape = known.sizes, value.shape
-        if len(shape) != len(self.axes):
+        sizes, shape, axes = known.sizes, value.shape, self.axes
+        if len(shape) != len(axes):
             return f"must be {self.expected}"
-        for axis, size in zip(self.axes, shape, strict=True):
+        for axis, size in zip(axes, shape):  # noqa: B905 - of one length, and strict takes time
             if sizes.setdefault(axis, size) != size or not size and axis not in MAY_BE_EMPTY:
                 return self._other_shape(sizes)
         dtype = value.dtype
@@ -86,7 +86,7 @@ class Tensor(Spec):
         return None
 
     def problem_inside(self, value, known: Known) -> str | None:
-        if self.inside is None or value is None or value.device.type != "cpu":
+        if self.inside is None or value is None or not value.is_cpu:
             return None
         return self.inside(value, known)
 

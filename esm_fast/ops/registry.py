@@ -127,10 +127,13 @@ class Op:
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, in the signature's order; TypeError as for any function. Faster than `signature`."""
-        arguments = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
-        missing = any(arguments[name] is inspect.Parameter.empty for name in self._required)
-        twice = args and kwargs and not kwargs.keys().isdisjoint(list(self._defaults)[: len(args)])
-        if missing or twice or len(args) > len(self._defaults) or len(arguments) > len(self._defaults):
+        defaults, given = self._defaults, len(args)
+        if given == len(defaults) and not kwargs:
+            return dict(zip(defaults, args, strict=True))
+        arguments = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        required, taken = self._needs[min(given, len(defaults))]
+        wrong = not kwargs.keys() >= required or not kwargs.keys().isdisjoint(taken)
+        if wrong or given > len(defaults) or len(arguments) > len(defaults):
             self.signature.bind(*args, **kwargs)  # raises
         return arguments
 
@@ -139,8 +142,13 @@ class Op:
         return {name: parameter.default for name, parameter in self.signature.parameters.items()}
 
     @functools.cached_property
-    def _required(self) -> list[str]:
-        return [name for name, default in self._defaults.items() if default is inspect.Parameter.empty]
+    def _needs(self) -> list[tuple[set[str], set[str]]]:
+        """By the number of arguments given by position: the names that are needed beside them, and those given."""
+        names, empty = list(self._defaults), inspect.Parameter.empty
+        return [
+            ({name for name in names[given:] if self._defaults[name] is empty}, set(names[:given]))
+            for given in range(len(names) + 1)
+        ]
 
     def check(self, **arguments) -> list[torch.Tensor]:
         """All tensors among the arguments. Raises ValueError for what the op cannot be computed of, on any backend."""
@@ -148,7 +156,7 @@ class Op:
 
     def _chosen(self, arguments: dict[str, Any], backend: str | None) -> tuple[Kernel, Request]:
         """The kernel for arguments that are right, and the request it was chosen for."""
-        tensors = self.check(**arguments)
+        tensors = self.contract.check(self.name, arguments)
         request = self.request(arguments, tensors)
         if (reason := opaque.why(tensors)) is None:
             return select(self.name, request, backend), request
@@ -268,10 +276,11 @@ def _gpu(device: torch.device) -> tuple[tuple[int, int], str]:
 
 def request_of(device: torch.device, *, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False) -> Request:
     """The request of a call on this machine."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    arch, name = _gpu(device) if device.type == "cuda" else (None, None)
-    return Request(device.type, arch, dtype, head_dim, grad, _C.isa(), name, _executors())
+    kind, arch, name = device.type, None, None  # asked once: torch makes a string of it each time
+    if kind == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        arch, name = _gpu(device)
+    return Request(kind, arch, dtype, head_dim, grad, _C.isa(), name, _executors())
 
 
 def _executors() -> tuple:

@@ -54,8 +54,14 @@ class Key(NamedTuple):
         return Key(op, dtype, int(head_dim), {"grad": True, "forward": False}[grad])
 
 
-def key_of(op_name: str, request) -> Key:
-    return Key(op_name, str(request.dtype).removeprefix("torch."), request.head_dim or 0, request.grad)
+def _key_of(op_name: str, request) -> str:
+    """A request's key, as files hold it."""
+    return _key_text(op_name, request.dtype, request.head_dim, request.grad)
+
+
+@functools.cache  # every call of an op asks for it
+def _key_text(op_name: str, dtype: torch.dtype, head_dim: int | None, grad: bool) -> str:
+    return str(Key(op_name, str(dtype).removeprefix("torch."), head_dim or 0, grad))
 
 
 def folder() -> Path | None:
@@ -176,7 +182,7 @@ def table(request) -> dict[str, dict]:
 
 def preferred(op_name: str, request) -> str | None:
     """The backend that is to run a request: of the choices that are held, or the winner here; None for the order."""
-    key = str(key_of(op_name, request))
+    key = _key_of(op_name, request)
     if _held is not None:
         return _held.get(key)
     entry = table(request).get(key)
@@ -196,7 +202,7 @@ def layer_seconds(request, dtype: str, other: str) -> tuple[float, float] | None
 
 def said(op_name: str, request, backend: str) -> str | None:
     """What the verdict on a backend says, for `explain`; None where there is none."""
-    entry = table(request).get(str(key_of(op_name, request)))
+    entry = table(request).get(_key_of(op_name, request))
     if entry is None or backend not in entry["backends"]:
         return None
     outcome, detail = entry["backends"][backend]

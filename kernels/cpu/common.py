@@ -40,7 +40,7 @@ def yields(request: Request) -> list[str]:
 
 def follow_torch() -> None:
     """As many threads as torch uses, unless ESM_FAST_THREADS says otherwise."""
-    if "ESM_FAST_THREADS" not in os.environ and _C.threads() != torch.get_num_threads():
+    if _C.threads() != torch.get_num_threads() and "ESM_FAST_THREADS" not in os.environ:
         _C.set_threads(torch.get_num_threads())
 
 

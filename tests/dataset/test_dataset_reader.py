@@ -240,3 +240,26 @@ def test_a_star_import_keeps_the_open_of_python():
     names = {}
     exec("from esm_fast import load, embed\nimport esm_fast\nnames = set(esm_fast.__all__)", names)
     assert "open" not in names["names"] and "open" in dir(esm_fast)
+
+
+def test_rows_of_residues_are_read_where_the_header_says_they_are_and_nowhere_else(tmp_path):
+    import json
+
+    from safetensors.numpy import save
+
+    from esm_fast.dataset import units
+
+    path, rows = tmp_path / "x.safetensors", np.arange(24, dtype=np.float16).reshape(6, 4)
+    whole = save({"layer_1": rows[::-1].copy(), "layer_2": rows})
+    path.write_bytes(whole)
+    for bounds in ((0, 6), (2, 5), (3, 3)):
+        assert np.array_equal(units.read_residues(path, 2, bounds, (6, 4), "float16"), rows[slice(*bounds)])
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    entry, lies = header["layer_2"], []
+    for change in ({"shape": [6, 2**60]}, {"dtype": "F32"}, {"data_offsets": [-8, 40]}, {"data_offsets": [0, 8]}):
+        text = json.dumps(header | {"layer_2": entry | change}).encode()
+        lies.append(len(text).to_bytes(8, "little") + text + whole[-96:])
+    for broken in (*lies, whole[:-1], whole[:20], b"", b"\xff" * 99, whole.replace(b"layer_2", b"layer_3")):
+        path.write_bytes(broken)
+        with pytest.raises((ValueError, LookupError, TypeError)):
+            units.read_residues(path, 2, (0, 6), (6, 4), "float16")
