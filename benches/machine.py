@@ -73,7 +73,7 @@ def gemm_peak(dtype: torch.dtype, n: int = 2048, repeats: int = 4) -> float:
 
 
 def raw_peak(dtype: torch.dtype) -> float | None:
-    """FLOP/s of the instruction our kernels multiply with, on registers alone; None where they have none for it."""
+    """FLOP/s of our GEMM on operands in the first-level cache; None where the kernels have none for the type."""
     from esm_fast import _C
 
     if _C.threads() != torch.get_num_threads():

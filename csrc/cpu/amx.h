@@ -159,38 +159,6 @@ ESM_INLINE void tile_of(int height, const bf16* a, size_t lda, const bf16* panel
     tile(height, a, lda, panel, in, c, ldc, [] {});
 }
 
-// The same for 8 bits, a group at a time. A group's sums begin with its corrections, which are the same for every row:
-// a load with a stride of 0.
-inline void tile_of(int height, const biased8* a, size_t lda, const int8* panel, int in, float* c, size_t ldc) {
-    const Quarters has{height > kRegisterRows, true};
-    alignas(64) int32_t sums[kTileRows<biased8> * kPanel];
-    configure(height);
-    for (int first = 0, group = 0, number = 0; first < in; first += kGroup, ++group) {
-        const int8 *lines = panel + 2 * kPanel * sizeof(float), *right = panel + kRegisterRows * sizeof(int32_t);
-        const int inputs = int(round_up(in - first < kGroup ? in - first : kGroup, kInputs8));
-        asm volatile("" : : "r"(panel) : "memory");
-        _tile_loadd(0, panel, 0);
-        _tile_loadd(1, right, 0);
-        if (has.lower) {
-            _tile_loadd(2, panel, 0);
-            _tile_loadd(3, right, 0);
-        }
-        for (int k = 0; k < inputs; k += kInputs8, ++number, lines += kInputs8 * kPanel)
-            step(number < kKept, has, a + first + k, lda, lines);
-        store_sums(has, sums, kPanel);
-        const F s0 = load_as<F>(panel + 128), s1 = load_as<F>(panel + 192);
-        for (int r = 0; r < height; ++r) {
-            const float x = load_as<float>(scales_of(a + r * lda, in) + group);
-            float* to = c + r * ldc;
-            const F y0 = __builtin_convertvector(load_as<I>(sums + r * kPanel), F);
-            const F y1 = __builtin_convertvector(load_as<I>(sums + r * kPanel + N), F);
-            store(to, fma(y0, s0 * x, first ? load(to) : F{}));
-            store(to + N, fma(y1, s1 * x, first ? load(to + N) : F{}));
-        }
-        panel = lines;
-    }
-}
-
 // A tile of sums on its way through the epilogue, some rows at a time.
 struct Finishing {
     const float* c = nullptr;

@@ -21,7 +21,7 @@ struct Table {
 #define X(kernel, Call, type, types) void (*kernel)(const Call&);
     ESM_KERNELS(X)
 #undef X
-    // GFLOP/s of the GEMM's own instruction on registers alone, all threads together.
+    // GFLOP/s of the GEMM without an epilogue, on operands in the first-level cache, all threads together.
     double (*peak)(Type);
 };
 

@@ -78,7 +78,6 @@ MUTANTS = {
     "inputs of the next part": ("amx.h", "in - first * kInputs < steps * kInputs", "true"),
     "rows beyond the tile": ("amx.h", "lower = height - upper;", "lower = height > upper ? kRegisterRows : 0;"),
     "another height's configuration": ("amx.h", "if (height == configured_height)", "if (configured_height)"),
-    "bytes uncorrected": ("amx.h", "_tile_loadd(2, panel, 0);", "_tile_zero(2);"),
     "no epilogue for the last tile": (
         "amx.h",
         "products.flush();\n    last.advance(height, finish);\n",
@@ -91,7 +90,7 @@ MUTANTS = {
     "bytes that begin from 0 in every pass": ("amx_int8.h", "pass ? rest : nullptr", "nullptr"),
     "a group scaled short": ("amx_int8.h", "        scaling_.advance(height_);\n", ""),
     "another group's scales": ("amx_int8.h", "scales_of(rows, in_) + group", "scales_of(rows, in_) + first"),
-    "bytes uncorrected, further in": ("amx_int8.h", "_tile_loadd(2, corrections, 0);", "_tile_zero(2);"),
+    "bytes uncorrected": ("amx_int8.h", "_tile_loadd(2, corrections, 0);", "_tile_zero(2);"),
     "bytes not stored": ("amx_int8.h", "if (last) _tile_stored(3, last + kBelow + kRegisterRows, kStride);", ""),
     "no epilogue for the last tile of bytes": (
         "amx_int8.h",

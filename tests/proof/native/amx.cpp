@@ -268,22 +268,6 @@ std::unique_ptr<biased8[]> byte_rows(int rows, int in) {
 }
 
 // Against int8.h's own tile, bit by bit: its sums are exact, and the rest is the same arithmetic.
-void check_bytes_tiles() {
-    for (int in : {1, 64, 65, 256, 300, 1600}) {
-        const size_t ld = leading<biased8>(in), ldc = kPanel + 5;
-        const std::vector<int8> panel = byte_panels(kPanel, in);
-        const std::unique_ptr<biased8[]> a = byte_rows(32, in);
-        for (int height : {32, 17, 16, 3}) {
-            std::vector<float> c(32 * ldc, -1.0f), truth(32 * ldc, -1.0f);
-            const biased8* rows = a.get() + size_t(32 - height) * ld;
-            tile_of(height, rows, ld, panel.data(), in, c.data(), ldc);
-            for (int r = 0; r < height; ++r)
-                tile<1>(rows + size_t(r) * ld, ld, panel.data(), in, truth.data() + size_t(r) * ldc, ldc);
-            require(!std::memcmp(c.data(), truth.data(), c.size() * sizeof(float)), "a tile of bytes");
-        }
-    }
-    release_tiles();
-}
 void check_bytes_gemm() {
     for (int in : {40, 256, 300, 640, 2 * kMostSteps * kInputs8 + 300})
         for (int rows : {1, 16, 31, 74})
@@ -418,7 +402,6 @@ int main(int argc, char** argv) {
     check_rounding();
     check_bytes();
     check_tiles();
-    check_bytes_tiles();
     check_bytes_gemm();
     check_gemm();
     check_powers();
