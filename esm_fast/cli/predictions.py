@@ -21,18 +21,31 @@ def table(path: Path, name: str, targets, more: Sequence[str] = ()):
     parquet = name.lower().endswith(".parquet")
 
     def add(name: str, ids: "np.ndarray | None", outputs: "np.ndarray", extra: Iterator[list]) -> None:
-        for at, (values, other) in enumerate(zip(values_of(targets, outputs), extra, strict=True)):
-            place = [name] if ids is None else [name, float(at + 1) if parquet else str(at + 1), TOKENS[ids[at]]]
-            write([*place, *(values if parquet else map(_text, values)), *other])
+        cells = values_of(targets, outputs)
+        if not parquet:
+            cells = map(_texts, cells)
+        if ids is None:
+            columns = [[name] * len(outputs), *cells]
+        else:
+            positions = map(float if parquet else str, range(1, len(outputs) + 1))
+            columns = [[name] * len(outputs), positions, [TOKENS[i] for i in ids.tolist()], *cells]
+        rows = zip(*columns, strict=True)
+        if more:
+            rows = ([*row, *other] for row, other in zip(rows, extra, strict=True))
+        if not parquet:
+            return write.texts(rows)
+        for row in rows:
+            write(row)
 
     with writer(path, name.lower(), [*first, *names, *more], numbers | {"position"}) as write:
         yield add
 
 
-def _text(cell) -> str:
-    if isinstance(cell, float):
-        return "" if cell != cell else f"{cell:.9g}"
-    return cell
+def _texts(cells: list) -> list[str]:
+    """Of a column: nothing for a number that is not there."""
+    if cells and isinstance(cells[0], float):
+        return ["" if cell != cell else f"{cell:.9g}" for cell in cells]
+    return cells
 
 
 def columns_of(targets) -> tuple[list[str], set[str]]:
@@ -54,16 +67,14 @@ def columns_of(targets) -> tuple[list[str], set[str]]:
     return names, numbers
 
 
-def values_of(targets, outputs: "np.ndarray") -> Iterator[list]:
-    """The cells of each row of (rows, targets.outputs)."""
+def values_of(targets, outputs: "np.ndarray") -> list[list]:
+    """The cells of each of these columns, of a head's (rows, targets.outputs)."""
     from ..train.sets import label_of
 
     if targets.separator:
         (labels,), (numbers,) = targets.labels(outputs), targets.probabilities(outputs)
-        rows = zip(labels, numbers.tolist(), strict=True)
-        return ([label_of(found, targets.separator), *chances] for found, chances in rows)
-    parts = []
+        return [[label_of(found, targets.separator) for found in labels], *numbers.T.tolist()]
+    columns = []
     for column, numbers, labels in zip(targets.columns, targets.numbers(outputs), targets.labels(outputs), strict=True):
-        more = numbers.tolist() if column.classes else [[]] * len(labels)
-        parts.append([[label, *own] for label, own in zip(labels, more, strict=True)])
-    return ([cell for part in row for cell in part] for row in zip(*parts, strict=True))
+        columns += [labels, *(numbers.T.tolist() if column.classes else [])]
+    return columns

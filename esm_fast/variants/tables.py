@@ -6,7 +6,7 @@ A table is read as often as it is needed, a row at a time, and its cells stay th
 import csv
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,22 +153,37 @@ def _pyarrow():
 ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".csv.gz", ".tsv.gz")
 
 
+class Rows:
+    """Takes rows: called with one; `texts` takes many, of text alone."""
+
+    def __init__(self, one: Callable[[list], None], texts: Callable[[Iterable], None] | None = None):
+        self._one = one
+        self.texts = texts or (lambda rows: [one(row) for row in rows] and None)
+
+    def __call__(self, row: list) -> None:
+        self._one(row)
+
+
 @contextmanager
 def writer(path: Path, name: str, columns: list[str], numbers: set[str], comments: list[str] = ()):
-    """Yields what takes rows: cells of text, and of `numbers` floats. The form is that of `name`'s ending.
+    """Yields `Rows`: cells of text, and of `numbers` floats. The form is that of `name`'s ending.
 
     A number that is not there (NaN) is an empty cell, in Parquet a null.
     """
     if name.endswith(".parquet"):
         with _parquet_writer(path, columns, numbers) as add:
-            yield add
+            yield Rows(add)
         return
     delimiter = "\t" if name.removesuffix(".gz").endswith((".tsv", ".txt")) else ","
     with _opened(path, name.endswith(".gz")) as file:
         file.writelines(f"{comment}\n" for comment in comments)
         table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
         table.writerow(columns)
-        yield lambda row: table.writerow([number(cell) if isinstance(cell, float) else cell for cell in row])
+
+        def add(row: list) -> None:
+            table.writerow([number(cell) if isinstance(cell, float) else cell for cell in row])
+
+        yield Rows(add, table.writerows)
 
 
 def number(value: float) -> str:

@@ -42,10 +42,16 @@ class OfResidues(Residues):
     def reduce(self, given: Given, batch: Batch) -> list[np.ndarray]:
         rows = given.representations[self.layer]
         # Each protein by itself: its neighbours in the batch change no bit of it.
-        return [self._of(rows[start + 1 : end - 1].float()).cpu().numpy() for start, end in batch.bounds]
+        return [self._of(rows[start + 1 : end - 1].float()) for start, end in batch.bounds]
 
-    def _of(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows @ self.head.weight.T + self.head.bias if self.head.kind == "linear" else self.head(rows)
+    def _of(self, rows: torch.Tensor) -> np.ndarray:
+        if self.head.kind != "linear":
+            return self.head(rows).cpu().numpy()
+        weight, bias = self.head.weight, self.head.bias
+        if rows.device.type != "cpu":
+            return (rows @ weight.T + bias).cpu().numpy()
+        # Products this small are sooner done than torch's threads have begun.
+        return rows.numpy() @ weight.numpy().T + bias.numpy()
 
 
 @dataclass(frozen=True)
