@@ -29,7 +29,7 @@ def machine() -> dict[str, str]:
         "threads": " ".join([str(torch.get_num_threads()), *variables(THREAD_VARIABLES)]),
         "load average at the start": f"{os.getloadavg()[0]:.1f}",
         "versions": ", ".join(versions),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()

@@ -5,7 +5,7 @@ import statistics
 import time
 from pathlib import Path
 
-from .common import DEMO, InputError, is_random, load_model, set_threads
+from .common import DEMO, InputError, is_random, load_model, progress, set_threads
 from .info import machine_lines
 from .numbers import above_0, positive
 
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     facts = machine_lines()
     args.summary.say(*facts, f"\nmodel     {args.model}, {len(proteins):,} proteins to choose from")
     rows, errors = [], []
-    for dtype, backend in [(dtype, None) for dtype in _TYPES] + [(dtype, "reference") for dtype in _TYPES[:2]]:
+    kinds = [(dtype, None) for dtype in _TYPES] + [(dtype, "reference") for dtype in _TYPES[:2]]
+    for dtype, backend in progress(len(kinds), "runs", iterable=kinds, unit_scale=False, leave=False):
         rows.append({"dtype": dtype, "backend": backend or "chosen here"})
         try:
             model = load_model(args.model, device=args.device, dtype=dtype, backend=backend)
@@ -77,6 +78,7 @@ def _tell(rows: list[dict], args: argparse.Namespace, total: int) -> None:
         say(f"\n{args.fasta} has {total:,} residues; the estimates leave out reading and writing")
     if is_random(args.model):
         say("The weights are random: the times are real, the embeddings are not")
+    args.summary.time()
 
 
 def _words(seconds: float) -> str:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..console import check_space, human_bytes, progress  # noqa: F401, the commands'
+from ..console import Stages, check_space, human_bytes, progress  # noqa: F401, the commands'
 from ..formats import quantised
 from .numbers import MOST_THREADS, positive
 

@@ -4,7 +4,7 @@ import argparse
 import warnings
 
 from ..formats import formats, quantised
-from .common import InputError, is_random, output_path
+from .common import InputError, Stages, is_random, output_path
 
 NAME = "convert"
 ORDER = 30
@@ -56,14 +56,21 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{form.name} weights are always stored prepacked; give --pack too")
     if args.pack and dtype not in NAMES:
         raise InputError("--pack stores float32 or bfloat16; give --dtype bfloat16")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, Stages() as bar:
         warnings.simplefilter("always")
-        prepack = Prepacking(form, forget=MappedFiles().forget) if args.pack else None
-        model = weights.build(checkpoint, dtype=dtype, backend="cpu" if args.pack else None, prepack=prepack)
+        prepack = Prepacking(form, forget=MappedFiles().forget) if args.pack else lambda model, layer: None
+
+        def each(model, layer) -> None:
+            prepack(model, layer)
+            bar.update()
+
+        bar.begin("reading", checkpoint.config.layers, "layers")
+        model = weights.build(checkpoint, dtype=dtype, backend="cpu" if args.pack else None, prepack=each)
     del checkpoint
-    with atomic(out) as temporary:
-        digest = weights.save(model, temporary)
-        _compare(weights.read(temporary, verify=True), model)
+    with atomic(out) as temporary, bar:
+        bar.begin("writing", 2 * _size(model), "B")
+        digest = weights.save(model, temporary, bar.update)
+        _compare(weights.read(temporary, verify=True), model, bar.update)
     notes = [str(warning.message) for warning in caught]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = form.name if form else str(dtype).removeprefix("torch.")
@@ -83,7 +90,15 @@ def run(args: argparse.Namespace) -> None:
     args.summary.output(out)
 
 
-def _compare(copy, model) -> None:
+def _size(model) -> int:
+    """Bytes of what is stored."""
+    from ..formats.file import content
+
+    tied = model.tied()
+    return sum(content(tensor.detach()).nbytes for key, tensor in model.state_dict().items() if key not in tied)
+
+
+def _compare(copy, model, on_bytes) -> None:
     """Byte by byte, each tensor's pages of the copy let go."""
     from ..formats.file import address, content
     from ..memory import MappedFiles
@@ -94,3 +109,4 @@ def _compare(copy, model) -> None:
         if tensor.dtype != state[key].dtype or ours != theirs:
             raise InputError(f"{key} changed on its way to the disk; nothing was written")
         mapped.forget_bytes(address(theirs), theirs.nbytes)
+        on_bytes(theirs.nbytes)

@@ -24,7 +24,9 @@ def embed_dataset(args: argparse.Namespace) -> int:
     except StoppedError:
         print(f"stopped   the same command resumes {options.folder}", file=sys.stderr)
         return report.STOPPED
-    return report.tell_end(built, args.summary.say)
+    code = report.tell_end(built, args.summary.say)
+    args.summary.time()
+    return code
 
 
 def options_of(args: argparse.Namespace):

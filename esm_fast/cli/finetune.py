@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..console import progress
+from ..console import Stages
 from ..train import environment
 from .common import DEMO, InputError, is_random, require_device, set_threads, warn_random
 from .numbers import above_0, layer_number, positive, real, whole
@@ -211,14 +211,13 @@ def _train(esm, examples, settings, clusters, begun, processes):
 
     from ..train.finetune import finetune
 
-    silent = not processes.first or not sys.stderr.isatty()
-    with progress(None, "residues", disable=silent) as bar:
+    with Stages(disable=not processes.first) as bar:
 
         def show(entry: dict) -> None:
             if processes.first:
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
 
-        more = dict(on_batch=bar.update, clusters=clusters, begun=begun, processes=processes)
+        more = dict(on_batch=bar.update, on_stage=bar.begin, clusters=clusters, begun=begun, processes=processes)
         return finetune(esm, examples, settings, show, **more)
 
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..sequences.table import read_table
-from .common import InputError, output_path
+from .common import InputError, output_path, progress
 from .dataset import SOME_FAILED
 from .export import finished, layer_of
 from .numbers import layer_number
@@ -57,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from ..dataset.projection import METHODS
+    from ..dataset.projection import METHODS, PASSES
     from ..files.atomic import atomic
     from ..plots.colors import colors_of
     from ..plots.scatter import WRITERS, Scatter
 
     layer = layer_of(data, args.layer)
     column, values = _values(Path(args.table), args.column, data.ids) if args.table else ("", None)
-    points, axes = METHODS[args.method](data, layer)
+    with progress(PASSES[args.method] * data.plan.info["sequences"], "sequences", delay=1) as bar:
+        points, axes = METHODS[args.method](data, layer, bar.update)
     shown = np.flatnonzero(np.isfinite(points).all(axis=1)).tolist()
     colors = colors_of([values[i] for i in shown] if values else None, len(shown))
     title = f"{len(shown):,} proteins of {data.folder.absolute().name}, layer {layer}"

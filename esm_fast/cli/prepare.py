@@ -1,13 +1,12 @@
 """esm-fast prepare: FASTA files to the token store that pretraining reads."""
 
 import argparse
-import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
-from .common import InputError, add_max_record, progress
+from .common import InputError, Stages, add_max_record
 from .numbers import share
+from .reading import Watched, bytes_of
 
 NAME = "prepare"
 ORDER = 40
@@ -71,17 +70,19 @@ def run(args: argparse.Namespace) -> None:
     policy = Policy(args.unknown, args.empty, overlength="window", gaps=args.gaps)
     clusters = read_clusters(args.clusters) if args.clusters else None
     start = time.perf_counter()
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress(None)) if sys.stderr and sys.stderr.isatty() else None
+    files = [*args.valid, *args.fasta]
+    with Stages() as bar:
+        bar.begin("reading", bytes_of(files), "B")
         summary = prepare(
-            args.fasta,
+            [Watched(path, bar.update) for path in args.fasta],
             out,
             policy=policy,
             valid_share=args.valid_share,
-            valid=args.valid,
+            valid=[Watched(path, bar.update) for path in args.valid],
             clusters=clusters,
             max_record=args.max_record,
-            progress=bar.update if bar else lambda residues: None,
+            on_stage=bar.begin,
+            on_copied=bar.update,
         )
     report, seconds = summary.report, time.perf_counter() - start
     skipped = {"unknown residue": report.skipped_unknown, "empty": report.empty, "special token": report.specials}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ..console.streams import printable
-from .common import InputError, as_flags, load_model
+from .common import InputError, as_flags, load_model, progress
 from .export import finished, layer_of
 from .numbers import layer_number, positive
 
@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
     layer = layer_of(data, args.layer)
     names, queries = _queries(data, args, layer)
-    hits = search(data, queries, args.k, layer)
+    with progress(len(queries) * data.plan.info["sequences"], "pairs", delay=1, desc="comparing") as bar:
+        hits = search(data, queries, args.k, layer, bar.update)
     ids_of = ids_by_row(data, hits.rows)
     args.summary.say("query\trank\tid\tcosine", dataset=str(data.folder), layer=layer, queries=len(names))
     found = []
@@ -48,7 +49,10 @@ def run(args: argparse.Namespace) -> None:
                     found.append({"query": name, "rank": rank, "id": hit, "cosine": cosine})
                 else:
                     print(f"{printable(name)}\t{rank}\t{printable(hit)}\t{cosine:.6f}")
-    args.summary.say(hits=found)
+    settings = data.plan.settings
+    print(f"searched  {len(names):,} queries in {len(data):,} proteins ({settings.dtype})", file=sys.stderr)
+    args.summary.time(sys.stderr)  # standard output is the table
+    args.summary.say(hits=found, model=data.plan.info["model"], dtype=settings.dtype)
 
 
 def _queries(data, args: argparse.Namespace, layer: int):
@@ -95,12 +99,23 @@ def embedded(data, proteins, layer: int, model) -> tuple[list[str], list]:
     policies = {policy: getattr(settings, policy) for policy in ("unknown", "empty", "overlength")}
     kernels, *_ = _computed_by(settings)
     try:
-        with verdicts.held(kernels):
-            found = embed(model, proteins, layers=(layer,), pool=settings.pool, **policies)
-            pairs = [(accession(header), arrays[layer]) for header, arrays in found]
+        with verdicts.held(kernels), progress(_count(proteins), "proteins", delay=1, desc="embedding") as bar:
+            pairs = []
+            for header, arrays in embed(model, proteins, layers=(layer,), pool=settings.pool, **policies):
+                pairs.append((accession(header), arrays[layer]))
+                bar.update()
     except FastaError as error:
         raise InputError(as_flags(str(error)).split("; use ")[0]) from None
     return [name for name, _ in pairs], [row for _, row in pairs]
+
+
+def _count(proteins) -> int | None:
+    """How many there are; of what can be read once only, nobody knows."""
+    from ..sequences.fasta import read_fasta
+
+    if not isinstance(proteins, str):
+        return len(proteins)
+    return sum(map(len, read_fasta(proteins))) if Path(proteins).is_file() else None
 
 
 def _computed_by(settings) -> tuple[str, str | None, str]:

@@ -47,7 +47,9 @@ def make_dataset(args: argparse.Namespace) -> int:
     except StoppedError:
         print(f"stopped   the same command resumes where this one left {args.output}", file=sys.stderr)
         return report.STOPPED
-    return report.tell_end(built, args.summary.say, partial(_lines, args), strategy=built.plan.settings.scan)
+    code = report.tell_end(built, args.summary.say, partial(_lines, args), strategy=built.plan.settings.scan)
+    args.summary.time()
+    return code
 
 
 def _lines(args: argparse.Namespace, built, size: int) -> list[str]:

@@ -18,6 +18,27 @@ def progress(total: int | None, unit: str = "residues", done: int = 0, **more):
     return tqdm(total=total, initial=done, **options | more)
 
 
+class Stages:
+    """A bar for each stage of a work, one after the other; those of less than a second show none."""
+
+    def __init__(self, **more):
+        self._more, self._bar = more, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, stage: str, total: int | None, unit: str = "residues") -> None:
+        self.__exit__()
+        self._bar = progress(total, unit, desc=stage, delay=1, **self._more)
+
+    def update(self, count: int = 1) -> None:
+        self._bar.update(count)
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":

@@ -40,8 +40,13 @@ class Summary:
         self.time()
         self.say(f"output    {path} ({human_bytes(size)})", output=str(path), bytes=size, **facts)
 
-    def time(self) -> None:
-        self.say(f"time      {self.seconds:.1f} s in all")
+    def time(self, file=None) -> None:
+        """file: in the place of standard output, where that is a table."""
+        line = f"time      {self.seconds:.1f} s in all"
+        if file is not None:
+            print(line, file=file)
+        else:
+            self.say(line)
 
     def replace(self, value) -> None:
         """With --json, this in place of the object: where another tool's form is promised."""

@@ -99,8 +99,7 @@ def parse_definition(data: bytes) -> list[tuple[str, str]]:
 def _open(source) -> Iterator[tuple[str, BinaryIO]]:
     """The name and the open binary file of a source; only a file opened here is closed."""
     if isinstance(source, str) and source == "-":
-        require_standard_input()
-        yield "<stdin>", getattr(sys.stdin, "buffer", sys.stdin)
+        yield "<stdin>", standard_input()
     elif hasattr(source, "read"):
         yield str(getattr(source, "name", "<stream>")), source
     else:
@@ -112,6 +111,12 @@ def require_standard_input() -> None:
     """Raises FastaError where it was closed, as services start their processes."""
     if sys.stdin is None:
         raise FastaError("standard input is closed; give a file")
+
+
+def standard_input() -> BinaryIO:
+    """Its bytes. Raises FastaError where it was closed."""
+    require_standard_input()
+    return getattr(sys.stdin, "buffer", sys.stdin)
 
 
 @contextmanager

@@ -67,7 +67,11 @@ class Descent:
         self.best_loss, self.best_epoch, self.worse, self.best = math.inf, 0, 0, self._state()
 
     def run(
-        self, on_epoch: Callable[[dict], None], on_batch: Callable[[int], None], begun: Begun | None = None
+        self,
+        on_epoch: Callable[[dict], None],
+        on_batch: Callable[[int], None],
+        on_stage: Callable[[str, int], None],
+        begun: Begun | None = None,
     ) -> dict:
         """Trains until the held-out loss has not fallen for a while, and leaves the best in the predictor.
 
@@ -76,6 +80,7 @@ class Descent:
         """
         if not self._resume(begun):
             self.best_loss, _ = self._valid()
+        on_stage("training", self._left())
         while self.epoch <= self.settings.epochs and self.worse < self.settings.patience:
             train_loss = self._epoch(on_batch, begun)
             self.head.write_to(self.predictor.head)
@@ -92,6 +97,10 @@ class Descent:
         self.predictor.load_state_dict(self.best, strict=False)
         self.predictor.esm.recompute = False
         return {"best_epoch": self.best_epoch, "epochs": len(self.entries), "curve": self.entries}
+
+    def _left(self) -> int:
+        """Residues of all epochs that may come; of one that resumes, the batches that are done are not taken off."""
+        return (self.settings.epochs + 1 - self.epoch) * int(self.lengths[self.train_set].sum())
 
     # ---- what is kept
 

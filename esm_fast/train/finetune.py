@@ -153,7 +153,8 @@ def finetune(
     settings: Settings,
     on_epoch: Callable[[dict], None] = lambda entry: None,
     *,
-    on_batch: Callable[[int], None] = lambda examples: None,
+    on_batch: Callable[[int], None] = lambda residues: None,
+    on_stage: Callable[[str, int], None] = lambda stage, residues: None,
     clusters=None,
     begun: Begun | None = None,
     processes: Processes = ALONE,
@@ -164,6 +165,7 @@ def finetune(
         esm: in fp32; it is changed in place unless it stays frozen.
         examples: see `read_examples`. Without splits a tenth is for validation and a tenth for testing.
         on_epoch: gets each epoch's number and losses; on_batch: the residues of a batch, as they are done.
+        on_stage: is told what begins (features, training), and how many residues it takes, at most.
         clusters: name of an example -> its cluster; where splits are drawn, clusters are not divided.
         begun: where the training is kept as it goes, and from where it resumes.
         processes: that divide each batch; all call this, with the same arguments.
@@ -171,13 +173,13 @@ def finetune(
     Losses are cross-entropies in nats, or mean squares in units of the labels' variance. Raises ExamplesError for
     examples that cannot be used, FloatingPointError, ImportError; BegunError, Stopped.
     """
-    return _Run(esm, examples, settings, clusters, on_epoch, on_batch, processes).train(begun)
+    return _Run(esm, examples, settings, clusters, (on_epoch, on_batch, on_stage), processes).train(begun)
 
 
 class _Run:
-    def __init__(self, esm: Encoder, examples, settings: Settings, clusters, on_epoch, on_batch, processes):
+    def __init__(self, esm: Encoder, examples, settings: Settings, clusters, told: tuple, processes):
         self.esm, self.settings, self.clusters = esm, settings, clusters
-        self.on_epoch, self.on_batch, self.processes = on_epoch, on_batch, processes
+        (self.on_epoch, self.on_batch, self.on_stage), self.processes = told, processes
         self.layers = settings.layers(esm.config.layers)
         self.data = labelled_of(esm, examples, settings, clusters)
 
@@ -194,7 +196,7 @@ class _Run:
                 features = self._of_residues(layer)
             self._unfreeze()
             descent = Descent(predictor, data, features, settings, self.processes)
-            report |= descent.run(self.on_epoch, self.on_batch, begun)
+            report |= descent.run(self.on_epoch, self.on_batch, self.on_stage, begun)
         held_out = self._held_out(predictor, features, "valid")
         refit = settings.refit and not settings.descends
         if refit:
@@ -236,6 +238,7 @@ class _Run:
         # Residues of all layers at once would fill the memory: layer by layer, then.
         groups = [self.layers] if settings.level == "sequence" else [[layer] for layer in self.layers]
         best = None
+        self._tell_features(len(groups))
         for group in groups:
             for layer, features in features_of(model, self.data, group, None, self.on_batch).items():
                 if settings.head == "descent" and len(self.layers) == 1:
@@ -249,7 +252,11 @@ class _Run:
 
     def _of_residues(self, layer: int) -> np.ndarray:
         """The chosen layer's residues, as a head that looks at them needs them where the model is frozen."""
+        self._tell_features(1)
         return features_of(self._encoder(), self.data, [layer], None, self.on_batch, of_residues=True)[layer]
+
+    def _tell_features(self, passes: int) -> None:
+        self.on_stage("features", passes * int(self.data.tokens.lengths.sum()))
 
     def _solve(self, features: np.ndarray, train: list[int], valid: list[int]) -> Solved:
         parts = [self.data.part(features, numbers) for numbers in (train, valid)]

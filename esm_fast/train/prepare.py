@@ -56,6 +56,8 @@ def prepare(
     clusters: dict[str, str] | None = None,
     max_record: int = MAX_RECORD,
     progress: Callable[[int], None] = lambda residues: None,
+    on_stage: Callable[[str, int], None] = lambda stage, residues: None,
+    on_copied: Callable[[int], None] = lambda residues: None,
 ) -> Summary:
     """Makes the store `out`, a folder that appears only when it is complete.
 
@@ -68,6 +70,8 @@ def prepare(
             record that is equal to one of them is a duplicate, and is left out.
         clusters: record id -> name of its cluster (see `read_clusters`); a cluster is never divided. Without them a
             protein held out may have close relatives in training.
+        progress: is told the residues of each batch that is read. on_stage: then, that writing begins, and of how many;
+            on_copied: those of each piece that is written.
 
     Raises:
         FastaError, FileExistsError, ValueError.
@@ -83,7 +87,7 @@ def prepare(
         ingest = Ingest(policy, id_of=identifier, duplicates="ignore", max_record=max_record)
         spool.add(valid, ingest, held_out=True)
         spool.add(sources, ingest, held_out=False if valid else None)
-        kept = spool.copy(valid_share)
+        kept = spool.copy(valid_share, on_stage, on_copied)
         if not kept:
             raise FastaError(f"no record is left: all {summary.report.records} were skipped")
         store.describe(folder, summary.counts())
@@ -151,7 +155,7 @@ class _Spool:
             hashes.append(_hash(cluster.encode()))
         return np.array(hashes, dtype=np.uint64)
 
-    def copy(self, valid_share: float) -> int:
+    def copy(self, valid_share: float, on_stage: Callable, on_copied: Callable) -> int:
         """Writes the store's files of the records that are no duplicates; returns how many."""
         lengths, hashes, chances = (_joined(x) for x in (self.lengths, self.hashes, self.chances))
         if not len(lengths):
@@ -163,10 +167,12 @@ class _Spool:
             valid = chances[keep] == 0
         else:
             valid = (chances[keep].astype(np.uint64) >> np.uint64(11)) * 2.0**-53 < valid_share
+        on_stage("writing", len(spool))
         with (self.folder / "tokens").open("wb") as file:
             for begin, end in _blocks(offsets):
                 piece = spool[offsets[begin] : offsets[end]]
                 file.write(piece[np.repeat(keep[begin:end], lengths[begin:end])])
+                on_copied(len(piece))
         np.concatenate([[0], np.cumsum(lengths[keep])]).astype("<i8").tofile(self.folder / "offsets")
         valid.astype("<u1").tofile(self.folder / "valid")
         if self.clusters is not None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..console import progress
 from ..files.atomic import atomic
 from ..files.caches import own_cache
 from .checkpoint import CheckpointError
@@ -99,7 +100,9 @@ def _read(path: Path, known: Facts, *, hashed: bool) -> Facts:
         archived = file.read(4) == b"PK\x03\x04"
         records = _records(path, file) if archived else _tensors(file)
         of_tensors = None if archived or not records else hashlib.sha256()
-        _compare(path, file, records, digest, of_tensors)
+        size = before.size if hashed else sum(record.size for record in records)
+        with progress(size, "B", delay=2, leave=False, desc=f"checking {path.name}") as bar:
+            _compare(path, file, records, digest, of_tensors, bar.update)
     if identity(path) != before:
         raise CheckpointError(f"{path} changed while it was read; start again")
     facts = Facts(
@@ -187,7 +190,7 @@ def _start(file, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + name + extra
 
 
-def _compare(path: Path, file, records: list[_Record], digest, of_tensors=None) -> None:
+def _compare(path: Path, file, records: list[_Record], digest, of_tensors, on_bytes) -> None:
     """Reads a file from its beginning to its end, once, into the digests of all its bytes and of its tensors."""
     buffer, at = memoryview(bytearray(_CHUNK)), 0
 
@@ -198,6 +201,7 @@ def _compare(path: Path, file, records: list[_Record], digest, of_tensors=None) 
             if not got:
                 break
             piece, at = buffer[:got], at + got
+            on_bytes(got)
             for each in digests:
                 each.update(piece)
             size = size and size - got

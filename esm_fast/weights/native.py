@@ -25,10 +25,10 @@ from .safe import parsed_json, read_safetensors, safetensors_errors
 FORMAT = "esm_fast"
 
 
-def save(model: Encoder, path: str | Path) -> str:
+def save(model: Encoder, path: str | Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
     """Writes a model as our own safetensors (no pickle) with its configuration and checksum; returns the checksum.
 
-    The matrices of a prepacked model are stored prepacked.
+    The matrices of a prepacked model are stored prepacked. on_bytes: told of each tensor's bytes as they are hashed.
     """
     found, tied = model.state_dict(), model.tied()
     for key, of in tied.items():  # which a file holds once
@@ -38,7 +38,12 @@ def save(model: Encoder, path: str | Path) -> str:
     if not bool(tensors["contact_head.regression.weight"].any()):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in CONTACT_KEYS}
     config = json.dumps(asdict(model.config))
-    metadata = {"format": FORMAT, "version": "1", "config": config, "sha256": checksum(tensors)}
+    metadata = {
+        "format": FORMAT,
+        "version": "1",
+        "config": config,
+        "sha256": checksum(tensors, lambda view: on_bytes(view.nbytes)),
+    }
     kinds = {tensor.weights.dtype for tensor in tensors.values() if isinstance(tensor, PrepackedWeight)}
     if kinds:
         metadata |= {"packed": kinds.pop(), "layout": str(_C.LAYOUT), "sha256_start": _start_checksum(config, tensors)}

@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import tqdm
 
 from esm_fast import cli
 from esm_fast.cli import main
@@ -19,9 +22,34 @@ SEQUENCES = [
 ]
 
 
+# Commands that may take long, and show how long; and those that do not, or whose lines come as they work.
+LONG = """embed contacts extract variants convert warmup verify finish search export map prepare finetune predict report
+fit-contacts bench pretrain""".split()  # noqa: SIM905
+SHORT = "fill-mask info kernels completion submit qualify".split()  # noqa: SIM905
+
+
+class Bar(tqdm.tqdm):
+    made = []
+
+    def __init__(self, *args, **options):
+        self.made.append(self)
+        super().__init__(*args, **options)
+
+
 def told(capsys, *arguments, code=0) -> dict:
-    """What the command prints on standard output, which is one object and nothing else."""
-    assert main([*map(str, arguments), "--json"]) == code
+    """What the command prints on standard output, which is one object and nothing else. A long one has bars that know
+    their end and come to it, and tells its time."""
+    times = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tqdm, "tqdm", Bar)
+        patch.setattr(Bar, "made", [])
+        patch.setattr(Summary, "time", lambda *_: times.append(1))
+        assert main([*map(str, arguments), "--json"]) == code
+        shown = Bar.made
+        for bar in shown:
+            assert bar.total is not None and (code or bar.n == bar.total), (arguments, bar.desc, bar.n, bar.total)
+    if arguments[0] in LONG and not code:
+        assert arguments[0] == "warmup" or (shown and times), arguments  # which tells its own
     found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["command"] == arguments[0] and found["exit_code"] == code and found["seconds"] >= 0
     return found
@@ -32,6 +60,22 @@ def test_every_command_takes_json(capsys):
         with pytest.raises(SystemExit):
             main([command.name, "--help"])
         assert "--json" in capsys.readouterr().out, command.name
+
+
+def test_every_command_is_long_or_short():
+    """Each that may take long has a bar in its own file or in one of the command line's that it is made of."""
+    assert sorted(LONG + SHORT) == sorted(command.name for command in cli.commands())
+    folder = Path(cli.__file__).parent
+    for name in LONG:
+        files, seen = [name.replace("-", "_")], set()
+        while files:
+            text = (folder / f"{(file := files.pop())}.py").read_text()
+            seen |= {file}
+            files += [f for f in re.findall(r"from \.(\w+) import", text) if f not in seen | {"common"}]
+            if re.search(r"\b(progress|Stages|Watch)\(", text):
+                break
+        else:
+            pytest.fail(f"{name} shows no progress")
 
 
 @pytest.fixture
