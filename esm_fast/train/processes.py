@@ -92,14 +92,22 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
     try:
         yield Processes(rank, world, device)
-        _part(dist.PrefixStore("part", store), world)
+        _part(dist.PrefixStore("part", store), rank, world)
     finally:
         dist.destroy_process_group()
 
 
-def _part(store: dist.Store, world: int) -> None:
+def _part(store: dist.Store, rank: int, world: int) -> None:
     """Waits until all processes are done with their last exchange. A barrier would not do: who leaves it first closes
-    connections in which others, held up, have not read the last bytes yet, and these then fail."""
+    connections in which others, held up, have not read the last bytes yet, and these then fail.
+
+    The store itself is in the first process where no torchrun keeps it, so that one leaves when no other asks it
+    anything more: `set` awaits no answer.
+    """
     if store.add("done", 1) == world:
         store.set("all", "done")
     store.wait(["all"])
+    if rank == 0:
+        store.wait(["left"])
+    elif store.add("leaving", 1) == world - 1:
+        store.set("left", "all")

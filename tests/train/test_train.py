@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -265,6 +266,33 @@ def test_several_stores_share_each_step(store, tmp_path):
         run("cut", 14, [(store, 1.0), both[1]])
 
 
+def test_a_store_may_have_fewer_records_in_a_step_than_there_are_processes(store, tmp_path):
+    """None, even: it is the mixture that has to have enough. All are trained on once, and each process gets some."""
+    few = [(store, 0.004), (store, 0.004), (store, 0.004)]
+    trainer = Trainer(recipe(store, tmp_path, steps=4), [(store, 1.0), *few], ALONE)
+    trainer.train()
+    assert 0 in {len(trainer.sources[1].steps.of(step)) for step in range(4)}
+    for weights_of, step_tokens in (([(store, 1.0), *few], 1200), (few, 400)):
+        whole = Trainer(recipe(store, tmp_path, step_tokens=step_tokens), weights_of, ALONE)
+        covered = 0
+        for step, world in [(step, world) for step in range(12) for world in (2, 3, 5)]:
+            trainer, works = Trainer.__new__(Trainer), []
+            trainer.__dict__.update(whole.__dict__)
+            expected = sorted(n for source in whole.sources for n in source.steps.of(step).tolist())
+            for rank in range(world):
+                trainer.processes = Processes(rank, world, torch.device("cpu"))
+                if len(expected) < world:
+                    with pytest.raises(ValueError, match=f"{len(expected)} sequences is too small for {world} pro"):
+                        trainer._work(step)
+                else:
+                    works.append(trainer._work(step))
+            got = [batch.batch.order.tolist() for work in works for batch in work.batches]
+            assert not works or sorted(sum(got, [])) == expected
+            covered += bool(works) and all(work.batches for work in works)
+            assert all(work.batches for work in works), (step, world)
+        assert covered > 3
+
+
 def test_another_run_is_not_continued(store, tmp_path):
     train(store, tmp_path, steps=4)
     with pytest.raises(checkpoint.CheckpointError, match="learning_rate was 0.003, is 0.001"):
@@ -432,6 +460,31 @@ def test_shares_of_an_update_in_half_precision(store, tmp_path):
             continue
         step = (tensor - moved[name]).abs().max() + 1e-6
         assert (tensor - two[name]).abs().max() < 0.2 * step, name
+
+
+def test_the_first_process_leaves_last(tmp_path):
+    """Where no torchrun keeps the store, it is in the first process, and others may be held up before they ask it."""
+    (tmp_path / "part.py").write_text("""if True:
+        import os, time
+        import torch.distributed as dist
+        from esm_fast.train.processes import joined
+        wait = dist.PrefixStore.wait
+        def late(store, keys):
+            time.sleep(1.0 * (os.environ["RANK"] == "1"))
+            return wait(store, keys)
+        with joined() as processes:
+            assert processes.sum(1.0) == [3.0]
+            dist.PrefixStore.wait = late
+        os._exit(0)""")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    command = [sys.executable, str(tmp_path / "part.py")]
+    running = [subprocess.Popen(command, env=environ | {"RANK": str(n)}, stderr=subprocess.PIPE) for n in range(3)]
+    errors = [process.communicate(timeout=300)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], errors
 
 
 # ---- precision, and numbers that are none
