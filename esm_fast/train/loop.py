@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..models.encoder import Encoder
 from ..ops import verdicts
 from ..ops.registry import request_of
 from . import checkpoint
-from .batches import Steps, share
+from .batches import Steps, require_enough, share
 from .checkpoint import CheckpointError
 from .counted import Counted
 from .masking import Masker
@@ -156,7 +156,18 @@ class Trainer:
     # ---- one step
 
     def _work(self, step: int) -> Work:
-        return together([self._share(s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources])
+        work = self._mixed((s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources)
+        require_enough(len(work.lengths), self.processes.world)
+        return work
+
+    def _mixed(self, parts: Iterable[tuple[np.ndarray, int, Masker]]) -> Work:
+        """(records, epoch, masker) of each store. Where one has fewer records than there are processes, they go to
+        those that come next."""
+        works, first = [], 0
+        for records, epoch, masker in parts:
+            works.append(self._share(records, epoch, masker, first))
+            first += len(records) if len(records) < self.processes.world else 0
+        return together(works)
 
     @property
     def masker(self) -> Masker:
@@ -167,11 +178,13 @@ class Trainer:
     def steps(self) -> Steps | Permuted:
         return self.sources[0].steps
 
-    def _share(self, records: np.ndarray, epoch: int, masker: Masker) -> Work:
-        lengths = masker.lengths(records)
-        ranks = min(self.processes.world, len(records)) if epoch == _VALIDATION else self.processes.world
-        shares = share(lengths, ranks, self.recipe.batch_tokens)
-        mine = shares[self.processes.rank] if self.processes.rank < ranks else []  # few held-out proteins
+    def _share(self, records: np.ndarray, epoch: int, masker: Masker, first: int = 0) -> Work:
+        """first: the process that few records begin with."""
+        lengths, world, rank = masker.lengths(records), self.processes.world, self.processes.rank
+        shares = share(lengths, min(world, len(records)), self.recipe.batch_tokens) if len(records) else []
+        if len(shares) < world:
+            rank = (rank - first) % world
+        mine = shares[rank] if rank < len(shares) else []
         batches = [masker.batch(records[part], epoch) for part in mine]
         if self.processes.device.type == "cuda":
             batches = [batch.pinned() for batch in batches]
@@ -277,7 +290,7 @@ class Trainer:
         """The perplexity of held-out proteins, every selected token shown as <mask>, in fp32."""
         self.updater.whole()
         held_out = [source for source in self.sources if len(source.valid_records)]
-        work = together([self._share(s.valid_records, _VALIDATION, s.valid_masker) for s in held_out])
+        work = self._mixed((s.valid_records, _VALIDATION, s.valid_masker) for s in held_out)
         model = MaskedLM(self.esm)
         total = sum(float(model(masked.to(self.processes.device))) for masked in work.batches)
         loss = self.processes.sum(total)[0] / max(work.selected, 1)
@@ -292,13 +305,8 @@ class Trainer:
     # ---- checkpoints
 
     def _save(self, saver: Saver) -> None:
-        state = {
-            "step": self.step,
-            "updates": self.counted.updates,
-            "passed": self.passed,
-            "best": self.best,
-            "recipe": as_dict(self.recipe),
-        }
+        state = {"step": self.step, "updates": self.counted.updates, "passed": self.passed, "best": self.best}
+        state["recipe"] = as_dict(self.recipe)
         state |= {"store": identity_of(self.sources), "order": [source.order for source in self.sources]}
         if self.kernels:
             state["kernels"] = self.kernels
