@@ -180,11 +180,23 @@ def recall(got: np.ndarray, truth: np.ndarray) -> float:
     return float(np.mean(nearest(got) == nearest(truth)))
 
 
+def given_up(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Of each protein, by how much the truth finds its own nearest neighbour more similar (cosine) than the one that
+    `got` finds: 0 where they are the same one."""
+    similarity, rows = similarities(truth), np.arange(len(truth))
+    return similarity.max(1) - similarity[rows, nearest(got)]
+
+
 def nearest(means: np.ndarray) -> np.ndarray:
+    return similarities(means).argmax(1)
+
+
+def similarities(means: np.ndarray) -> np.ndarray:
+    """The cosines of all pairs; nobody is their own neighbour."""
     unit = means.astype(np.float64) / np.linalg.norm(means, axis=1, keepdims=True)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
-    return similarity.argmax(1)
+    return similarity
 
 
 def write(errors: list[dict], neighbours: list[dict], header: dict[str, str], out: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import described, recall
+from accuracy import described, given_up, recall
 from common import Proteins, parser_of
 from families import with_relatives
 from machine import machine
@@ -40,10 +40,13 @@ SHA256 = "53ee834b39ffa26b271674412d2b43ebaadcb27c5eedba376e5d8f4ab6feb34b"
 FILES = ("config.json", "pytorch_model.bin", "vocab.txt")
 # Of fp32: of embeddings against theirs, of the largest value; of contacts against fp64, or twice as far as theirs are.
 ALLOWED = {"embeddings": 1e-4, "contacts": 1e-5}
+NEAR = 0.001  # neighbours whose cosines, in fp32, differ by less are as good as each other
 COLUMNS = {
     "sample": "{}",
     "arithmetic": "{}",
     "recall@1": "{:.1%}",
+    f"within {NEAR}": "{:.1%}",
+    "most given up": "{:.1e}",
     "cosine, proteins": "{:.7f}",
     "relative error": "{:.1e}",
 }
@@ -150,6 +153,8 @@ def neighbours(folder: Path, sample: str, proteins: Proteins, dtypes: list[str])
         means[dtype] = np.stack([arrays[-1] for _, arrays in embed(model, proteins, pool="mean")])
         truth, got = means[TRUTH], means[dtype]
         rows.append({"sample": sample, "arithmetic": f"esm_fast {dtype}", "recall@1": recall(got, truth)})
+        lost = given_up(got, truth)
+        rows[-1] |= {f"within {NEAR}": float(np.mean(lost < NEAR)), "most given up": float(lost.max())}
         rows[-1] |= {"cosine, proteins": float(cosines(got, truth).min())}
         rows[-1] |= {"relative error": float(np.linalg.norm(got - truth) / np.linalg.norm(truth))}
         print(json.dumps(rows[-1]), flush=True)

@@ -63,6 +63,9 @@ def test_errors_and_recall(accuracy):
     assert accuracy.recall(truth, truth) == 1
     points = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]])
     assert accuracy.recall(points[[0, 2, 1, 3]], points) == 0
+    assert not accuracy.given_up(2 * points, points).any()
+    given_up = accuracy.given_up(points[[0, 2, 1, 3]], points)  # the first finds the third, at a right angle
+    assert given_up[0] == pytest.approx(1 / 1.01**0.5)
 
 
 def test_families_hold_relatives_and_neither_strangers_nor_copies(accuracy):
