@@ -29,8 +29,10 @@ def _describe(host, top, layers) -> dict:
     token_dropout = token_dropout_of(host)
     require_numbers(host, "the model", embed_scale=1, padding_idx=PAD)
     for number, layer in enumerate(layers):
-        attention = layer["self_attn"]
-        require_numbers(attention, f"layers.{number}.self_attn", scaling=attention.head_dim**-0.5)
+        attention, path = layer["self_attn"], f"layers.{number}.self_attn"
+        size = attention.embed_dim // attention.num_heads
+        require_numbers(attention, path, head_dim=size, scaling=size**-0.5, add_zero_attn=False)
+        require_numbers(attention, path, bias_k=None, bias_v=None, **{"dropout": 0.0} if attention.training else {})
     check_tokens(tokens, token_dropout, host.mask_idx)
     contacts = top["contact_head"]
     if not (contacts.prepend_bos and contacts.append_eos and contacts.eos_idx == EOS):
@@ -41,7 +43,7 @@ def _describe(host, top, layers) -> dict:
         ffn_embed_dim=layers[0]["fc1"].out_features,
         attention_heads=same_heads([layer["self_attn"].num_heads for layer in layers]),
         token_dropout=token_dropout,
-        layer_norm_eps=top["emb_layer_norm_after"].eps,
+        layer_norm_eps=getattr(top["emb_layer_norm_after"], "eps", 1e-5),  # each norm's own comes with its weights
     )
 
 

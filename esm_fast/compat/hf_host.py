@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.esm import modeling_esm as theirs
 
 from .. import ops
-from ..alphabet import EOS, MASK, X
+from ..alphabet import EOS, MASK, PAD, X
 from ..models.arguments import refuse_recording, require_tensor
 from ..models.attached import require_numbers
 from ..models.encoder import Encoder
@@ -30,18 +30,25 @@ def _family_of(esm) -> Family:
 def _describe(esm, top, layers) -> dict:
     embeddings, tokens = top["embeddings"], top["embeddings.word_embeddings"]
     _require_encoder(esm.config)
+    require_numbers(embeddings, "embeddings", padding_idx=PAD)
+    if embeddings._modules.get("layer_norm") is not None and "embeddings.layer_norm" not in top:
+        raise NotPackable("embeddings.layer_norm is there, which models of its family do not have")
     check_tokens(tokens, bool(embeddings.token_dropout), embeddings.mask_token_id)
     if top["contact_head"].eos_idx != EOS:
         raise NotPackable(f"its <eos> token is {top['contact_head'].eos_idx}; in the models esm_fast knows it is {EOS}")
     for number, layer in enumerate(layers):
-        require_numbers(layer["attention.self"], f"encoder.layer.{number}.attention.self", scaling=1.0)
+        attention, path = layer["attention.self"], f"encoder.layer.{number}.attention.self"
+        size = tokens.embedding_dim // attention.num_attention_heads
+        kind = getattr(embeddings, "position_embedding_type", None)
+        require_numbers(attention, path, attention_head_size=size, position_embedding_type=kind)
+        require_numbers(attention, path, scaling=1.0, is_causal=False)
     return dict(
         layers=len(layers),
         embed_dim=tokens.embedding_dim,
         ffn_embed_dim=layers[0]["intermediate.dense"].out_features if layers else 0,
         attention_heads=same_heads([layer["attention.self"].num_attention_heads for layer in layers]),
         token_dropout=bool(embeddings.token_dropout),
-        layer_norm_eps=top["encoder.emb_layer_norm_after"].eps,
+        layer_norm_eps=getattr(top["encoder.emb_layer_norm_after"], "eps", 1e-5),  # each norm's own comes with it
     )
 
 

@@ -100,11 +100,11 @@ def require_own(module: nn.Module | None, kind: type[nn.Module], path: str) -> N
 
 
 def fixed(*names: str):
-    """A class's __setattr__ under which numbers that its forward does not read keep their first value."""
+    """A class's __setattr__ under which what its forward does not read keeps its first value, or the class's."""
 
     def set_attribute(self, name, value):
-        if name in names and value != (before := self.__dict__.get(name, value)):
-            raise AttributeError(f"{name} is {before!r} in all models that esm_fast computes, and cannot be set")
+        if name in names and value != (before := self.__dict__.get(name, getattr(type(self), name, value))):
+            raise AttributeError(f"{name} is {before!r} wherever esm_fast computes this model, and cannot be set")
         nn.Module.__setattr__(self, name, value)
 
     return set_attribute
@@ -113,9 +113,9 @@ def fixed(*names: str):
 def require_numbers(module: nn.Module, path: str, **numbers: float | None) -> None:
     """NotPackable for a module that was given another number than it was made with, which only calling it heeds."""
     for name, number in numbers.items():
-        found = module.__dict__.get(name, number)
+        found = module.__dict__.get(name, module._parameters.get(name, number))
         if found != number:
-            raise NotPackable(f"{path}.{name} is {found!r}, not {number!r}")
+            raise NotPackable(f"{path}.{name} is {found!r:.40}, not {number!r}")
 
 
 # Hooks that do to a module's weights, or to no numbers at all, what calling the module does anyway.

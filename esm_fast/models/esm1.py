@@ -232,7 +232,7 @@ class _ESM1Family(family.Family):
 
     def describe(self, sizes: dict, parts: dict[str, nn.Module]) -> Config:
         if "emb_layer_norm_before" in parts:
-            sizes["layer_norm_eps"] = parts["emb_layer_norm_before"].eps
+            sizes["layer_norm_eps"] = getattr(parts["emb_layer_norm_before"], "eps", sizes["layer_norm_eps"])
         return Config(
             **sizes,
             max_positions=parts["embed_positions"].num_embeddings - PAD - 1,

@@ -24,11 +24,18 @@ class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm with fp32 statistics and an fp32 result, whatever the weights are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or self.bias is None:  # taken out by a user
+            x = x.to(accumulate_dtype(x.dtype))
+            given = [None if part is None else part.to(x.dtype) for part in (self.weight, self.bias)]
+            return F.layer_norm(x, self.normalized_shape, *given, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SelfAttention(nn.Module):
     """The projections of one attention block. Packed, `TransformerLayer` computes it; called, it is fair-esm's."""
+
+    add_zero_attn, bias_k, bias_v, dropout = False, None, None, 0.0  # fair-esm's forward reads them
+    __setattr__ = fixed("add_zero_attn", "bias_k", "bias_v", "dropout", "num_heads", "head_dim")
 
     def __init__(self, width: int, heads: int):
         super().__init__()

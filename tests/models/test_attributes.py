@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from fakes import SEQUENCES, fair_esm_model, save_fair_esm, trained_like
+from fakes import SEQUENCES, fair_esm_model, hf_model, save_fair_esm, trained_like
 from torch import nn
 
 import esm_fast
 from esm_fast import weights
 from esm_fast.models import layers
-from esm_fast.models.attached import NotPackedWarning
+from esm_fast.models.attached import NotPackable, NotPackedWarning
 from esm_fast.models.esm2 import Config
 from esm_fast.models.padded import api_class
 
@@ -56,6 +56,8 @@ EDITS = {
     "mask_idx": lambda m: setattr(m, "mask_idx", 24),
     "padding_idx": lambda m: setattr(m, "padding_idx", 20),
     "scaling": lambda m: setattr(m.layers[1].self_attn, "scaling", 1.0),
+    "norm without gain": lambda m: setattr(m.layers[1].final_layer_norm, "weight", None),
+    "norm without bias": lambda m: setattr(m.layers[1].self_attn_layer_norm, "bias", None),
     "eps in a layer": lambda m: setattr(m.layers[1].final_layer_norm, "eps", 0.5),
     "eps before": lambda m: setattr(getattr(m, "emb_layer_norm_before", m.emb_layer_norm_after), "eps", 0.5),
     "eps of the head": lambda m: setattr(m.lm_head.layer_norm, "eps", 0.5),
@@ -67,6 +69,19 @@ EDITS = {
     "one rotation": lambda m: rotations(m)[1].inv_freq.mul_(0.3),
     "every rotation": scale_every,
     "no rotation": lambda m: setattr(m.layers[1].self_attn, "rot_emb", None),
+}
+
+
+def attention_with(**numbers):
+    return lambda m: [setattr(m.layers[1].self_attn, name, value) for name, value in numbers.items()]
+
+
+ONES = nn.Parameter(torch.ones(1, 1, 32))
+ATTENTIONS = {
+    "one head": attention_with(num_heads=1, head_dim=32),
+    "zero_attn": attention_with(add_zero_attn=True),
+    "bias_k": attention_with(bias_k=ONES, bias_v=ONES),
+    "dropout": attention_with(dropout=1.0, training=True),
 }
 
 
@@ -92,6 +107,42 @@ def test_a_number_that_is_set_has_its_effect_or_is_refused(pair, edit):
     wanted = computed(theirs)
     torch.testing.assert_close(computed(ours), wanted, rtol=0, atol=2e-4)
     assert (wanted - computed(pair[1])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("edit", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention_of_another_kind_is_called_or_refused(pair, edit):
+    """Its maps have other shapes than those of the other layers, so that there are no contacts."""
+    theirs, ours = map(copy.deepcopy, pair)
+    if edit is ATTENTIONS["one head"] and rotations(theirs)[0] is not None:
+        pytest.skip("its rotation is of another size")
+    edit(theirs)
+    if type(ours.layers[1]).__module__.startswith("esm_fast."):
+        with pytest.raises(AttributeError, match="cannot be set"):
+            edit(ours)
+        return
+    edit(ours)
+    with torch.no_grad(), pytest.warns(NotPackedWarning):
+        torch.testing.assert_close(ours(TOKENS)["logits"], theirs(TOKENS)["logits"], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+def test_numbers_of_transformers_modules_have_their_effect(positions):
+    plain = hf_model(position_embedding_type=positions, emb_layer_norm_before=positions == "absolute").eval()
+    attention = ("scaling", 0.3), ("is_causal", True), ("num_attention_heads", 2), ("position_embedding_type", "none")
+    edits = [lambda m, e=e: setattr(m.esm.encoder.layer[1].attention.self, *e) for e in attention]
+    edits.append(lambda m: setattr(m.esm.embeddings, "padding_idx", 5))
+    edits.append(lambda m: setattr(m.esm.encoder, "emb_layer_norm_after", nn.Identity()))
+    for edit in edits:
+        theirs, ours = copy.deepcopy(plain), esm_fast.accelerate(copy.deepcopy(plain))
+        edit(theirs), edit(ours)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotPackedWarning)
+            torch.testing.assert_close(ours(TOKENS[:1]).logits, theirs(TOKENS[:1]).logits, rtol=0, atol=3e-4)
+
+
+def test_a_norm_that_no_model_of_a_family_has_is_not_passed_over():
+    with pytest.raises(NotPackable, match="embeddings.layer_norm is there"):
+        esm_fast.accelerate(hf_model(position_embedding_type="rotary", emb_layer_norm_before=True))
 
 
 @pytest.mark.parametrize("kind", ["layer", nn.Linear, nn.LayerNorm])
