@@ -219,7 +219,7 @@ def _set_grid_dim(self, *grid):
     _place(self, *grid)
 
 
-def _load(self, pointers, mask, other, cache_policy, is_volatile):
+def _load(self, pointers, mask, other, *_how):
     _current.touch(pointers, mask, self.grid_idx, store=False)
     return undefined_where_masked(self, pointers, mask, other)
 
@@ -242,11 +242,11 @@ def undefined(dtype: np.dtype):
     return np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else dtype.type(float("nan"))
 
 
-def _store(self, pointers, value, mask, cache_policy):
+def _store(self, pointers, value, mask, *how):  # Triton before 3.9 gives two hints of the cache
     _current.touch(pointers, mask, self.grid_idx, store=True)
     if value.data.dtype == BFLOAT16:
         value = TensorHandle(np.ascontiguousarray(value.data).view(np.uint16), tl.uint16)
-    return _write(self, pointers, value, mask, cache_policy)
+    return _write(self, pointers, value, mask, *how)
 
 
 def _no_atomics(self, *_):
