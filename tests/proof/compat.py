@@ -3,7 +3,7 @@
     python tests/proof/compat.py [imports|ops|machine-code|interpreter]
 
 imports: every backend's module; ops: the op tests on the CPU; machine-code: every Triton kernel compiled for sm_90, its
-spills and what exceeds the ceilings, which are Triton 3.9's; interpreter: the ops in Triton's interpreter, in fp32.
+spills and what exceeds the ceilings, which are Triton 3.9's; interpreter: the ops in Triton's interpreter.
 Prints a line a step; exits 1 where one fails.
 """
 
@@ -40,7 +40,7 @@ def ops() -> str:
 
 
 def interpreter() -> str:
-    where = ["-o", "python_files=interpreted_*.py", str(PROOF / "triton_proof"), "-k", "test_against_fp64 and float32"]
+    where = ["-o", "python_files=interpreted_*.py", str(PROOF / "triton_proof"), "-k", "test_against_fp64"]
     return _pytest(*where, TRITON_INTERPRET="1")
 
 
