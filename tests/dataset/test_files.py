@@ -241,9 +241,9 @@ def test_a_name_that_is_there_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(partial.secrets, "token_hex", lambda size: "0" * 2 * size)
     path, handle = partial.new(tmp_path / "a")
     os.write(handle, b"ours")
+    os.close(handle)  # and its lock with it, for which another would wait
     with pytest.raises(FileExistsError):
         partial.new(tmp_path / "a")
-    os.close(handle)
     assert path.read_bytes() == b"ours"
 
 
