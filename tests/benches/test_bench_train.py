@@ -44,3 +44,18 @@ def test_a_peer_that_computes_something_else_is_no_peer(bench, tmp_path, monkeyp
     monkeypatch.setattr(bench, "in_a_process", wrong)
     with pytest.raises(AssertionError, match="sorted-loop's loss of the first batch is 3.01 in float32, ours 3.0"):
         bench.main(arguments(tmp_path, "sorted-loop"))
+
+
+def test_inside_hugging_faces_trainer(tmp_path, monkeypatch):
+    """With adapters, accelerated and not; what trains otherwise has no time."""
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    import bench_inside_trainer as bench
+
+    few = ["--tiny", "--steps", "1", "--rounds", "1", "--kinds", "lora", "--out", str(tmp_path)]
+    assert bench.main(few) == 0
+    ours, theirs = json.loads((tmp_path / "inside_trainer.json").read_text())["rows"][::-1]
+    assert (ours["peer"], theirs["peer"], theirs["ratio"]) == ("accelerated", "Hugging Face", 1)
+    monkeypatch.setattr(bench, "train", lambda *given, fast: (1, 1, 3.0 + 0.01 * fast))
+    with pytest.raises(AssertionError, match="the losses differ"):
+        bench.main(few)
