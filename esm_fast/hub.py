@@ -140,8 +140,8 @@ def _download(name: str) -> Path:
         wanted = " and ".join(str(file) for _, file in files)
         raise FileNotFoundError(
             f"{name} is in no cache and could not be downloaded ({error}). On a machine with a network get "
-            f"{' and '.join(url for url, _ in files)}, and put them here as {wanted}; or give a path to "
-            f"esm_fast.load"
+            f"{' and '.join(url for url, _ in files)}, and put them here as {wanted}; or give a path, "
+            "of a file or folder, in the place of the name"
         ) from None
     return target
 
