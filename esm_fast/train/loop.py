@@ -28,7 +28,7 @@ from .order import Permuted
 from .processes import Processes
 from .recipe import Recipe, RecipeError, as_dict, initial
 from .report import Log, plot
-from .running import Stopped, asked_to_stop, only_run
+from .running import Agreed, Stopped, asked_to_stop, only_run
 from .saving import Saver
 from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from .sharded import Sharded
@@ -79,9 +79,9 @@ class Trainer:
     def train(self, on_step: Callable[[int, dict], None] = lambda step, entry: None) -> None:
         """on_step gets the number of steps done, and that step's numbers where it is logged: between, {}.
 
-        On SIGTERM or SIGUSR1, whichever process gets it, the step is finished and saved; several processes agree on it
-        when they log. Raises Stopped then, CheckpointError, FloatingPointError (see `recipe.non_finite`), and BusyError
-        where another process trains into the same output.
+        On SIGTERM or SIGUSR1, whichever process gets it, the step is finished and saved, or the next one where there
+        are several processes. Raises Stopped then, CheckpointError, FloatingPointError (see `recipe.non_finite`), and
+        BusyError where another process trains into the same output.
         """
         with only_run(self.output, self.processes), asked_to_stop() as asked, _deterministic(self.recipe.deterministic):
             # The first process's choice of kernels is everyone's, and a resumed run's that of its checkpoint.
@@ -100,9 +100,11 @@ class Trainer:
             if recipe.non_finite == "roll_back" and not checkpoint.paths(self._checkpoints):
                 self._save(saver)
                 processes.wait()
+            agreed = Agreed(processes)
             try:
-                while self._rolled_back(saver, meter, asked, on_step):
+                while self._rolled_back(saver, meter, lambda: agreed.ask(bool(asked)), on_step):
                     pass
+                agreed.close()
             finally:
                 if self.log:
                     self.log.close()
@@ -111,19 +113,18 @@ class Trainer:
             self._publish("model.safetensors")
         processes.wait()
 
-    def _rolled_back(self, saver: Saver, meter: Meter, asked: list[int], on_step) -> bool:
-        """Steps until the end, or until the run was rolled back: True then."""
+    def _rolled_back(self, saver: Saver, meter: Meter, asked: Callable[[], bool], on_step) -> bool:
+        """Steps until the end, or until the run was rolled back: True then. asked: whether to stop."""
         recipe = self.recipe
         for work in ahead(self._work(step + self.passed) for step in range(self.step, recipe.steps)):
             done, entry = self._step(work), {}
             meter.add(work)
             saver.check()
-            stop = bool(asked) and self.processes.world == 1
+            stop = asked()
             logged, saved = self._due(recipe.log_every), self._due(recipe.save_every)
             validated = self._due(recipe.valid_every) and any(len(source.valid_records) for source in self.sources)
             if logged:
-                entry, stop = self._told(done, asked)
-                entry |= meter.read()
+                entry = self._told(done) | meter.read()
             saved |= stop and self.step < recipe.steps
             if (logged or saved or validated) and (back := self._settled(entry)) is not None:
                 self._roll_back(back, saver)
@@ -230,15 +231,15 @@ class Trainer:
 
     # ---- what the host asks the device, when it logs or saves
 
-    def _told(self, done: Done, asked: Sequence = ()) -> tuple[dict, bool]:
-        """(the step's numbers, for the log; whether any process was asked to stop)."""
-        loss, stop = self.processes.sum(float(done.loss), float(len(asked)))
+    def _told(self, done: Done) -> dict:
+        """The step's numbers, for the log."""
+        (loss,) = self.processes.sum(float(done.loss))
         norm = float(done.norm)
         entry = {"loss": loss / max(done.work.selected, 1), "learning_rate": float(done.rate)}
         entry |= {"gradient_norm": norm if math.isfinite(norm) else None, "tokens": int(done.work.lengths.sum())}
         if done.scale is not None:
             entry["loss_scale"] = float(done.scale)
-        return entry, stop > 0
+        return entry
 
     def _settled(self, entry: dict) -> int | None:
         """What became of the steps since the last time. Returns the first one whose gradient was not finite, if the run

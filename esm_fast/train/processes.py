@@ -35,6 +35,17 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
+    def sum_beside(self, value: float) -> Callable[[], float]:
+        """Begins a sum in host memory, through a group of gloo's (`beside`); what it returns waits for it."""
+        total = torch.tensor(value, dtype=torch.float64)
+        coming = dist.all_reduce(total, group=self.group, async_op=True)
+
+        def summed() -> float:
+            coming.wait()
+            return float(total)
+
+        return summed
+
     def any(self, value: bool) -> bool:
         """Whether it is true in any of them."""
         return self.sum(float(value))[0] > 0

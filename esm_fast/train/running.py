@@ -3,7 +3,7 @@
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -43,6 +43,26 @@ def only_run(output: Path, processes: Processes) -> Iterator[None]:
         if problem := "".join(processes.gather(problem)):
             raise BusyError(problem)
         yield
+
+
+class Agreed:
+    """Whether any process was asked to stop. All of them ask once a step, and know it a step later: nobody waits for
+    the steps of others, or for the device."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes.beside()
+        self._asked: Callable[[], float] | None = None
+
+    def ask(self, asked: bool) -> bool:
+        if self.processes.world == 1:
+            return asked
+        before, self._asked = self._asked, self.processes.sum_beside(float(asked))
+        return before is not None and before() > 0
+
+    def close(self) -> None:
+        """All processes have asked equally often."""
+        if self._asked is not None:
+            self._asked()
 
 
 @contextmanager

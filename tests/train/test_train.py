@@ -444,6 +444,34 @@ def test_processes_share_a_run(store, tmp_path):
     np.testing.assert_allclose(valid["several"][-2:], valid["alone"], rtol=2e-5)
 
 
+def test_a_signal_to_one_process_stops_and_saves_all(store, tmp_path):
+    """Within a step of it, long before they log or save."""
+    values = as_dict(recipe(store, tmp_path / "two", log_every=50, valid_every=50, save_every=50, steps=50))
+    (tmp_path / "recipe.json").write_text(json.dumps(values | dict(store=str(store.path))))
+    (tmp_path / "two.py").write_text(f"""if True:
+        import json, os, signal
+        from esm_fast.train.loop import Trainer
+        from esm_fast.train.processes import joined
+        from esm_fast.train.recipe import recipe_from
+        from esm_fast.train.running import Stopped
+        from esm_fast.train.store import open_store
+        with joined() as processes:
+            recipe = recipe_from(json.load(open("{tmp_path}/recipe.json")))
+            trainer = Trainer(recipe, open_store(recipe.store), processes)
+            def at(step, entry):
+                if step == 3 and not processes.first:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                trainer.train(at)
+            except Stopped as stopped:
+                assert "stopped after step 5" in str(stopped), stopped
+            assert trainer.step == 5""")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(tmp_path / "two.py")], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in checkpoint.paths(tmp_path / "two" / "checkpoints")] == ["step_000000005"]
+
+
 def test_shares_of_an_update_in_half_precision(store, tmp_path):
     """What several processes hand out in bf16 is what one casts for itself; fp32 stays where it is updated."""
     values = as_dict(recipe(store, "", precision="bfloat16", sharding="zero1", steps=6, valid_every=3, save_every=3))
