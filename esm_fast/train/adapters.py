@@ -1,7 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2022) by the library peft, under the ops that this package runs.
 
-The ops take matrices, not modules: `TransformerLayer.weights` adds what the adapters make of theirs, so that every
-backend computes with them. The result is that of peft's own forward pass without dropout.
+An adapted matrix is a module of peft's, which is called on packed rows between the ops (see `models.attached`).
 """
 
 from collections.abc import Iterable
