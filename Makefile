@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 PROOFS := tests/gpu tests/cpu/test_amx.py tests/cpu/test_sanitizers.py tests/ops/test_qualify.py
-PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: embed test test-proofs lint docs bench proof attack gpu-report compat clean
 

@@ -73,7 +73,7 @@ def curve(output, name="loss"):
 
 def stepped(trainer, number):
     """A step's numbers."""
-    entry, _ = trainer._told(trainer._step(trainer._work(number)))
+    entry = trainer._told(trainer._step(trainer._work(number)))
     trainer._settled(entry)
     return entry
 
