@@ -69,7 +69,8 @@ def test_jobs_that_reach_their_limit_are_requeued_or_fail(cluster, fair_checkpoi
     operator, and killed when it runs again: that keeps the job after them from starting. The same command again makes
     what is left, `finish` follows, and the bytes are those of one process.
 
-    What was put back waits for two minutes in SLURM, which the test cuts short."""
+    What was put back waits for two minutes in SLURM, which the test cuts short, but not to nothing: a node that still
+    ends a job refuses to start the same again."""
     source, out, log = tmp_path / "in.fasta", tmp_path / "out", tmp_path / "log.jsonl"
     source.write_text(fasta_of(proteins(1500, seed=4)))
     embed = ["embed", str(source), "--model", str(fair_checkpoint), "--unit-residues", "100"]
@@ -82,7 +83,7 @@ def test_jobs_that_reach_their_limit_are_requeued_or_fail(cluster, fair_checkpoi
             cluster.ask(*stop.pop(task))
     for task in (0, 1):
         until(lambda task=task: "BeginTime" in cluster.ask("squeue", "-h", "-r", "-j", f"{array}_{task}", "-o", "%r"))
-        cluster.ask("scontrol", "update", f"JobId={array}_{task}", "StartTime=now")
+        cluster.ask("scontrol", "update", f"JobId={array}_{task}", "StartTime=now+3")
     os.kill(until(lambda: worker(array, 1)), signal.SIGKILL)
     assert cluster.ended(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "FAILED"}
     said = "".join(path.read_text() for path in (tmp_path / "out.jobs").glob(f"{array}_0_*_log.*"))
