@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import gzip
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torchrun import run_processes
 
 import esm_fast
 from esm_fast.cli import main
@@ -768,10 +767,7 @@ def test_processes_divide_a_training(esm, tmp_path):
     arguments = ["finetune", str(path), "--task", "regression", "--trained", "full", "--model", str(base)]
     arguments += ["--epochs", "3", "--learning-rate", "1e-3", "--batch-tokens", "100", "--threads", "1"]
     assert main([*arguments, "-o", str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "esm_fast.cli", *arguments, "-o", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_processes(2, "-m", "esm_fast.cli", *arguments, "-o", tmp_path / "two")
     one, two = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
     for a, b in zip(one["curve"], two["curve"], strict=True):
         np.testing.assert_allclose([a["train_loss"], a["valid_loss"]], [b["train_loss"], b["valid_loss"]], rtol=1e-3)

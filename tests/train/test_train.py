@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torchrun import run_processes
 
 import esm_fast
 from esm_fast import weights
@@ -417,10 +418,7 @@ def test_a_large_checkpoint_is_several_files(store, tmp_path, monkeypatch):
 def launch(count, tmp_path, recipe_path, output):
     script = tmp_path / "ranks.py"
     script.write_text(COMMAND)
-    arguments = [str(script), "pretrain", str(recipe_path), "-o", str(tmp_path / output)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
+    run_processes(count, script, "pretrain", recipe_path, "-o", tmp_path / output)
 
 
 def test_processes_share_a_run(store, tmp_path):
@@ -466,9 +464,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(store, tmp_path):
             except Stopped as stopped:
                 assert "stopped after step 5" in str(stopped), stopped
             assert trainer.step == 5""")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(tmp_path / "two.py")], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_processes(2, tmp_path / "two.py")
     assert [path.name for path in checkpoint.paths(tmp_path / "two" / "checkpoints")] == ["step_000000005"]
 
 
