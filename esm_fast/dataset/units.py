@@ -177,7 +177,7 @@ def read_residues(path: Path, layer: int, bounds: tuple[int, int], shape: tuple[
         ValueError, LookupError, TypeError: the file has no such layer.
     """
     stored = np.dtype(dtype).newbyteorder("<")
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:  # buffered: a raw file may give less than it has, above 2 GB always
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:
             raise ValueError("its header is too long")

@@ -95,12 +95,10 @@ class Trainer:
     def _train(self, on_step: Callable[[int, dict], None], asked: list[int], started: float) -> None:
         recipe, processes = self.recipe, self.processes
         self.log = Log(self.output, self.step, recipe.tensorboard) if processes.first else None
-        meter = Meter(recipe, processes.world, started)
+        meter, agreed = Meter(recipe, processes.world, started), Agreed(processes)
         with Saver(self._checkpoints, recipe.keep, processes, beside=recipe.async_checkpoints) as saver:
             if recipe.non_finite == "roll_back" and not checkpoint.paths(self._checkpoints):
                 self._save(saver)
-                processes.wait()
-            agreed = Agreed(processes)
             try:
                 while self._rolled_back(saver, meter, lambda: agreed.ask(bool(asked)), on_step):
                     pass

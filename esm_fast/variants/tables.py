@@ -154,11 +154,10 @@ ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".csv.gz", ".tsv.gz")
 
 
 class Rows:
-    """Takes rows: called with one; `texts` takes many, of text alone."""
+    """Takes rows: called with one; `texts` takes many, of text alone, and is None in Parquet."""
 
     def __init__(self, one: Callable[[list], None], texts: Callable[[Iterable], None] | None = None):
-        self._one = one
-        self.texts = texts or (lambda rows: [one(row) for row in rows] and None)
+        self._one, self.texts = one, texts
 
     def __call__(self, row: list) -> None:
         self._one(row)
