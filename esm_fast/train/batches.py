@@ -58,7 +58,8 @@ def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.nd
     Longest first, each into the emptiest batch. A batch is over batch_tokens only where a single sequence is. Where
     most sequences fill a batch alone, some ranks have one batch more than others.
     """
-    require_enough(len(lengths), ranks)
+    if len(lengths) < ranks:
+        raise ValueError(f"{len(lengths)} sequences cannot be shared among {ranks}, each with one at least")
     limit = max(batch_tokens, int(lengths.max()))
     count = max(1, -(-int(lengths.sum()) // (ranks * batch_tokens)))
     while True:
@@ -66,14 +67,6 @@ def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.nd
         if max(int(lengths[part].sum()) for part in parts) <= limit:
             return [parts[rank::ranks] for rank in range(ranks)]
         count += 1
-
-
-def require_enough(sequences: int, processes: int) -> None:
-    """Raises ValueError where a step has too few, of all stores together."""
-    if sequences < processes:
-        raise ValueError(
-            f"a step of {sequences} sequences is too small for {processes} processes; raise step_tokens, or use fewer"
-        )
 
 
 def balanced(lengths: np.ndarray, parts: int) -> list[np.ndarray]:

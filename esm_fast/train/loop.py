@@ -18,7 +18,7 @@ from ..models.encoder import Encoder
 from ..ops import verdicts
 from ..ops.registry import request_of
 from . import checkpoint
-from .batches import Steps, require_enough, share
+from .batches import Steps, share
 from .checkpoint import CheckpointError
 from .counted import Counted
 from .masking import Masker
@@ -32,7 +32,7 @@ from .running import Agreed, Stopped, asked_to_stop, only_run
 from .saving import Saver
 from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from .sharded import Sharded
-from .sources import SORTED, identity_of, sources_of
+from .sources import SORTED, identity_of, require_enough, sources_of
 from .store import Store
 from .updates import Replicated
 from .work import Done, Work, ahead, together
@@ -124,7 +124,7 @@ class Trainer:
             if logged:
                 entry = self._told(done) | meter.read()
             saved |= stop and self.step < recipe.steps
-            if (logged or saved or validated) and (back := self._settled(entry)) is not None:
+            if (logged or saved or validated) and (back := self._settled(entry, saver)) is not None:
                 self._roll_back(back, saver)
                 meter.restart()
                 return True
@@ -156,7 +156,7 @@ class Trainer:
 
     def _work(self, step: int) -> Work:
         work = self._mixed((s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources)
-        require_enough(len(work.lengths), self.processes.world)
+        require_enough(self.sources, len(work.lengths), step, self.processes.world)
         return work
 
     def _mixed(self, parts: Iterable[tuple[np.ndarray, int, Masker]]) -> Work:
@@ -239,7 +239,7 @@ class Trainer:
             entry["loss_scale"] = float(done.scale)
         return entry
 
-    def _settled(self, entry: dict) -> int | None:
+    def _settled(self, entry: dict, saver: Saver) -> int | None:
         """What became of the steps since the last time. Returns the first one whose gradient was not finite, if the run
         is to be rolled back for it; raises FloatingPointError where it is to stop."""
         seen = self.counted.read()
@@ -253,10 +253,15 @@ class Trainer:
             what = f"of {seen.longest} steps in a row " if self.recipe.non_finite == "skip" else ""
             step = self.step if what else seen.first
             raise FloatingPointError(
-                f"step {step}: the gradient {what}is not finite; the last checkpoint is from before it. "
+                f"step {step}: the gradient {what}is not finite; {self._newest(saver)}. "
                 "Lower the learning rate, lengthen the warm-up or clip gradients"
             )
         return None
+
+    def _newest(self, saver: Saver) -> str:
+        saver.wait()
+        saved = checkpoint.paths(self._checkpoints)
+        return f"the newest checkpoint, from before it, is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     def _roll_back(self, first: int, saver: Saver) -> None:
         """To the newest checkpoint, after which the batches up to those of step `first` are passed over."""

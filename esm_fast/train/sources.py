@@ -1,5 +1,6 @@
 """What a run reads: a store, or several that share each step's tokens."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +67,21 @@ def sources_of(recipe: Recipe, stores: Store | Sequence[tuple[Store, float]]) ->
     stores = [(stores, 1.0)] if isinstance(stores, Store) else stores
     total = sum(weight for _, weight in stores)
     return [Source(recipe, store, weight / total, number) for number, (store, weight) in enumerate(stores)]
+
+
+def require_enough(sources: Sequence[Source], found: int, step: int, world: int) -> None:
+    """Raises RecipeError where a step, counted from 0, has fewer sequences than processes."""
+    if found >= world:
+        return
+    most = max(sources, key=lambda source: source.share)
+    # That many give each step enough, whatever the order: an epoch is cut into equal steps, of half of it at least, and
+    # no sequence is longer than a window.
+    enough = math.ceil(2 * world * (most.masker.max_residues + 2) / most.share)
+    few, fewer = ("the only process", "") if world == 1 else (f"{world} processes", ", or use fewer processes")
+    raise RecipeError(
+        f"step_tokens is {most.recipe.step_tokens:,}, and step {step + 1} has {found} sequences for {few}: each needs "
+        f"one; give a whole number from {enough:,}{fewer}"
+    )
 
 
 def identity_of(sources: Sequence[Source]) -> str:

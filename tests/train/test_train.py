@@ -75,7 +75,7 @@ def curve(output, name="loss"):
 def stepped(trainer, number):
     """A step's numbers."""
     entry = trainer._told(trainer._step(trainer._work(number)))
-    trainer._settled(entry)
+    trainer._settled(entry, None)
     return entry
 
 
@@ -283,7 +283,9 @@ def test_a_store_may_have_fewer_records_in_a_step_than_there_are_processes(store
             for rank in range(world):
                 trainer.processes = Processes(rank, world, torch.device("cpu"))
                 if len(expected) < world:
-                    with pytest.raises(ValueError, match=f"{len(expected)} sequences is too small for {world} pro"):
+                    with pytest.raises(
+                        ValueError, match=f"step {step + 1} has {len(expected)} sequences for {world} p"
+                    ):
                         trainer._work(step)
                 else:
                     works.append(trainer._work(step))
@@ -579,8 +581,23 @@ def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
     trainer = Trainer(recipe(store, tmp_path), store, ALONE)
     with torch.no_grad():
         trainer.esm.layers[0].fc1.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite; there is no checkpoint yet"):
         trainer.train()
+    train(store, tmp_path, steps=2, save_every=2)
+    trainer = Trainer(recipe(store, tmp_path, steps=4), store, ALONE)
+    trainer.esm.layers[0].fc1.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="step 3: .*the newest checkpoint, from before it, is .*step_0*2\\. "):
+        trainer.train()
+
+
+def test_steps_without_a_sequence_name_the_entry_and_a_number_that_is_enough(store, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"step_tokens is 10, and step \d+ has 0 .* for the only .*number from"
+    ) as said:
+        train(store, tmp_path, step_tokens=10)
+    enough = int(str(said.value).split()[-1].replace(",", ""))
+    trainer = Trainer(recipe(store, tmp_path, step_tokens=enough), store, ALONE)
+    assert all(len(trainer.steps.of(step)) for step in range(3 * trainer.steps.per_epoch))
 
 
 def test_a_gradient_that_is_not_finite_can_be_skipped(store, tmp_path):
