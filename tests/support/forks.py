@@ -126,9 +126,14 @@ if __name__ == "__main__":
     import torch
     import torch.distributed.tensor  # what the first parameter imports
 
+    # What a command imports on its way, or each fork would: pandas is what pyarrow asks for.
     from esm_fast import _C
-    from esm_fast.dataset import compute, planner, verify, worker  # noqa: F401
+    from esm_fast.dataset import compute, layout, planner, verify, worker  # noqa: F401
+    from esm_fast.inference import load  # noqa: F401
+    from esm_fast.ops import registry
 
+    layout.pa.array([b""])
+    registry.backends()
     torch.set_num_threads(1)
     _C.set_threads(1)
     _serve()

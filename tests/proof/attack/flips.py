@@ -11,7 +11,7 @@ from fakes import fair_esm_model, save_fair_esm
 
 from esm_fast import weights
 from esm_fast.cli import main
-from esm_fast.dataset import compute, planner, verify, worker  # noqa: F401, or each fork would import them
+from esm_fast.dataset import compute, layout, planner, verify, worker  # noqa: F401, or each fork would import them
 
 from .outcome import REFUSED, RIGHT, WRONG, of, of_command
 
@@ -55,6 +55,7 @@ def data_set(count: int, rng: Random, folder: Path) -> Counter:
     (folder / "in.fa").write_text("".join(f">p{i}\n{'MKTVRQERLK' * (i + 1)}\n" for i in range(9)))
     out, outcomes = folder / "set", Counter()
     of_command(["embed", str(folder / "in.fa"), "-o", str(out), "--unit-residues", "150", "--residues"])
+    layout.pa.array([b""])  # imports pandas, which each fork would
     files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.stat().st_size]
     for _ in range(count):
         path = rng.choice(files)
