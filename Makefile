@@ -42,9 +42,10 @@ proof: .venv/test
 	$(BIN)/python tests/proof/cuda_proof/audit.py
 	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m cuda_proof.loops
 
-# Kills, flipped bits, hostile files, calls and servers by chance, as often as docs/reliability.md says; a quarter of an hour.
+# Kills, flipped bits, hostile files, calls and servers by chance, as often as docs/reliability.md says: some ten minutes.
+# One of them: make attack ATTACK=kills.
 attack: .venv/test
-	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m attack
+	PYTHONPATH=tests/proof:tests/support $(BIN)/python -m attack $(ATTACK)
 
 # For whoever has a GPU: is everything right on it, and how fast. It needs torch and the built package, no network; each
 # part is a process of its own, and the same command resumes. What to run first: make gpu-report REPORT="--only smoke correct".
