@@ -1,17 +1,21 @@
 """The default fine-tuning beside scikit-learn on the same features and the same splits, over several seeds.
 
-    python benches/bench_finetune.py table.csv --task regression --label-column activity --seeds 5
+    python benches/finetune_sets.py tem1 examples/tem1_activity.fasta.gz -o tem1.csv
+    python benches/bench_finetune.py tem1.csv --task regression --seeds 5 --also attention lora full
 
 The features are computed once. Each seed draws other splits (a tenth for validation, a tenth for testing). Scikit-learn
 gets the training part, and training and validation part together; ours the same two, the validation part to choose the
-penalty and then, unless --no-refit, to solve the head again.
-`--trained lora` and `full` train the model too, from the same start, on seed 0 alone.
+penalty and then, unless --no-refit, to solve the head again. `--also` trains other heads on the frozen model, or the
+model too, each from the same start, on the training part alone. With `--out` scores are kept as they come, and the
+same command makes only those that lack.
 """
 
 import argparse
 import copy
+import json
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
@@ -58,35 +62,79 @@ def scores(data, features: np.ndarray, task: str) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+ALSO = {
+    "mlp": {"head": "mlp"},
+    "attention": {"head": "attention"},
+    "lora": {"trained": "lora"},
+    "full": {"trained": "full"},
+}
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table")
-    parser.add_argument("--task", required=True, choices=tuple(SHOWN))
-    parser.add_argument("--level", default="sequence", choices=("sequence", "residue"))
-    parser.add_argument("--label-column", default="label")
-    parser.add_argument("--model", default="esm1b_t6_demo")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--limit", type=int, help="the first of the table's rows")
-    parser.add_argument("--trained", nargs="*", default=[], choices=("full", "lora"))
-    parser.add_argument("--epochs", type=int, default=10)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("table")
+    add("--task", required=True, choices=tuple(SHOWN))
+    add("--level", default="sequence", choices=("sequence", "residue"))
+    add("--label-column", default="label")
+    add("--model", default="esm1b_t6_demo")
+    add("--seeds", type=int, default=5)
+    add("--limit", type=int, help="the first of the table's rows")
+    add("--also", nargs="*", default=[], choices=tuple(ALSO))
+    add("--epochs", type=int, default=10)
+    add("--precision", default="bfloat16", help="of what --also trains (default: %(default)s)")
+    add("--out", type=Path, metavar="JSON", help="where scores are kept")
+    return parser.parse_args()
+
+
+class Scores(dict):
+    """name -> {seed: score}, in a file if there is one."""
+
+    def __init__(self, path: Path | None):
+        super().__init__(json.loads(path.read_text()) if path and path.exists() else {})
+        self.path = path
+
+    def has(self, name: str, seed: int) -> bool:
+        return str(seed) in self.get(name, {})
+
+    def keep(self, name: str, seed: int, score: float) -> None:
+        self.setdefault(name, {})[str(seed)] = score
+        if self.path:
+            self.path.write_text(json.dumps(self, indent=1))
+
+
+def main() -> None:
+    args = parse()
     examples = read_examples(args.table, Columns(label=(args.label_column,)))[: args.limit]
-    esm, _ = esm_fast.load(args.model, packed=False, device="cpu")
-    more = dict(level=args.level, unknown="x")
-    settings = [Settings(args.task, seed=seed, overlength="window", **more) for seed in range(args.seeds)]
-    layer = esm.config.layers
-    start = time.perf_counter()
+    esm, _ = esm_fast.load(args.model, packed=False, device="cpu", dtype="float32")
+    more, kept = {"task": args.task, "level": args.level, "unknown": "x"}, Scores(args.out)
+    solved(args, esm, examples, more, kept)
+    for name in args.also:
+        for seed in range(args.seeds):
+            if not kept.has(name, seed):
+                start = time.perf_counter()
+                precise = {"epochs": args.epochs, "precision": args.precision, "overlength": "truncate"}
+                own = Settings(**more, **ALSO[name], **precise, seed=seed)
+                report = finetune(copy.deepcopy(esm), examples, own, lambda entry: print(entry, flush=True)).report
+                kept.keep(name, seed, report["test"][SHOWN[args.task]])
+                kept.keep(f"{name}, best epoch", seed, report["best_epoch"])
+                print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{len(examples):,} examples; {SHOWN[args.task]} of the test part: mean, spread, and each seed")
+    for name, scores in kept.items():
+        values = [scores[str(seed)] for seed in range(args.seeds) if str(seed) in scores]
+        print(f"{name:50} {np.mean(values):.4f}  {np.std(values):.4f}  {' '.join(f'{v:.4f}' for v in values)}")
+
+
+def solved(args, esm, examples, more: dict, kept: Scores) -> None:
+    """Our default and scikit-learn's, on features that are computed once."""
+    lacking = [seed for seed in range(args.seeds) if not kept.has("esm-fast finetune", seed)]
+    if not lacking:
+        return
+    settings, layer = [Settings(**more, seed=seed, overlength="window") for seed in lacking], esm.config.layers
     features = features_of(esm, labelled_of(esm, examples, settings[0]), [layer], None)[layer]
-    print(f"{len(examples):,} proteins, features in {time.perf_counter() - start:.0f} s")
-    found = [scores(labelled_of(esm, examples, own), features, args.task) for own in settings]
-    print(f"{SHOWN[args.task]} of the test part, mean and each of {args.seeds} seeds")
-    for name in found[0]:
-        values = [one[name] for one in found]
-        print(f"{name:45} {np.mean(values):.4f}  {' '.join(f'{value:.4f}' for value in values)}", flush=True)
-    for trained in args.trained:
-        own = Settings(args.task, trained=trained, epochs=args.epochs, overlength="truncate", **more)
-        report = finetune(copy.deepcopy(esm), examples, own, lambda entry: print(entry, flush=True)).report
-        print(f"{trained:45} {report['test'][SHOWN[args.task]]:.4f}  (seed 0, epoch {report['best_epoch']})")
+    for seed, own in zip(lacking, settings, strict=True):
+        for name, score in scores(labelled_of(esm, examples, own), features, args.task).items():
+            kept.keep(name, seed, score)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ spaces."""
 EXAMPLES = """\
   esm-fast finetune stability.csv -o stability/ --task regression --model esm1b_t33_650M_UR50S
   esm-fast finetune ss3.tsv -o ss3/ --task classification --level residue --trained lora --model M
+  esm-fast finetune p.fasta --labels pairs.csv --id-column a b --pairs symmetric -o ppi/ --task classification
   esm-fast finetune p.fasta --labels p.csv --label-column Tm pI -o two/ --task regression --missing skip
   torchrun --nproc-per-node 8 -m esm_fast.cli finetune p.csv -o lora/ --task regression --trained lora
   esm-fast predict stability/ proteins.fasta -o table.csv
@@ -56,8 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group) -> None:
     add = group.add_argument
     add("--labels", metavar="FILE", help="of a FASTA file: a table with ids, or FASTA of a letter a residue")
-    add("--id-column", metavar="NAME")
-    add("--sequence-column", metavar="NAME")
+    add(
+        "--pairs",
+        default="",
+        choices=("ordered", "symmetric"),
+        help="a label is of two proteins: two columns of sequences, or of ids with --labels",
+    )
+    add("--id-column", nargs="+", metavar="NAME", help="of pairs two")
+    add("--sequence-column", nargs="+", metavar="NAME", help="of pairs two")
     add("--label-column", nargs="+", metavar="NAME", help="several make a predictor of them all")
     add("--split-column", metavar="NAME")
     add(
@@ -115,6 +122,11 @@ def _layer(text: str) -> int | str:
     return text if text == "best" else layer_number(text)
 
 
+def one_or_two(names: list[str] | None) -> str | tuple[str, ...] | None:
+    """A column, or those of a pair, as `Columns` takes them."""
+    return tuple(names) if names and len(names) > 1 else names and names[0]
+
+
 _FACTS = ("counts", "warnings", "valid", "test", "folds", "layer", "best_epoch", "epochs", "refit")
 
 
@@ -133,14 +145,14 @@ def run(args: argparse.Namespace) -> int:
     if args.alone and args.trained == "full":
         raise InputError("--alone leaves the model out, and --trained full trains all of it")
     label = tuple(args.label_column) if args.label_column else None
-    columns = Columns(args.id_column, args.sequence_column, label, args.split_column)
+    columns = Columns(one_or_two(args.id_column), one_or_two(args.sequence_column), label, args.split_column)
     set_threads(args.threads)
     if is_random(args.model):
         warn_random(args.model)
     require_device(args.device)
     torch.manual_seed(args.seed)
     try:
-        examples = read_examples(args.table, columns, labels=args.labels)
+        examples = read_examples(args.table, columns, labels=args.labels, pairs=bool(args.pairs))
         clusters = read_clusters(args.clusters) if args.clusters else None
         with joined() as processes:
             args.summary.heard = processes.first
@@ -192,9 +204,10 @@ def _begun(args: argparse.Namespace, settings, examples, esm, processes, asked):
     from ..train.begun import NAME as FILE
     from ..train.begun import Begun, BegunError
 
-    rows = [[e.name, e.sequence, dict(e.labels), e.split] for e in examples]
+    rows = [[e.name, e.sequence, dict(e.labels), e.split] + [e.partner] * bool(e.partner) for e in examples]
     tensors = {name: tensor.cpu() for name, tensor in esm.state_dict().items()}
-    identity = {"settings": asdict(settings), "examples": digest_of(rows), "model": weights.checksum(tensors)}
+    said = {name: value for name, value in asdict(settings).items() if name != "pairs" or value}  # as it once was
+    identity = {"settings": said, "examples": digest_of(rows), "model": weights.checksum(tensors)}
     begun = Begun(Path(args.output) / FILE, identity, asked, processes.first)
     if args.force:
         try:
@@ -261,19 +274,21 @@ def _shown(scores: dict) -> list[str]:
 def _write_predictions(found, path: Path) -> None:
     """The held-out proteins: what is predicted, beside split, fold and the labels that were given."""
     from ..files.atomic import atomic
-    from .predictions import table
+    from .predictions import ID_COLUMNS, table
 
     targets = found.predictor.targets
     several = len(targets.columns) > 1 and not targets.separator
     names = [f"label_{column.name}" for column in targets.columns] if several else ["given"]
     with (
         atomic(path, durable=False) as temporary,
-        table(temporary, path.name, targets, [*names, "split", "fold"]) as add,
+        table(
+            temporary, path.name, targets, [*names, "split", "fold"], ids=ID_COLUMNS[bool(found.predictor.pairs)]
+        ) as add,
     ):
         for one in found.held_out:
             split = "" if one.fold else one.example.split
             given = [[*_given(targets, row), split, one.fold] for row in one.wanted]
-            add(one.example.name, one.ids if targets.level == "residue" else None, one.outputs, given)
+            add(one.example.names, one.ids if targets.level == "residue" else None, one.outputs, given)
 
 
 def _given(targets, row) -> list[str]:

@@ -25,19 +25,25 @@ HELP = "numbers or classes of proteins, by a predictor of esm-fast finetune"
 DESCRIPTION = """\
 Runs a predictor, a folder that esm-fast finetune wrote, over FASTA files (plain, gz, bz2, xz or zst;
 - is standard input), in packed batches as esm-fast embed does. The table has a row a protein, or a
-row a residue: the number, or the class and the probability of each class. Memory is bounded."""
+row a residue: the number, or the class and the probability of each class. Memory is bounded.
+A predictor of pairs takes a table with two columns of sequences, or FASTA files and --pairs, a table with two columns
+of ids; the vectors of all different proteins are in memory then."""
 EXAMPLES = """\
   esm-fast predict stability/ proteins.fasta.gz -o stability.csv
   esm-fast predict ss3/ proteins.fasta -o ss3.parquet --overlength window
+  esm-fast predict ppi/ proteins.fasta --pairs pairs.tsv --id-column bait prey -o interactions.csv
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("predictor", metavar="MODEL", help="the folder of a predictor")
-    add("fasta", nargs="+", metavar="FASTA", help="FASTA files, or - for standard input")
+    add("fasta", nargs="+", metavar="FASTA", help="FASTA files, or - for standard input; of pairs, see above")
     add("-o", "--output", required=True, metavar="TABLE", help="OUT.csv, .tsv (.gz too) or .parquet")
     add("--force", action="store_true", help="overwrite the table")
+    add("--pairs", metavar="TABLE", help="of a predictor of pairs: ids of the FASTA's proteins, two a row")
+    add("--id-column", nargs=2, metavar="NAME", help="of pairs (default: id_a and id_b, or alike)")
+    add("--sequence-column", nargs=2, metavar="NAME", help="of pairs (default: sequence_a and sequence_b, or alike)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s: a GPU)")
     add(
         "--dtype",
@@ -67,6 +73,12 @@ def run(args: argparse.Namespace) -> None:
     options = dict(device=args.device, dtype=dtype, backend=args.backend, threads=args.threads)
     predictor = load_predictor(args.predictor, base=args.base, load_model=lambda model: _model(model, options))
     ingest = ingest_of(args, predictor.esm.config.limit(args.overlength))
+    if predictor.pairs:
+        from .predict_pairs import predict_pairs
+
+        return predict_pairs(args, predictor, ingest.policy, out, dtype)
+    if args.pairs:
+        raise InputError(f"{args.predictor} is no predictor of pairs; leave --pairs out")
     with Source(args.fasta, ingest) as source:
         expected, counts, start = source.scan(), Counts(), time.perf_counter()
         with atomic(out) as temporary, progress(expected.residues) as bar:
@@ -107,6 +119,6 @@ def _write(predictor, tokens, path: Path, name: str, **options) -> int:
     with table(path, name, predictor.targets) as add:
         for label, (outputs,) in predictor.outputs(watched(), **options):
             ids = residues.popleft() if predictor.per_residue else None
-            add(label.name, ids, outputs, repeat((), len(outputs)))
+            add([label.name], ids, outputs, repeat((), len(outputs)))
             written += 1
     return written

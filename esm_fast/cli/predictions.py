@@ -9,26 +9,30 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+ID_COLUMNS = (("id",), ("id_a", "id_b"))  # of single proteins, of pairs
+
+
 @contextmanager
-def table(path: Path, name: str, targets, more: Sequence[str] = ()):
-    """Yields what takes a protein: (the cells of its first columns, its residues' ids or None, the head's outputs,
-    the cells of the columns `more`, or a list of such, one a residue). The form is that of `name`'s ending."""
+def table(path: Path, name: str, targets, more: Sequence[str] = (), *, ids: Sequence[str] = ("id",)):
+    """Yields what takes a protein: (its names, one for each column of `ids`; its residues' ids or None; the head's
+    outputs; the cells of the columns `more`, or a list of such, one a residue). The form is that of `name`'s ending."""
     from ..alphabet import TOKENS
     from ..variants.tables import writer
 
-    first = ["id", *(["position", "residue"] if targets.level == "residue" else [])]
+    first = [*ids, *(["position", "residue"] if targets.level == "residue" else [])]
     names, numbers = columns_of(targets)
     parquet = name.lower().endswith(".parquet")
 
-    def add(name: str, ids: "np.ndarray | None", outputs: "np.ndarray", extra: Iterator[list]) -> None:
+    def add(own: Sequence[str], residues: "np.ndarray | None", outputs: "np.ndarray", extra: Iterator[list]) -> None:
         cells = values_of(targets, outputs)
         if not parquet:
             cells = map(_texts, cells)
-        if ids is None:
-            columns = [[name] * len(outputs), *cells]
+        labels = [[label] * len(outputs) for label in own]
+        if residues is None:
+            columns = [*labels, *cells]
         else:
             positions = map(float if parquet else str, range(1, len(outputs) + 1))
-            columns = [[name] * len(outputs), positions, [TOKENS[i] for i in ids.tolist()], *cells]
+            columns = [*labels, positions, [TOKENS[i] for i in residues.tolist()], *cells]
         rows = zip(*columns, strict=True)
         if more:
             rows = ([*row, *other] for row, other in zip(rows, extra, strict=True))

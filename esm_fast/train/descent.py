@@ -47,7 +47,8 @@ class Descent:
     ):
         self.predictor, self.data, self.settings, self.processes = predictor, data, settings, processes
         self.rows = data.rows_of(predictor.of_residues)
-        self.counts, self.lengths = np.diff(self.rows), data.tokens.lengths  # rows, and residues, of each example
+        self.counts, self.lengths = np.diff(self.rows), data.lengths  # rows, and residues, of each example
+        self.sizes = self.lengths + 2 * (data.proteins.shape[1] - 1)  # with the tokens between the proteins of a pair
         self.frozen = torch.from_numpy(features) if settings.trained == "frozen" else None
         self.train_set = data.of("train")
         at = np.concatenate([np.arange(self.rows[n], self.rows[n + 1]) for n in self.train_set])
@@ -172,7 +173,7 @@ class Descent:
         """Every label counts alike: the sum over a batch is divided by the mean number of labels of a batch."""
         if not self.batch:
             self.order = self.generator.permutation(self.train_set).astype(np.int64)
-        cut = list(batches(self.order, self.lengths, self.settings.batch_tokens))
+        cut = list(batches(self.order, self.sizes, self.settings.batch_tokens))
         share = len(cut) / max(self.labels, 1)
         for number in range(self.batch, len(cut)):
             self._set_rate((self.epoch - 1) * len(cut) + number, self.settings.epochs * len(cut))
@@ -206,7 +207,7 @@ class Descent:
         """This process's share of a batch, balanced by residues."""
         if self.processes.world == 1:
             return chosen
-        parts = balanced(self.lengths[chosen] + 2, self.processes.world)
+        parts = balanced(self.sizes[chosen] + 2, self.processes.world)
         return [chosen[at] for at in parts[self.processes.rank].tolist()]
 
     def _set_rate(self, step: int, steps: int) -> None:
@@ -222,8 +223,9 @@ class Descent:
         lengths = torch.from_numpy(self.counts[chosen]).to(device)
         if self.frozen is not None:
             return torch.cat([self.frozen[bounds[i] : bounds[i + 1]] for i in chosen]).to(device), lengths
-        packed = packed_of(self.data, chosen).to(device)
-        return self.predictor.features(packed, self.encoder(packed).float()), lengths
+        packed, index = packed_of(self.data, chosen)
+        packed = packed.to(device)
+        return self.predictor.features(packed, self.encoder(packed).float(), index), lengths
 
     # ---- held out
 
@@ -246,7 +248,10 @@ def outputs_of(predictor: Predictor, data: Labelled, numbers: list[int], process
     """What the predictor says of each of some examples, which the processes divide."""
 
     def made(own: list[int]) -> list[np.ndarray]:
-        return [array for _, (array,) in predictor.outputs([data.only(own)], window=data.policy.window)]
+        tokens, index = data.only(own)
+        if predictor.pairs:
+            return list(predictor.outputs_of_pairs([tokens], index, window=data.policy.window))
+        return [array for _, (array,) in predictor.outputs([tokens], window=data.policy.window)]
 
     return processes.divided(numbers, made)
 
@@ -256,8 +261,13 @@ def batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterat
     return consecutive(order.tolist(), lambda number: int(lengths[number]) + 2, batch_tokens)
 
 
-def packed_of(data: Labelled, chosen: list[int]) -> PackedBatch:
-    """The examples in one packed batch, in this order."""
-    offsets = data.tokens.offsets
-    starts, lengths = offsets[chosen], data.tokens.lengths[chosen]
-    return pack(data.tokens.ids, starts, lengths, np.arange(len(chosen)))
+def packed_of(data: Labelled, chosen: list[int]) -> tuple[PackedBatch, np.ndarray]:
+    """(the proteins of the examples in one packed batch, the numbers of each example's). Single proteins are in this
+    order; of pairs each is there once."""
+    own = data.proteins[chosen]
+    if own.shape[1] == 1:
+        used, index = own[:, 0], np.arange(len(own))[:, None]
+    else:
+        used, index = np.unique(own, return_inverse=True)
+    batch = pack(data.tokens.ids, data.tokens.offsets[used], data.tokens.lengths[used], np.arange(len(used)))
+    return batch, index.reshape(own.shape)

@@ -38,7 +38,7 @@ class ExamplesError(ValueError):
 class Example:
     """A protein. labels: by the names of their columns, "" where one is missing: a number or a class; at the residue
     level a letter a residue, or numbers between spaces. split: one of SPLITS, or "" for one that is to be given.
-    where: for messages.
+    where: for messages. partner, partner_name: the second protein, where examples are pairs.
     """
 
     name: str
@@ -47,23 +47,40 @@ class Example:
     split: str = ""
     where: str = ""
     line: int = 0
+    partner: str = ""
+    partner_name: str = ""
 
     @property
     def place(self) -> str:
         return self.where or self.name
 
+    @property
+    def proteins(self) -> tuple[str, ...]:
+        """The sequences."""
+        return (self.sequence, self.partner) if self.partner else (self.sequence,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the proteins."""
+        return (self.name, self.partner_name) if self.partner else (self.name,)
+
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of columns; None for those that are known by their usual names (sequence, seq, label, target ...)."""
+    """The names of columns; None for those that are known by their usual names (sequence, seq, label, target ...).
 
-    id: str | None = None
-    sequence: str | None = None
+    Of pairs, two for each of id and sequence.
+    """
+
+    id: str | tuple[str, str] | None = None
+    sequence: str | tuple[str, str] | None = None
     label: tuple[str, ...] | None = None
     split: str | None = None
 
 
-def read_examples(source, columns: Columns = Columns(), *, labels=None) -> list[Example]:
+def read_examples(
+    source, columns: Columns = Columns(), *, labels=None, pairs: bool = False, unlabelled: bool = False
+) -> list[Example]:
     """Reads labelled proteins.
 
     Args:
@@ -73,6 +90,9 @@ def read_examples(source, columns: Columns = Columns(), *, labels=None) -> list[
         columns: of the table. A column of splits is used as it is; without one every split is "".
         labels: for a FASTA file, what holds its labels: a table with a column of ids; or a FASTA file of as many
             letters a protein as it has residues.
+        pairs: a row has two proteins: two columns of sequences, such as sequence_a and sequence_b; or two of ids of a
+            FASTA file, in the table `labels`.
+        unlabelled: no labels are looked for.
 
     Raises ExamplesError naming file, line and column.
     """
@@ -80,9 +100,12 @@ def read_examples(source, columns: Columns = Columns(), *, labels=None) -> list[
     where = str(path) if path else "row"
     try:
         names, rows = _read(source, path)
-        if labels is not None:
+        if labels is not None and pairs:
+            (names, rows), where = _partnered(rows, Path(labels), columns, where), str(labels)
+            columns = replace(columns, sequence=_BOTH)
+        elif labels is not None:
             names, rows = _joined(rows, Path(labels), columns, where)
-        found = _found(names, columns, where)
+        found = _found(names, columns, where, pairs=pairs, unlabelled=unlabelled)
         examples = [_example(where, line, values, found) for line, values in rows]
     except (TableError, FastaError, DamagedStreamError) as error:
         raise ExamplesError(str(error) if where in str(error) else f"{where}: {error}") from None
@@ -198,16 +221,75 @@ def _joined(rows, path: Path, columns: Columns, where: str) -> tuple[list[str], 
     return [*names, "id", "sequence"], joined
 
 
-def _found(names: list[str], columns: Columns, where: str) -> dict[str, str | tuple | None]:
-    """What each column of `Columns` is called here."""
+_BOTH = ("sequence of the first protein", "sequence of the second protein")  # where ids stood for them
+
+
+def _partnered(rows, path: Path, columns: Columns, where: str) -> tuple[list[str], Iterator[tuple[int, dict]]]:
+    """The rows of a table of pairs, with the sequences that a FASTA file has for its two ids."""
+    sequences = {}
+    for line, row in rows:
+        if sequences.setdefault(row["id"], row["sequence"]) != row["sequence"]:
+            raise ExamplesError(f"{where}: line {line}: the id {row['id']!r} was there before, with another sequence")
+    names, others = _read(path, path)
+    keys = _two(names, "id", columns.id, str(path), required=True)
+
+    def joined(line: int, row: dict) -> tuple[int, dict]:
+        ids = [row[key].strip() for key in keys]
+        for key, name in zip(keys, ids, strict=True):
+            if name not in sequences:
+                raise ExamplesError(f"{path}: line {line}: {key} is {name!r}, and {where} has no such protein")
+        return line, row | {both: sequences[name] for both, name in zip(_BOTH, ids, strict=True)}
+
+    return [*names, *_BOTH], (joined(line, row) for line, row in others)
+
+
+def _found(names: list[str], columns: Columns, where: str, *, pairs: bool, unlabelled: bool) -> dict[str, tuple]:
+    """What each column of `Columns` is called here; () for one that is not there."""
+    proteins = _two if pairs else _one
     found = {
-        "id": _column(names, "id", columns.id, where),
-        "sequence": _column(names, "sequence", columns.sequence, where, required=True),
-        "split": _column(names, "split", columns.split, where),
+        "id": proteins(names, "id", columns.id, where),
+        "sequence": proteins(names, "sequence", columns.sequence, where, required=True),
+        "split": _one(names, "split", columns.split, where),
+        "label": (),
     }
-    wanted = columns.label or (_column(names, "label", None, where, required=True),)
-    found["label"] = tuple(_column(names, "label", name, where, required=True) for name in wanted)
+    if not unlabelled:
+        wanted = columns.label or _one(names, "label", None, where, required=True)
+        found["label"] = tuple(_column(names, "label", name, where, required=True) for name in wanted)
     return found
+
+
+def _one(names: list[str], what: str, wanted, where: str, *, required: bool = False) -> tuple[str, ...]:
+    if wanted is not None and not isinstance(wanted, str):
+        raise ExamplesError(f"{where}: {len(wanted)} columns {what!r} are for pairs; give one, or say that these are")
+    try:
+        found = _column(names, what, wanted, where, required=required)
+    except ExamplesError as error:
+        paired = required and wanted is None and _two(names, what, None, where)
+        hint = f"; for two proteins a row, as {' and '.join(paired)}, give --pairs" if paired else ""
+        raise ExamplesError(f"{error}{hint}") from None
+    return () if found is None else (found,)
+
+
+_SIDES = (("_a", "_b"), ("_1", "_2"), ("1", "2"), (" a", " b"), (" 1", " 2"))
+
+
+def _two(names: list[str], what: str, wanted, where: str, *, required: bool = False) -> tuple[str, ...]:
+    """The two columns of a pair, ids or sequences; () where none is known."""
+    if wanted is not None:
+        if isinstance(wanted, str) or len(wanted) != 2 or len(set(wanted)) != 2:
+            raise ExamplesError(f"{where}: a pair has two columns {what!r}; name both")
+        return tuple(_column(names, what, name, where) for name in wanted)
+    lower = {name.lower(): name for name in reversed(names)}
+    for usual in _COLUMNS[what]:
+        for sides in _SIDES:
+            if all(usual + side in lower for side in sides):
+                return tuple(lower[usual + side] for side in sides)
+    if required:
+        wanted = " and ".join(_COLUMNS[what][0] + side for side in _SIDES[0])
+        raise ExamplesError(
+            f"{where}: line 1: there are no two columns such as {wanted} among {names}; name them with --{what}-column"
+        )
+    return ()
 
 
 def _column(names: list[str], what: str, wanted: str | None, where: str, *, required: bool = False) -> str | None:
@@ -226,16 +308,20 @@ def _column(names: list[str], what: str, wanted: str | None, where: str, *, requ
 def _example(where: str, line: int, row: Mapping[str, str], columns: dict) -> Example:
     place = f"{where}: line {line}" if where != "row" else f"row {line}"
     row = {name: value.strip() for name, value in row.items()}
-    sequence = "".join(row.get(columns["sequence"], "").upper().split()).removesuffix("*")
-    if not sequence:
-        raise ExamplesError(f"{place}: {columns['sequence']} is empty")
+    sequences = ["".join(row.get(column, "").upper().split()).removesuffix("*") for column in columns["sequence"]]
+    if not all(sequences):
+        raise ExamplesError(f"{place}: {columns['sequence'][sequences.index('')]} is empty")
     labels = {name: row.get(name, "") for name in columns["label"]}
     labels = {name: "" if value.lower() in MISSING else value for name, value in labels.items()}
-    split = row.get(columns["split"] or "", "").lower()
+    split = "".join(row.get(column, "") for column in columns["split"]).lower()
     split = _SPLIT_NAMES.get(split, split)
     if split and split not in SPLITS:
-        raise ExamplesError(f"{place}: {columns['split']} is {split!r}; choose from {', '.join(SPLITS)}")
-    return Example(row.get(columns["id"] or "") or f"line {line}", sequence, labels, split, place, line)
+        raise ExamplesError(f"{place}: {columns['split'][0]} is {split!r}; choose from {', '.join(SPLITS)}")
+    sides = ("",) if len(sequences) == 1 else (" a", " b")
+    ids = columns["id"] or ("",) * len(sides)
+    names = [row.get(column, "") or f"line {line}{side}" for column, side in zip(ids, sides, strict=True)]
+    partner = {"partner": sequences[1], "partner_name": names[1]} if len(sequences) > 1 else {}
+    return Example(names[0], sequences[0], labels, split, place, line, **partner)
 
 
 def labelled(examples: Sequence[Example], missing: str) -> list[Example]:
@@ -258,7 +344,9 @@ def tokens_of(examples: Sequence[Example], policy: Policy, report: Report) -> tu
     headers = [example.name for example in examples]
     lines = np.zeros(len(examples), dtype=np.int64)
     try:
-        tokens = tokenize(Records(headers, lines, residues, offsets), replace(policy, gaps="error"), report)
+        tokens = tokenize(
+            Records(headers, lines, residues, offsets), replace(policy, gaps=policy.gaps or "error"), report
+        )
     except FastaError as error:
         raise ExamplesError(_placed(examples, str(error))) from None
     return [examples[number] for number in tokens.numbers.tolist()], tokens

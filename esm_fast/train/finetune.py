@@ -13,12 +13,13 @@ from ..models.encoder import Encoder
 from . import adapters, metrics
 from .begun import Begun
 from .descent import Descent, outputs_of
-from .examples import SPLITS, Example, ExamplesError
+from .examples import SPLITS, Example
 from .head import Solved, solve, solve_again
 from .labelled import features_of, labelled_of
+from .pairs import KINDS as PAIRS
 from .predictor import Predictor
 from .processes import ALONE, Processes
-from .splits import folds
+from .splits import turns
 from .targets import LEVELS, TASKS
 
 # Of the model at a width of 1,280; "full" grows as a model is narrower (Yang et al. 2022). The head's own beside it.
@@ -45,7 +46,8 @@ class Settings:
     protein that has any number of them, such as ";"; "" where each has one. refit: the head of a frozen model that is
     kept is solved on training and validation part together, after the latter has chosen and been measured. missing:
     rows without any label, "error" or "skip". recompute: each layer again in the backward pass instead of keeping what
-    is inside it. folds: cross validation beside the predictor, for frozen models; 0 for none.
+    is inside it. folds: cross validation beside the predictor, for frozen models; 0 for none. pairs: "ordered" or
+    "symmetric", where each label is of two proteins (see `pairs`); "" of one.
     """
 
     task: str
@@ -71,11 +73,13 @@ class Settings:
     refit: bool = True
     recompute: bool = False
     multi_label: str = ""
+    pairs: str = ""
 
     def __post_init__(self):
         choices = {"task": TASKS, "level": LEVELS, "trained": tuple(LEARNING_RATES), "head": HEADS}
         choices |= {"class_weights": ("none", "balanced"), "precision": PRECISIONS, "missing": ("error", "skip")}
         choices |= {"unknown": ("error", "x", "skip"), "overlength": ("error", "truncate", "window")}
+        choices |= {"pairs": ("", *PAIRS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
@@ -97,6 +101,8 @@ class Settings:
             raise ValueError("multi_label is for the task 'classification' at the level 'sequence'")
         if self.head == "attention" and self.level == "residue":
             raise ValueError("head 'attention' makes one output of all residues, and level is 'residue'; take 'mlp'")
+        if self.pairs and (self.level == "residue" or self.head == "attention"):
+            raise ValueError("pairs have one label each, of the means of both proteins: level 'sequence', another head")
         if self.head == "attention" and self.overlength == "window":
             raise ValueError("head 'attention' is trained on whole proteins, and overlength is 'window'; truncate")
         if self.folds and (self.trained, self.head) != ("frozen", "solved"):
@@ -186,7 +192,8 @@ class _Run:
     def train(self, begun: Begun | None) -> Finetuned:
         settings, data = self.settings, self.data
         features, layer, solved = self._features()
-        predictor = Predictor(self.esm, data.targets, layer, head=settings.kind, hidden=settings.hidden)
+        more = {"head": settings.kind, "hidden": settings.hidden, "pairs": settings.pairs}
+        predictor = Predictor(self.esm, data.targets, layer, **more)
         report = {"settings": asdict(settings), "layer": layer, "warnings": data.warnings, "counts": self._counts()}
         if solved:
             predictor.set_head(solved.weight, solved.bias)
@@ -219,7 +226,7 @@ class _Run:
         data = self.data
         return {split: len(data.of(split)) for split in SPLITS} | {
             "left out without a label": data.left_out,
-            "left out for an unknown residue": data.report.skipped_unknown,
+            "left out for an unknown residue": data.unknown,
             "unknown residues read as X": data.report.unknown if self.settings.unknown == "x" else 0,
             "truncated": data.report.truncated,
             "windowed": data.report.windowed,
@@ -240,7 +247,8 @@ class _Run:
         best = None
         self._tell_features(len(groups))
         for group in groups:
-            for layer, features in features_of(model, self.data, group, None, self.on_batch).items():
+            for layer, own in features_of(model, self.data, group, None, self.on_batch).items():
+                features = self.data.combined(own)
                 if settings.head == "descent" and len(self.layers) == 1:
                     return features, layer, None
                 solved = self._solve(features, self.data.of("train"), self.data.of("valid"))
@@ -298,13 +306,9 @@ class _Run:
         """Each protein as a head says it that was trained on others: one fold tests, the next chooses the penalty."""
         data, count, settings = self.data, self.settings.folds, self.settings
         stratify = settings.task == "classification" and settings.level == "sequence"
-        numbers = np.array(folds(data.examples, count, seed=settings.seed, stratify=stratify, clusters=self.clusters))
+        how = {"seed": settings.seed, "stratify": stratify, "clusters": self.clusters}
         found = []
-        for fold in range(count):
-            tests, chooses = numbers == fold, numbers == (fold + 1) % count
-            train, valid, test = (np.flatnonzero(mask).tolist() for mask in (~tests & ~chooses, chooses, tests))
-            if not (train and valid and test):
-                raise ExamplesError(f"fold {fold + 1} of {count} has no example; give fewer folds")
+        for fold, (train, valid, test) in enumerate(turns(data.examples, count, **how)):
             solved = self._solve(features, train, valid)
             if settings.refit:
                 solved = self._solve_again(features, train + valid, solved)

@@ -11,8 +11,8 @@ from ..inference.outputs import make
 from ..inference.stream import run
 from ..models.encoder import Encoder
 from ..sequences.tokenize import Policy, Report, Tokens
-from . import sets
-from .examples import SPLITS, Example, ExamplesError, labelled, tokens_of
+from . import pairs, sets
+from .examples import SPLITS, Example, ExamplesError, labelled
 from .parts import Part
 from .splits import warnings_of, with_splits
 from .targets import Targets
@@ -20,16 +20,22 @@ from .targets import Targets
 
 @dataclass
 class Labelled:
-    """examples: those that are used; tokens: theirs; wanted: of each float32 (rows, columns), see `Targets`."""
+    """examples: those that are used; wanted: of each float32 (rows, columns), see `Targets`.
+
+    tokens: of the proteins; proteins: int64 (examples, 1), the number of each one's, or of pairs (examples, 2).
+    """
 
     examples: list[Example]
     tokens: Tokens
+    proteins: np.ndarray
     targets: Targets
     wanted: list[np.ndarray]
     policy: Policy
     report: Report
     warnings: list[str]
     left_out: int  # without a label
+    unknown: int  # examples left out for an unknown residue
+    kind: str  # of pairs, see `pairs`
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -47,13 +53,26 @@ class Labelled:
     def of(self, split: str) -> list[int]:
         return [number for number, example in enumerate(self.examples) if example.split == split]
 
-    def ids(self, number: int) -> np.ndarray:
-        return self.tokens.ids[self.tokens.offsets[number] : self.tokens.offsets[number + 1]]
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (examples,): residues, of a pair those of both."""
+        return self.tokens.lengths[self.proteins].sum(1)
 
-    def only(self, numbers: Sequence[int]) -> Tokens:
-        kept = np.zeros(len(self.examples), dtype=bool)
-        kept[list(numbers)] = True
-        return self.tokens.where(kept)
+    def ids(self, number: int) -> np.ndarray:
+        """Of the residues of an example, of a pair those of the first protein."""
+        at = self.proteins[number, 0]
+        return self.tokens.ids[self.tokens.offsets[at] : self.tokens.offsets[at + 1]]
+
+    def only(self, numbers: Sequence[int]) -> tuple[Tokens, np.ndarray]:
+        """(the proteins of some examples, their numbers among these for each example)."""
+        own = self.proteins[list(numbers)]
+        kept = np.zeros(len(self.tokens), dtype=bool)
+        kept[own] = True
+        return self.tokens.where(kept), (np.cumsum(kept) - 1)[own]
+
+    def combined(self, features: np.ndarray) -> np.ndarray:
+        """What a head takes, of the features of all proteins."""
+        return pairs.combined_rows(self.kind, features, self.proteins)
 
     def part(self, features: np.ndarray, numbers: Sequence[int]) -> Part:
         """The rows of some examples, and what they should be."""
@@ -67,7 +86,10 @@ def labelled_of(esm: Encoder, examples: Sequence[Example], settings, clusters=No
     limit = esm.config.limit(settings.overlength)
     policy = Policy(settings.unknown, "error", settings.overlength, limit)
     report, given = Report(), labelled(examples, settings.missing)
-    kept, tokens = tokens_of(given, policy, report) if given else ([], None)
+    if given and bool(given[0].partner) != bool(settings.pairs):
+        raise ExamplesError(f"pairs is {settings.pairs!r}, and a row has {len(given[0].proteins)} proteins")
+    kept, tokens, proteins = pairs.proteins_of(given, policy, report) if given else ([], None, None)
+    unknown = len(given) - len(kept)
     if not kept:
         raise ExamplesError("no example is left")
     stratify = settings.task == "classification" and settings.level == "sequence"
@@ -76,7 +98,7 @@ def labelled_of(esm: Encoder, examples: Sequence[Example], settings, clusters=No
     for split in ("train", "valid"):
         if not parts[split]:
             raise ExamplesError(f"no example is for {split!r}; give more, or a column of splits")
-    warnings = warnings_of(kept)
+    warnings = warnings_of(kept, kind=settings.pairs)
     if settings.multi_label:
         kept, more = sets.expanded(kept, settings.multi_label)
         warnings += more
@@ -86,9 +108,12 @@ def labelled_of(esm: Encoder, examples: Sequence[Example], settings, clusters=No
         warnings += sets.suspected(kept) if stratify else []
         targets = Targets.fit(settings.task, settings.level, parts["train"])
     cut = policy.overlength == "truncate"
-    lengths = tokens.lengths.tolist()
+    lengths = tokens.lengths[proteins[:, 0]].tolist()
     wanted = [targets.encode(e, n, truncated=cut and n == limit) for e, n in zip(kept, lengths, strict=True)]
-    return Labelled(kept, tokens, targets, wanted, policy, report, warnings, len(examples) - len(given))
+    left_out = len(examples) - len(given)
+    return Labelled(
+        kept, tokens, proteins, targets, wanted, policy, report, warnings, left_out, unknown, settings.pairs
+    )
 
 
 def features_of(
@@ -100,13 +125,14 @@ def features_of(
     *,
     of_residues: bool | None = None,
 ) -> dict[int, np.ndarray]:
-    """float32 (all rows, width) of each layer: a row a protein, its mean, or a row a residue; by the one stream.
+    """float32 (all rows, width) of each layer: a row a protein of `tokens`, its mean, or a row a residue; by the one
+    stream.
 
     of_residues: which; None for what has the labels. All are in memory: 4 bytes x rows x width a layer.
     """
     of_residues = data.targets.level == "residue" if of_residues is None else of_residues
     pool = "per_residue" if of_residues else "mean"
-    count, width = data.rows_of(of_residues)[-1], esm.config.embed_dim
+    count, width = int(data.tokens.offsets[-1]) if of_residues else len(data.tokens), esm.config.embed_dim
     found = {layer: np.empty((count, width), np.float32) for layer in layers}
     outputs, at = [make(pool, layer) for layer in layers], 0
     for protein in run(esm, [data.tokens], outputs, token_budget(esm, batch_tokens), on_batch, data.policy.window):

@@ -19,13 +19,15 @@ from ..files.atomic import atomic
 from ..inference.embed import token_budget
 from ..inference.load import load, random_model
 from ..inference.outputs import Output
-from ..inference.outputs.prediction import OfAttention, OfProtein, OfResidues
+from ..inference.outputs.pooled import Mean
+from ..inference.outputs.prediction import OfAttention, OfProtein, OfResidues, of_row
 from ..inference.stream import Protein, run
 from ..models.encoder import Encoder
 from ..sequences.batching import PackedBatch
 from ..sequences.fasta import records_from
 from ..sequences.tokenize import Policy, Report, Tokens, tokenize
 from . import adapters, heads
+from .pairs import KINDS, combined, width_of
 from .targets import Targets
 
 _MODEL, _HEAD, _ABOUT = "model.safetensors", "head.safetensors", "finetune.json"
@@ -39,15 +41,26 @@ class PredictorError(ValueError):
 class Predictor(nn.Module):
     """A model and its head (see `heads`) on one of its layers. `targets` says what the head's outputs mean.
 
-    adapters: what was merged into the model when it was trained, see `adapters.found`.
+    adapters: what was merged into the model when it was trained, see `adapters.found`. pairs: of which kind its pairs
+    of proteins are (see `pairs`), "" for single ones.
     """
 
-    def __init__(self, esm: Encoder, targets: Targets, layer: int | None = None, *, head="linear", hidden: int = 128):
+    def __init__(
+        self,
+        esm: Encoder,
+        targets: Targets,
+        layer: int | None = None,
+        *,
+        head: str = "linear",
+        hidden: int = 128,
+        pairs: str = "",
+    ):
         super().__init__()
-        self.esm, self.targets = esm, targets
+        self.esm, self.targets, self.pairs = esm, targets, pairs
         self.adapters: dict[str, torch.Tensor] = {}
         self.layer = esm.config.layers if layer is None else layer
-        self.head = heads.make(head, esm.config.embed_dim, targets.outputs, hidden=hidden, device=esm.device)
+        width = width_of(pairs, esm.config.embed_dim)
+        self.head = heads.make(head, width, targets.outputs, hidden=hidden, device=esm.device)
 
     @property
     def per_residue(self) -> bool:
@@ -63,25 +76,31 @@ class Predictor(nn.Module):
             self.head.weight.copy_(torch.from_numpy(weight))
             self.head.bias.copy_(torch.from_numpy(bias))
 
-    def features(self, batch: PackedBatch, representation: torch.Tensor) -> torch.Tensor:
+    def features(
+        self, batch: PackedBatch, representation: torch.Tensor, index: np.ndarray | None = None
+    ) -> torch.Tensor:
         """What the head takes, with gradients: (sequences, width), the mean over each one's residues, or (all residues,
-        width).
+        width); or of pairs (pairs, their width).
 
-        representation: (tokens, width), the layer's.
+        representation: (tokens, width), the layer's. index: (pairs, 2), numbers of the batch's sequences.
         """
         share = _residue_share(batch)
         if self.of_residues:
             return representation[share > 0]
-        return ops.pool(representation, batch.cu_seqlens, share, backend=self.esm.backend)
+        means = ops.pool(representation, batch.cu_seqlens, share, backend=self.esm.backend)
+        return combined(self.pairs, means[index[:, 0]], means[index[:, 1]]) if self.pairs else means
 
     def output(self) -> Output:
         """What the stream makes of each protein: the head's outputs, (outputs,) or (residues, outputs)."""
-        head = copy.deepcopy(self.head).requires_grad_(False).float()
+        head = self._frozen_head()
         if self.per_residue:
             return OfResidues(self.layer, head=head)
         if head.of_residues:
             return OfAttention(self.layer, head=head)
         return OfProtein(self.layer, head=head.cpu())
+
+    def _frozen_head(self) -> nn.Module:
+        return copy.deepcopy(self.head).requires_grad_(False).float()
 
     def outputs(self, tokens: Iterable[Tokens], *, batch_tokens=None, window=None, on_batch=lambda n: None):
         """Streams proteins through model and head, in input order: `stream.Protein`s of one array, outputs of the head:
@@ -90,6 +109,17 @@ class Predictor(nn.Module):
         for label, (array,) in run(self.esm, tokens, [self.output()], budget, on_batch, window):
             yield Protein(label, [array if self.per_residue else array[None]])
 
+    def outputs_of_pairs(self, tokens: Iterable[Tokens], index: np.ndarray, *, batch_tokens=None, window=None,
+                         on_batch=lambda n: None) -> Iterator[np.ndarray]:  # fmt: skip
+        """The head's (1, outputs) for each pair, after all proteins went through the model: 4 bytes x width of each are
+        in memory. index: int64 (pairs, 2), the numbers of the proteins."""
+        budget, means = token_budget(self.esm, batch_tokens), []
+        for _, (mean,) in run(self.esm, tokens, [Mean(self.layer)], budget, on_batch, window):
+            means.append(torch.from_numpy(mean.astype(np.float32)))
+        head = self._frozen_head().cpu()
+        for first, second in index.tolist():  # one by one: others change no bit of it
+            yield of_row(head, combined(self.pairs, means[first], means[second]).numpy())[None]
+
     def predict(self, sequences: Sequence, **options) -> list | dict[str, list]:
         """For each sequence its class or number; at the residue level a list of them; of multi-label classification a
         tuple of classes.
@@ -97,7 +127,7 @@ class Predictor(nn.Module):
         Of several columns of labels, {column: such a list}.
 
         Args:
-            sequences: strings, or (label, string) pairs.
+            sequences: strings, or (label, string) pairs; for a predictor of pairs, two strings each.
             options: batch_tokens; unknown, empty ("error", "x" ...) and overlength ("error", "truncate", "window"), as
                 for `esm_fast.embed`.
 
@@ -127,9 +157,25 @@ class Predictor(nn.Module):
     def _stream(self, sequences, of_outputs, batch_tokens=None, **policy) -> Iterator:
         chosen = Policy(**policy)
         chosen = Policy(**policy, max_residues=self.esm.config.limit(chosen.overlength))
+        if self.pairs:
+            yield from self._stream_of_pairs(sequences, of_outputs, batch_tokens, chosen)
+            return
         tokens = (tokenize(records, chosen, Report()) for records in records_from(sequences))
         for label, (array,) in self.outputs(tokens, batch_tokens=batch_tokens, window=chosen.window):
             yield label, of_outputs(array)
+
+    def _stream_of_pairs(self, sequences, of_outputs, batch_tokens, policy: Policy) -> Iterator:
+        for number, pair in enumerate(sequences):
+            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise TypeError(f"pair {number} is {pair!r:.80}: a predictor of pairs takes two strings for each")
+        number = {text: at for at, text in enumerate(dict.fromkeys(text for pair in sequences for text in pair))}
+        tokens = [tokenize(records, policy, Report()) for records in records_from(number)]
+        kept = {int(at): place for place, at in enumerate(at for chunk in tokens for at in chunk.numbers)}
+        index = [[kept.get(number[text], -1) for text in pair] for pair in sequences]
+        index = np.array([pair for pair in index if min(pair) >= 0], dtype=np.int64).reshape(-1, 2)
+        options = {"batch_tokens": batch_tokens, "window": policy.window}
+        for array in self.outputs_of_pairs(tokens, index, **options):
+            yield None, of_outputs(array)
 
     def save(self, folder: str | Path, about: dict | None = None, *, base: "Base | None" = None) -> None:
         """Writes the model, which `esm_fast.load` and `esm-fast embed` read, the head, and what it means.
@@ -150,7 +196,8 @@ class Predictor(nn.Module):
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         with atomic(folder / _HEAD, durable=False) as temporary:
             save_file(head, temporary)
-        said = {"targets": asdict(self.targets), "layer": self.layer, "head": self.head.kind} | (about or {})
+        said = {"targets": asdict(self.targets), "layer": self.layer, "head": self.head.kind, "pairs": self.pairs}
+        said |= about or {}
         with atomic(folder / _ABOUT, durable=False) as temporary:
             temporary.write_text(json.dumps(said, indent=1) + "\n")
 
@@ -262,13 +309,15 @@ def load_predictor(
         targets = Targets.from_json(about["targets"])
         if (kind := about.get("head", "linear")) not in heads.KINDS:
             raise ValueError(f"its head is {kind!r}, known are {', '.join(heads.KINDS)}")
+        if (paired := about.get("pairs", "")) not in ("", *KINDS):
+            raise ValueError(f"its pairs are {paired!r}, known are {', '.join(KINDS)}")
         head = load_file(folder / _HEAD)
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise PredictorError(f"{folder} holds a damaged predictor: {error}") from None
     model = _whole(folder, about, base) if _is_alone(folder, about) else folder / _MODEL
     esm = load_model(model) if load_model else load(model, **{"device": "cpu"} | options)[0]
     hidden = len(head["inner.bias"]) if "inner.bias" in head else 0
-    predictor = Predictor(esm, targets, about.get("layer"), head=kind, hidden=hidden)
+    predictor = Predictor(esm, targets, about.get("layer"), head=kind, hidden=hidden, pairs=paired)
     if {name: tensor.shape for name, tensor in head.items()} != {
         name: tensor.shape for name, tensor in predictor.head.state_dict().items()
     }:

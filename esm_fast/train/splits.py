@@ -2,9 +2,12 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from . import pairs
 from .examples import SPLITS, Example, ExamplesError
 
 _FOLDS = 10  # without a column of splits, one of ten is for validation and one for testing
@@ -15,9 +18,10 @@ def with_splits(examples: Sequence[Example], *, seed: int = 0, stratify: bool, c
     """The examples, each in a split.
 
     Splits that are given stay; where none is "valid", a tenth of "train" becomes it. Without any, a tenth is for
-    validation and a tenth for testing. Equal sequences, or those of a cluster, are never divided.
+    validation and a tenth for testing. Equal sequences, or those of a cluster, are never divided. Of pairs, see
+    `pairs.Held`: the proteins are, so that each held-out pair has one that training has not.
 
-    stratify: each class is divided alike. clusters: name of an example -> its cluster.
+    stratify: each class is divided alike, of single proteins. clusters: name of an example -> its cluster.
     """
     given = [example for example in examples if example.split]
     if given and len(given) < len(examples):
@@ -28,8 +32,12 @@ def with_splits(examples: Sequence[Example], *, seed: int = 0, stratify: bool, c
     if given and not any(example.split == "train" for example in given):
         raise ExamplesError("no example is for 'train'; give more, or leave the column of splits out")
     inner = [example for example in examples if example.split in ("", "train")]
-    numbers = folds(inner, _FOLDS, seed=seed, stratify=stratify, clusters=clusters)
     names = {0: "valid"} if given else {0: "valid", 1: "test"}
+    if inner and inner[0].partner:
+        names = names if given else {0: "test", 1: "valid"}  # the valid pairs have no protein that a test holds out
+        numbers = pairs.Held(inner, _FOLDS, len(names), seed, _groups(clusters)).numbers
+    else:
+        numbers = folds(inner, _FOLDS, seed=seed, stratify=stratify, clusters=clusters)
     drawn = iter(names.get(number, "train") for number in numbers)
     return [replace(e, split=next(drawn)) if e.split in ("", "train") else e for e in examples]
 
@@ -41,9 +49,9 @@ def folds(examples: Sequence[Example], count: int, *, seed: int, stratify: bool,
     class with very few are all dealt to the fold 2.
     """
     groups: dict[str, list[Example]] = defaultdict(list)
-    group_of = _group(clusters)
+    groups_of = _groups(clusters)
     for example in examples:
-        groups[group_of(example)].append(example)
+        groups[groups_of(example)[0]].append(example)
     if len(groups) < _FEW:
         raise ExamplesError(f"{len(groups)} different proteins are too few to hold some out; give {_FEW} or more")
     count = min(count, len(groups))
@@ -55,19 +63,41 @@ def folds(examples: Sequence[Example], count: int, *, seed: int, stratify: bool,
             fold[name] = 2
         else:
             fold[name], dealt = dealt % count, dealt + 1
-    return [fold[group_of(example)] for example in examples]
+    return [fold[groups_of(example)[0]] for example in examples]
 
 
-def _group(clusters: Mapping[str, str] | None) -> Callable[[Example], str]:
-    if clusters is None:
-        return lambda example: example.sequence
+def turns(examples: Sequence[Example], count: int, **how) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """(train, valid, test), numbers of examples, of each turn of a cross validation: one fold tests, the next chooses.
 
-    def cluster(example: Example) -> str:
-        if example.name not in clusters:
-            raise ExamplesError(f"{example.place}: the protein {example.name!r} is in no cluster of the table")
-        return clusters[example.name]
+    how: as for `folds`. Of pairs, those in which a protein is that another part of the turn holds out are left out.
+    """
+    if examples[0].partner:
+        held = pairs.Held(examples, count, count, how["seed"], _groups(how["clusters"]))
+        numbers, touched = held.numbers, held.touched
+    else:
+        numbers = np.array(folds(examples, count, **how))
+        touched = numbers == np.arange(count)[:, None]
+    for fold in range(count):
+        after = (fold + 1) % count
+        test, valid = numbers == fold, (numbers == after) & ~touched[fold]
+        found = tuple(np.flatnonzero(mask).tolist() for mask in (~touched[fold] & ~touched[after], valid, test))
+        if not all(found):
+            raise ExamplesError(f"fold {fold + 1} of {count} has no example; give fewer folds")
+        yield found
 
-    return cluster
+
+def _groups(clusters: Mapping[str, str] | None) -> Callable[[Example], list[str]]:
+    """Of each of an example's proteins."""
+
+    def found(example: Example) -> list[str]:
+        if clusters is None:
+            return list(example.proteins)
+        for name in example.names:
+            if name not in clusters:
+                raise ExamplesError(f"{example.place}: the protein {name!r} is in no cluster of the table")
+        return [clusters[name] for name in example.names]
+
+    return found
 
 
 def _stratum(members: list[Example]) -> str:
@@ -78,14 +108,17 @@ def _hash(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
-def warnings_of(examples: Sequence[Example]) -> list[str]:
-    """What would make the metrics look better than they are, or the labels contradict each other; with counts."""
+def warnings_of(examples: Sequence[Example], *, kind: str = "") -> list[str]:
+    """What would make the metrics look better than they are, or the labels contradict each other; with counts.
+
+    kind: of pairs, see `pairs`.
+    """
     by_sequence = defaultdict(list)
     for example in examples:
-        by_sequence[example.sequence].append(example)
+        by_sequence[tuple(sorted(example.proteins)) if kind == "symmetric" else example.proteins].append(example)
     several = [members for members in by_sequence.values() if len(members) > 1]
-    found = []
-    for split in SPLITS[1:]:
+    found = pairs.warnings_of(examples) if kind else []
+    for split in () if kind else SPLITS[1:]:
         leaked = [m for m in several if {split, "train"} <= {example.split for example in m}]
         if leaked:
             count = sum(example.split == split for members in leaked for example in members)
@@ -93,5 +126,6 @@ def warnings_of(examples: Sequence[Example]) -> list[str]:
     differing = [m for m in several if len({tuple(example.labels.items()) for example in m}) > 1]
     if differing:
         places = " and ".join(example.place for example in differing[0][:2])
-        found.append(f"sequences with labels that contradict each other: {len(differing):,}, such as {places}")
+        what = "pairs" if kind else "sequences"
+        found.append(f"{what} with labels that contradict each other: {len(differing):,}, such as {places}")
     return found

@@ -17,6 +17,13 @@ from .pooled import Mean
 from .residues import Residues
 
 
+def of_row(head, row: np.ndarray) -> np.ndarray:
+    """(outputs,) of float32 (width,), by a head on the CPU."""
+    if head.kind == "linear":
+        return head.weight.numpy() @ row + head.bias.numpy()
+    return head(torch.from_numpy(row)[None])[0].numpy()
+
+
 @dataclass(frozen=True)
 class OfProtein(Mean):
     """(outputs,) float32; the head is on the CPU."""
@@ -26,9 +33,7 @@ class OfProtein(Mean):
     name = "prediction"
 
     def finish(self, whole) -> np.ndarray:
-        if self.head.kind == "linear":
-            return self.head.weight.numpy() @ whole.astype(np.float32) + self.head.bias.numpy()
-        return self.head(torch.from_numpy(whole.astype(np.float32))[None])[0].numpy()
+        return of_row(self.head, whole.astype(np.float32))
 
 
 @dataclass(frozen=True)
