@@ -121,7 +121,8 @@ def tokenize(records: Records, policy: Policy, report: Report) -> Tokens:
 
     A final '*' is dropped, and a literal <mask> (any special token but <pad>) is that token. Raises FastaError, naming
     record, line and column, at the first record the policy does not allow, and whatever the policy where a header
-    stands within residues or the records are those of a PIR file; the report is then as it was.
+    stands within residues or the records are those of a PIR file; also for control characters, comments and bytes
+    beyond ASCII in a file, which are no X. The report is then as it was.
     """
     encoded = _encode(records)
     gaps_removed = 0
@@ -232,6 +233,8 @@ def _refuse(records: Records, policy: Policy, encoded: _Encoded) -> None:
     if policy.unknown == "error" and is_unknown.any():
         i = int(is_unknown.argmax())
         found.append((i, _unknown_message(records, i, int(encoded.column[i]))))
+    if policy.unknown == "x" and of_file and is_unknown.any():
+        found += _no_residues(records)
     if policy.overlength == "error":
         left_out = (policy.unknown == "skip") & is_unknown
         is_long = (lengths > policy.max_residues) & ~left_out
@@ -290,12 +293,34 @@ def _gaps(records: Records, encoded: _Encoded) -> list[tuple[int, str]]:
     ]
 
 
+# Bytes of files that stand for no residue, not even an unknown one: to read them as X would shift, or make, residues.
+_NO_RESIDUE = np.array([byte < 0x20 or byte >= 0x7F or byte == ord(";") for byte in range(256)])
+
+
+def _why_no_residue(byte: int) -> str:
+    if not byte:
+        return "a NUL, as in UTF-16 and in what a full disk or a crash leaves"
+    if byte >= 0x80:
+        return "part of a character beyond ASCII, such as a non-breaking space or a letter that looks like another"
+    return "the sign of a comment" if byte == ord(";") else "a control character"
+
+
+def _no_residues(records: Records) -> list[tuple[int, str]]:
+    places = np.flatnonzero(_NO_RESIDUE[records.residues[records.offsets[0] :]])
+    if not len(places):
+        return []
+    at = int(places[0] + records.offsets[0])
+    i = int(np.searchsorted(records.offsets, at, side="right")) - 1
+    return [(i, _unknown_message(records, i, at - int(records.offsets[i])))]
+
+
 def _unknown_message(records: Records, i: int, column: int) -> str:
     byte = int(records.residues[records.offsets[i] + column])
-    return (
-        f", column {column + 1}: {chr(byte)!r} (0x{byte:02x}) is not a residue ESM-1b knows; "
-        "use unknown='x' to read such residues as X, or unknown='skip' to leave such records out"
-    )
+    what, skip = "is not a residue ESM-1b knows", "unknown='skip' to leave such records out"
+    cure = f"; use unknown='x' to read such residues as X, or {skip}"
+    if records.lines[i] and _NO_RESIDUE[byte]:
+        cure = f": it is {_why_no_residue(byte)}; remove it, or use {skip}"
+    return f", column {column + 1}: {chr(byte)!r} (0x{byte:02x}) {what}{cure}"
 
 
 def _overlength_message(length: int, policy: Policy) -> str:

@@ -350,6 +350,11 @@ def some_records(*residues, source="x.fasta"):
     return Records(headers, lines, np.frombuffer(b"".join(residues), np.uint8), offsets, 0, source)
 
 
+def in_memory(records):
+    """The same without a file, of which some bytes are refused that a string may hold."""
+    return replace(records, lines=np.zeros_like(records.lines))
+
+
 def tokenize_definition(residues):
     """(ids, columns of the unknown residues) of a record's bytes."""
     specials = {token.upper().encode(): i for i, token in enumerate(TOKENS) if token[0] == "<" and token != "<pad>"}
@@ -376,7 +381,7 @@ residue_bytes = st.lists(st.sampled_from(PARTS), max_size=6).map(b"".join)
 @given(st.lists(residue_bytes, max_size=8), st.sampled_from(["x", "skip"]), st.sampled_from(["truncate", "window"]))
 def test_tokens_are_those_of_the_definition(residues, unknown, overlength):
     policy, report = Policy(unknown, "skip", overlength, max_residues=12, gaps="keep"), Report()
-    tokens = tokenize(some_records(*residues), policy, report)
+    tokens = tokenize(in_memory(some_records(*residues)), policy, report)
     expected = []
     for number, (ids, columns) in enumerate(map(tokenize_definition, residues)):
         if ids and not (columns and unknown == "skip"):
@@ -397,7 +402,7 @@ def test_every_byte_becomes_its_token_or_an_error(byte):
     ids, unknown = tokenize_definition(b"MK%cT" % byte)
     if byte == ord(">"):
         return  # see test_a_header_within_residues_is_refused_whatever_the_policy
-    assert tokenize(records, LENIENT, Report()).ids.tolist() == encode_definition("MK") + ids
+    assert tokenize(in_memory(records), LENIENT, Report()).ids.tolist() == encode_definition("MK") + ids
     if not unknown:
         assert tokenize(records, Policy(gaps="keep"), Report()).ids.tolist() == encode_definition(f"MKMK{chr(byte)}T")
     else:
@@ -412,7 +417,7 @@ def test_every_byte_in_every_part_of_a_long_record():
     letters = b"LAGVSERTIDPKQNFYMHWCXBUZO" * 3
     odd = [bytes([byte]) for byte in range(256) if byte != ord(">")]
     texts = [letters[:at] + byte + letters[at:] for at in (0, 31, 32, 40, 63, 64, 75) for byte in odd]
-    tokens = tokenize(some_records(*texts), Policy(unknown="x", gaps="keep"), Report())
+    tokens = tokenize(in_memory(some_records(*texts)), Policy(unknown="x", gaps="keep"), Report())
     for i, text in enumerate(texts):
         expected, _ = tokenize_definition(text)
         assert tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() == expected, (i, text)
@@ -565,6 +570,34 @@ def test_a_header_within_residues_in_memory():
         tokenize(records, Policy(unknown="x"), Report())
     (records,) = records_from(["MK<mask>T<cls>", "<eos><unk>"])
     assert len(tokenize(records, Policy(), Report())) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "what"),
+    [
+        (b"MK\0\0", 3, "a NUL, as in UTF-16"),
+        ("MK".encode("utf-16-le"), 2, "a NUL, as in UTF-16"),
+        ("MK\xa0T".encode(), 3, "beyond ASCII, such as a non-breaking space"),
+        ("MK\u2028T".encode(), 3, "beyond ASCII"),
+        ("M\u0391T".encode(), 2, "beyond ASCII, .* a letter that looks like another"),
+        (b";comment\nMK", 1, "the sign of a comment"),
+        (b"MK\x1a", 3, "a control character"),
+        (b"MK\x1b[31m", 3, "a control character"),
+    ],
+)
+def test_what_is_no_residue_of_a_file_is_not_read_as_x(text, column, what):
+    """One character would become two or three residues, a comment's letters residues, and padding a tail of X."""
+    (records,) = read_fasta(io.BytesIO(b">ok\nMKJ\n>a b\n" + text + b"\n"))
+    place = rf"record 2 .line 3, 'a'., column {column}: .* is not a residue ESM-1b knows: it is .*{what}"
+    with pytest.raises(FastaError, match=place):
+        tokenize(records, Policy(unknown="x", empty="skip"), Report())
+    report = Report()
+    assert tokenize(records, Policy(unknown="skip", empty="skip"), report).ids.tolist() == []
+    assert report.skipped_unknown == 2
+    (records,) = read_fasta(io.BytesIO(b">a b\n" + text + b"\n"))
+    with pytest.raises(FastaError, match=f"column {column}: .*{what}") as caught:
+        tokenize(records, Policy(), Report())
+    assert "unknown='x'" not in str(caught.value)
 
 
 @pytest.mark.parametrize("code", ["P1", "F1", "XX"])
