@@ -91,7 +91,11 @@ def _values(path: Path, column: str | None, ids: list[str]) -> tuple[str, list[s
     if column is not None and column not in names:
         raise InputError(f"{path} has no column {column!r}; there are {', '.join(map(repr, names))}")
     at = names.index(column) if column is not None else 1
-    found = {row.values[names[0]]: row.values[names[at]].strip() for row in rows}
+    found: dict[str, str] = {}
+    for row in rows:
+        value = row.values[names[at]].strip()
+        if found.setdefault(name := row.values[names[0]], value) != value:
+            raise InputError(f"{path}: line {row.line}: {name!r} was there before, with another {names[at]!r}")
     if ids and not any(name in found for name in ids):
         raise InputError(f"{path}: its column {names[0]!r} holds none of the data set's ids, such as {ids[0]!r}")
     return names[at], [found.get(name, "") for name in ids]

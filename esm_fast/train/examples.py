@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,8 @@ def read_examples(
             names, rows = _joined(rows, Path(labels), columns, where)
         found = _found(names, columns, where, pairs=pairs, unlabelled=unlabelled)
         examples = [_example(where, line, values, found) for line, values in rows]
+        if path is not None:
+            _refuse_missing(examples, found["sequence"])
     except (TableError, FastaError, DamagedStreamError) as error:
         raise ExamplesError(str(error) if where in str(error) else f"{where}: {error}") from None
     if not examples:
@@ -117,7 +120,10 @@ def read_examples(
 def _read(source, path: Path | None) -> tuple[list[str] | None, Iterator[tuple[int, dict]]]:
     """(names of the columns, if they are known in advance; line and values of each row)."""
     if path is None:
-        rows = source.to_dict("records") if hasattr(source, "to_dict") and hasattr(source, "columns") else source
+        rows = source
+        if hasattr(source, "to_dict") and hasattr(source, "columns"):
+            _distinct([str(name) for name in source.columns], "the DataFrame")
+            rows = source.to_dict("records")
         rows = [{str(name): _text(value) for name, value in row.items()} for row in rows]
         return list(dict.fromkeys(name for row in rows for name in row)), enumerate(rows, start=1)
     with _naming(path), path.open("rb") as file:
@@ -132,9 +138,16 @@ def _read(source, path: Path | None) -> tuple[list[str] | None, Iterator[tuple[i
         rows = list(_json_lines(path))
         return list(dict.fromkeys(name for _, row in rows for name in row)), iter(rows)
     table = read_table(path)
-    names = [name.strip() for name in table.columns]
+    names = _distinct([name.strip() for name in table.columns], f"{path}: line 1")
     given = ((row.line, dict(zip(names, row.values.values(), strict=True))) for row in table.rows)
     return names, given
+
+
+def _distinct(names: list[str], where: str) -> list[str]:
+    """Raises ExamplesError for a name that stands twice: one of the two columns would be read, and the other not."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ExamplesError(f"{where} names the column {twice!r} twice; rename one of the two")
+    return names
 
 
 @contextmanager
@@ -150,6 +163,8 @@ def _text(value) -> str:
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes):  # as some programs write text into Parquet
+        return value.decode("utf-8", "replace")
     if isinstance(value, Sequence | np.ndarray):
         parts = [str(part) if part is not None else "nan" for part in value]
         return ("" if all(len(part) == 1 and part.isalpha() for part in parts) else " ").join(parts)
@@ -163,10 +178,12 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, dict]]]:
     except ImportError:
         raise ImportError("Parquet needs pyarrow: pip install 'esm_fast[dataset]'; CSV does not") from None
     try:
-        table = parquet.read_table(path)
+        # Not parquet.read_table: of a folder named label=3 it makes a column.
+        table = parquet.ParquetFile(path, page_checksum_verification=True).read()
     except (ArrowException, OSError) as error:
         raise ExamplesError(f"{path} cannot be read as Parquet: {error}") from None
     names = [name for name in table.column_names if name != "__index_level_0__"]
+    _distinct(names, str(path))
     columns = [table.column(name).to_pylist() for name in names]
     rows = (dict(zip(names, map(_text, values), strict=True)) for values in zip(*columns, strict=True))
     return names, enumerate(rows, start=1)
@@ -179,12 +196,19 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=partial(_object, f"{path}: line {number}"))
+            except ExamplesError:
+                raise
             except (ValueError, RecursionError) as error:
                 raise ExamplesError(f"{path}: line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ExamplesError(f"{path}: line {number} is no JSON object with names and values")
             yield number, {str(name): _text(value) for name, value in row.items()}
+
+
+def _object(where: str, pairs: list[tuple]) -> dict:
+    _distinct([name for name, _ in pairs], where)
+    return dict(pairs)
 
 
 def _fasta(path: Path) -> Iterator[tuple[int, dict]]:
@@ -299,6 +323,8 @@ def _column(names: list[str], what: str, wanted: str | None, where: str, *, requ
         return wanted
     for usual in _COLUMNS[what]:
         if match := [name for name in names if name.lower() == usual]:
+            if len(match) > 1:
+                raise ExamplesError(f"{where}: line 1: {match[0]!r} or {match[1]!r}? Name one with --{what}-column")
             return match[0]
     if required:
         raise ExamplesError(f"{where}: line 1: there is no column {what!r} among {names}; name it with --{what}-column")
@@ -322,6 +348,15 @@ def _example(where: str, line: int, row: Mapping[str, str], columns: dict) -> Ex
     names = [row.get(column, "") or f"line {line}{side}" for column, side in zip(ids, sides, strict=True)]
     partner = {"partner": sequences[1], "partner_name": names[1]} if len(sequences) > 1 else {}
     return Example(names[0], sequences[0], labels, split, place, line, **partner)
+
+
+def _refuse_missing(examples: Sequence[Example], column: str) -> None:
+    """A cell NA or None is a missing value, or two or four residues: of proteins the first, whoever wrote the table."""
+    words = [example for example in examples if example.sequence.lower() in MISSING]
+    if words and np.median([len(example.sequence) for example in examples]) > 2 * max(map(len, MISSING)):
+        raise ExamplesError(
+            f"{words[0].place}: {column} is {words[0].sequence!r}, as programs write that there is none; leave it out"
+        )
 
 
 def labelled(examples: Sequence[Example], missing: str) -> list[Example]:

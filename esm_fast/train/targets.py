@@ -164,6 +164,12 @@ def _fit(task: str, level: str, name: str, examples: Sequence[Example]) -> Targe
     return Target(name, (), float(known.mean()), float(known.std()))
 
 
+def _number(word: str) -> float:
+    if "_" in word:  # which float takes for nothing: 1_5 would be 15
+        raise ValueError(f"could not convert string to float: {word!r}")
+    return float(word)
+
+
 def _values(task: str, level: str, name: str, example: Example) -> list:
     """An example's labels: names of classes, or numbers."""
     text = example.labels[name]
@@ -175,7 +181,7 @@ def _values(task: str, level: str, name: str, example: Example) -> list:
         return list(text)
     words = [text] if level == "sequence" else text.split()
     try:
-        values = [float(word) for word in words]
+        values = [_number(word) for word in words]
     except ValueError as error:
         raise ExamplesError(f"{example.place}: {name}: {error}") from None
     if bad := [value for value in values if np.isinf(value) or (np.isnan(value) and level == "sequence")]:

@@ -30,6 +30,14 @@ class Group:
     offset: int = 0
 
 
+def _whole(text: str) -> int:
+    """A whole number, also as a program writes it that took its column for one of floats: 17.0."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
 class Collection:
     """All rows of some tables, by protein; `problems` are those that lead to no protein."""
 
@@ -96,7 +104,7 @@ class Collection:
         except ValueError as error:
             raise VariantError("not understood" if mutated.strip() else "empty", str(error)) from None
         try:
-            start = None if start is None else int(float(start))
+            start = None if start is None else _whole(start)
         except (ValueError, OverflowError):
             raise VariantError("not understood", f"{PAIRS[2]} is {shown(start)!r}, and no whole number") from None
         group = self.groups.setdefault(f"pairs of {wild_type}", Group("wt_seq", wild_type, pairs=True))

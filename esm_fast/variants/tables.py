@@ -105,7 +105,12 @@ class Table:
         file = _parquet(self.path)
         for group in range(file.num_row_groups):
             columns = [column.to_pylist() for column in file.read_row_group(group).columns]
-            yield from (["" if cell is None else str(cell) for cell in row] for row in zip(*columns, strict=True))
+            yield from ([_text(cell) for cell in row] for row in zip(*columns, strict=True))
+
+
+def _text(cell) -> str:
+    """bytes are text, as some programs write it into Parquet."""
+    return "" if cell is None else cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)
 
 
 class _Pieces(io.RawIOBase):
@@ -136,7 +141,7 @@ def _is_variant(text: str) -> bool:
 
 
 def _parquet(path: Path):
-    return _pyarrow().parquet.ParquetFile(path)
+    return _pyarrow().parquet.ParquetFile(path, page_checksum_verification=True)
 
 
 def _pyarrow():
