@@ -11,8 +11,8 @@ allocate (mapped files, shared memory): who asks has to read all of it. Beyond t
 """
 
 from collections import Counter
+from itertools import count
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -21,8 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .memory import MappedFiles
 from .ops.contract import PLAIN
 
-# Address -> the tensor that was watched there last.
-_watched: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
+# Storage -> the number of the last watch of the one tensor in it. By storages, not by tensors: where anybody has a weak
+# reference to one, torch refuses swap_tensors, and with it `module.to` where it is told to swap.
+_watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_numbers = count()
 _OWN_AND_THIS_LOOK = 2  # references to a storage that no other tensor uses, while Python looks at it
 
 
@@ -34,21 +36,22 @@ class Watch(NamedTuple):
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+    number: int | None
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        return torch._C._is_cow_tensor(tensor) and self == _state(tensor) and _watched.get(self.address) is tensor
+        return torch._C._is_cow_tensor(tensor) and self == _state(tensor, _watched.get(tensor.untyped_storage()))
 
 
-def _state(tensor: torch.Tensor) -> Watch:
+def _state(tensor: torch.Tensor, number: int | None) -> Watch:
     version = None if tensor.is_inference() else tensor._version
-    return Watch(version, torch._C._data_address(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+    return Watch(version, torch._C._data_address(tensor), tensor.shape, tensor.stride(), tensor.dtype, number)
 
 
 def watch(tensor: torch.Tensor) -> Watch | None:
     """From now on; None where a write could go unseen."""
     if not tensor.numel() or tensor.device.type != "cpu":
         return None
-    if tensor in _mapped:
+    if torch._C._data_address(tensor) in _mapped.get(tensor.untyped_storage(), ()):
         _bring_in(tensor)
     storage = tensor.untyped_storage()
     if not storage.resizable() or torch._C._storage_Use_Count(storage._cdata) > _OWN_AND_THIS_LOOK:
@@ -57,12 +60,11 @@ def watch(tensor: torch.Tensor) -> Watch | None:
         torch._lazy_clone(tensor.detach())  # which is dropped: what stays is the storage's state
     except RuntimeError:  # memory that torch did not allocate
         return None
-    state = _state(tensor)
-    _watched[state.address] = tensor
-    return state
+    _watched[storage] = number = next(_numbers)
+    return _state(tensor, number)
 
 
-# Parameters that were loaded as they lie in a file, and in how many calls they were read whole.
+# Storage -> addresses of the parameters that were loaded as they lie in a file -> calls in which they were read whole.
 _mapped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _CALLS = 2  # a copy costs as much as several readings: who calls once or twice does not pay it
 
@@ -73,19 +75,19 @@ def lies_in_a_file(module: nn.Module) -> None:
     mapped = MappedFiles()
     for parameter in module.parameters():
         if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and mapped.hold(parameter):
-            _mapped[parameter] = 0
+            _mapped.setdefault(parameter.untyped_storage(), {})[torch._C._data_address(parameter)] = 0
 
 
 def _bring_in(parameter: torch.Tensor) -> None:
-    _mapped[parameter] += 1
-    if _mapped[parameter] <= _CALLS or not parameter.requires_grad:  # a frozen one may itself be behind an array
+    storage, address = parameter.untyped_storage(), torch._C._data_address(parameter)
+    calls = _mapped[storage]
+    calls[address] += 1
+    if calls[address] <= _CALLS or not parameter.requires_grad:  # a frozen one may itself be behind an array
         return
-    storage = parameter.untyped_storage()
-    own = sum(other.untyped_storage()._cdata == storage._cdata for other in _mapped)
-    if torch._C._storage_Use_Count(storage._cdata) == own + 1:
+    if torch._C._storage_Use_Count(storage._cdata) == len(calls) + 1:
         with torch.inference_mode(False):
             parameter.data = parameter.detach().clone()
-        del _mapped[parameter]
+        del calls[address]
 
 
 def repack(module: nn.Module) -> nn.Module:
@@ -97,7 +99,7 @@ def repack(module: nn.Module) -> nn.Module:
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.layout == torch.strided and tensor.device.type == "cpu" and type(tensor) in PLAIN:
-            _watched.pop(torch._C._data_address(tensor), None)
+            _watched.pop(tensor.untyped_storage(), None)
     _into_own_memory(module)
     return module
 
@@ -110,5 +112,6 @@ def _into_own_memory(module: nn.Module) -> None:
     addresses = Counter(map(torch._C._data_address, found))
     for parameter in found:
         if addresses[torch._C._data_address(parameter)] == 1:
+            calls = _mapped.get(parameter.untyped_storage(), {})
+            calls.pop(torch._C._data_address(parameter), None)
             parameter.data = parameter.detach().clone()
-            _mapped.pop(parameter, None)

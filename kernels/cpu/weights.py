@@ -22,7 +22,16 @@ class _Prepacked(NamedTuple):
         return self.watch is not None and self.watch.holds(matrix)
 
 
+# Storage -> place in it -> what the matrix there became. Not by tensors, see `esm_fast.edits`.
 _prepacked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _known(matrix: torch.Tensor) -> _Prepacked | None:
+    return _prepacked.get(matrix.untyped_storage(), {}).get(_place(matrix))
+
+
+def _place(matrix: torch.Tensor) -> tuple:
+    return torch._C._data_address(matrix), matrix.shape, matrix.stride(), matrix.dtype
 
 
 def prepacked(*weights: torch.Tensor) -> list[_C.Weights]:
@@ -33,8 +42,8 @@ def prepacked(*weights: torch.Tensor) -> list[_C.Weights]:
     """
     plain = [weight for weight in weights if not isinstance(weight, PrepackedWeight)]
     if plain:
-        _renew([weight for weight in plain if (known := _prepacked.get(weight)) is None or not known.fits(weight)])
-    return [weight.weights if isinstance(weight, PrepackedWeight) else _prepacked[weight].weights for weight in weights]
+        _renew([weight for weight in plain if (known := _known(weight)) is None or not known.fits(weight)])
+    return [weight.weights if isinstance(weight, PrepackedWeight) else _known(weight).weights for weight in weights]
 
 
 def _renew(weights: Sequence[torch.Tensor]) -> None:
@@ -43,11 +52,12 @@ def _renew(weights: Sequence[torch.Tensor]) -> None:
         return
     rows = [weight if weight.is_contiguous() else weight.detach().contiguous() for weight in weights]
     for weight, matrix, checksum in zip(weights, rows, _C.checksums(rows), strict=True):
-        state = checksum, weight.shape, weight.dtype
-        known = _prepacked.get(weight)
-        same = known is not None and known.checksum == state
+        known = _known(weight)
+        same = known is not None and known.checksum == checksum
         packed = known.weights if same else PrepackedWeight.pack(matrix).weights
-        _prepacked[weight] = _Prepacked(packed, state, watch(weight))
+        _prepacked.get(weight.untyped_storage(), {}).pop(_place(weight), None)
+        watched = watch(weight)  # which may bring it into other memory
+        _prepacked.setdefault(weight.untyped_storage(), {})[_place(weight)] = _Prepacked(packed, checksum, watched)
 
 
 def plain_matrix(weight: torch.Tensor) -> torch.Tensor:

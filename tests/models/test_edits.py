@@ -9,6 +9,7 @@ from esm_fast.kernels.cpu import weights as prepacking
 
 import esm_fast
 from esm_fast import _C, edits, weights
+from esm_fast.formats.weight import PrepackedWeight
 from esm_fast.models.esm1 import Config
 
 PROTEIN = [("a", "MKTVRQERLKSIVRILERSKEPVSG")]
@@ -145,6 +146,42 @@ class _Reads:
     def checksums(self, rows):
         self.read += rows
         return _C.checksums(rows)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("calls", [0, 1, 4])
+def test_parameters_may_be_swapped(loaded, calls, tmp_path):
+    """As `module.to` and `load_state_dict` do where torch is told to: a weak reference to one would forbid it."""
+    model = small()
+    if loaded:
+        weights.save(model, tmp_path / "m.safetensors")
+        model, _ = esm_fast.load(tmp_path / "m.safetensors")
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for _ in range(calls):
+            embedded(model)
+        first = model.layers[1].fc1.weight
+        for dtype in (torch.float64, torch.float32):
+            model.to(dtype)
+            assert model.layers[1].fc1.weight is first  # it was swapped, not replaced
+        require_seen(model, lambda w: w.data.add_(0.5))
+        other = {name: value * 1.5 for name, value in model.state_dict().items()}
+        require_seen(model, lambda w: model.load_state_dict(other))
+        require_seen(model, lambda w: torch.utils.swap_tensors(w, torch.nn.Parameter(w.detach() * 2)))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    for _ in range(2):
+        other = {name: value / 2 for name, value in other.items()}
+        require_seen(model, lambda w: model.load_state_dict(other, assign=True))  # noqa: B023
+        require_seen(model, lambda w: other["layers.1.fc1.weight"].mul_(2))  # noqa: B023, which is the parameter's memory
+
+
+def test_matrices_of_one_memory_are_prepacked_each():
+    square = torch.randn(64, 64)
+    both = prepacking.prepacked(square, square.T, square[:32])
+    for found, wanted in zip(both, (square, square.T, square[:32]), strict=True):
+        assert torch.equal(PrepackedWeight(found).unpack(), wanted)
 
 
 def test_what_cannot_be_watched():
