@@ -126,9 +126,8 @@ class _Part:
             origin = _Origin(**json.loads(_open(self.note, os.O_RDONLY, "rb").read()))
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        plain = stat.S_ISREG(state.st_mode) and state.st_nlink == 1 and state.st_uid == os.geteuid()
         types = [type(value) for value in origin] == [str, int, str]
-        return origin if plain and types and 0 < state.st_size <= origin.length else None
+        return origin if _is_own(state) and types and 0 < state.st_size <= origin.length else None
 
     @property
     def size(self) -> int:
@@ -144,11 +143,20 @@ class _Part:
         return file
 
     def append(self):
-        return _open(self.path, os.O_WRONLY | os.O_APPEND, "ab")
+        file = _open(self.path, os.O_WRONLY | os.O_APPEND, "ab")
+        if not _is_own(os.fstat(file.fileno())):  # it was, a moment ago
+            file.close()
+            raise DownloadError(f"{self.path} was exchanged for a file that is not its own; remove it")
+        return file
 
     def discard(self) -> None:
         self.note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+
+
+def _is_own(state: os.stat_result) -> bool:
+    """A plain file of this user under one name."""
+    return stat.S_ISREG(state.st_mode) and state.st_nlink == 1 and state.st_uid == os.geteuid()
 
 
 def _open(path: Path, flags: int, mode: str):

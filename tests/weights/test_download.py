@@ -328,6 +328,33 @@ def test_nothing_is_written_through_what_others_planted(server, target, tmp_path
     assert precious.read_bytes() == b"precious" * 1000 and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["f.pt.part", "f.pt.part.json"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_planted_at_the_last_moment_is_not_written_to(server, target, tmp_path, monkeypatch, name, resumed):
+    """Between the look at a name and its opening: only an exclusive open, and a look at what was opened, see it."""
+    if resumed:
+        interrupted(server, target)
+    precious, done = tmp_path / "precious", []
+    precious.write_bytes(b"precious" * 1000)
+    open_before = download._open
+
+    def planting(path, flags, mode):
+        if path.name == name and flags & os.O_WRONLY and not done:
+            path.unlink(missing_ok=True)
+            os.link(precious, path)
+            done.append(path)
+        return open_before(path, flags, mode)
+
+    monkeypatch.setattr(download, "_open", planting)
+    if resumed and name.endswith(".json"):  # which is only read
+        fetch(server.address, target)
+    else:
+        with pytest.raises(OSError, match="exists|not its own"):
+            fetch(server.address, target)
+        assert done and not target.exists()
+    assert precious.read_bytes() == b"precious" * 1000
+
+
 def test_the_lock_follows_no_link(server, target, tmp_path):
     precious = tmp_path / "precious"
     precious.write_bytes(b"precious")
