@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import weights
 from ..files.checked_json import DamagedError, read_json
-from ..files.checksums import digest_of
+from ..files.checksums import digest_of, sha256
 from ..files.shapes import Maybe, Names, ShapeError, count, digest, require
 from . import layout
 from .errors import DatasetError
@@ -15,6 +16,7 @@ _INFO |= {"sequences": count, "residues": count, "unit_residues": [count], "unit
 _INFO |= {"warning": Maybe(str)}
 _FILES = dict.fromkeys(layout.TABLES, digest)
 _PLAN = {"fields": {"format": str}, "info": _INFO, "files": _FILES}
+_SMALL = 16 << 20  # bytes, which are hashed sooner than it is found out that they were
 _RUN = {"format": str, "plan": digest, "counts": dict, "files": Names(digest)}
 
 
@@ -44,6 +46,21 @@ def load(folder: Path) -> Plan:
     if len(info["unit_rows"]) != len(info["unit_residues"]) or sum(info["skipped"].values()) > info["requested"]:
         raise DatasetError(f"{path}: its counts do not fit each other; make the data set again")
     return Plan(folder, settings, content["info"], content["files"], digest_of(content["fields"]))
+
+
+def require_planned(plan: Plan, table: str) -> None:
+    """Raises DatasetError for a table that is not the plan's: of another data set, as an interrupted copy over an older
+    one leaves it, each page may be sound. Large files are read once, and remembered as models are."""
+    path = plan.folder / table
+    try:
+        found = (sha256 if path.stat().st_size < _SMALL else weights.sha256)(path)
+    except FileNotFoundError:
+        raise DatasetError(f"{path} is missing") from None
+    if found != plan.files[table]:
+        raise DatasetError(
+            f"{path} is damaged, or of another data set: its SHA-256 is not the one in {layout.PLAN}. Copy the data "
+            "set again, or remove this file and run the same embed command again"
+        )
 
 
 def read_run(folder: Path) -> dict | None:

@@ -24,7 +24,7 @@ from ..sequences.seen import Seen, keys_of
 from ..sequences.tokenize import Policy, Tokens
 from . import layout
 from .errors import DatasetError
-from .plan import Plan, load
+from .plan import Plan, load, require_planned
 from .settings import Settings
 
 _LETTERS = np.frombuffer("".join(t if len(t) == 1 else "<" for t in Alphabet().all_toks).encode(), dtype=np.uint8)
@@ -59,6 +59,7 @@ def make_or_resume(
     with alone(folder / layout.LOCK):
         if not all((folder / name).exists() for name in layout.TABLES):  # a damaged one was removed
             maker.make(inputs, on_read, replace=True)
+    require_planned(plan, layout.SEQUENCES)  # what would be computed
     return plan
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..files.checksums import sha256
 from . import layout, units
 from .errors import DatasetError
-from .plan import Plan, load
+from .plan import Plan, load, require_planned
 
 _OPEN_UNITS = 4  # pooled tables held; neighbours in the input are neighbours there
 
@@ -45,7 +45,7 @@ class Dataset:
     SCORES = False  # whether the numbers are variants' scores
 
     def __init__(self, folder: str | Path):
-        self.plan: Plan = load(Path(folder))
+        self.plan: Plan = load(Path(folder).absolute())  # whatever the current folder is later
         if bool(self.plan.settings.scan) != self.SCORES:
             kinds = ("embeddings, for esm_fast.open", "variants' scores, for esm_fast.variants.Atlas")
             raise DatasetError(f"{folder} is a data set of {kinds[not self.SCORES]}")
@@ -53,8 +53,10 @@ class Dataset:
         self._ends = list(itertools.accumulate(self.plan.info["unit_rows"], initial=0))
         self._pooled = lru_cache(_OPEN_UNITS)(self._read_pooled)
         self._verified: dict[int, tuple] = {}  # files of residues -> inode, size and time of what was compared
-        self._sequences = units.Sequences(self.plan)
-        self._unit = lru_cache(_OPEN_UNITS)(self._sequences.unit)
+        # Open from now on: what is put in their place later is another data set's.
+        self._ids_file = layout.open_table(self.folder / layout.IDS, layout.ID_FIELDS)
+        self._sequences_file = units.Sequences(self.plan)
+        self._unit = lru_cache(_OPEN_UNITS)(self._read_unit)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,9 +87,20 @@ class Dataset:
         return layout.pa.chunked_array([group[name].combine_chunks() for group in self._id_groups([name])])
 
     def _id_groups(self, columns: list[str]):
-        path = self.folder / layout.IDS
-        with layout.open_table(path, layout.ID_FIELDS) as file:
-            yield from layout.row_groups(file, path, columns)
+        yield from layout.row_groups(self._ids, self.folder / layout.IDS, columns)
+
+    @cached_property
+    def _ids(self):
+        require_planned(self.plan, layout.IDS)
+        return self._ids_file
+
+    @cached_property
+    def _sequences(self) -> units.Sequences:
+        require_planned(self.plan, layout.SEQUENCES)
+        return self._sequences_file
+
+    def _read_unit(self, unit: int) -> units.Unit:
+        return self._sequences.unit(unit)
 
     # ---- one protein
 

@@ -197,5 +197,5 @@ def _strange_files(plan: Plan) -> Iterator[str]:
         wanted |= {layout.residues_path(plan.folder, unit) for unit in range(plan.units)}
     for name in (layout.POOLED, layout.RESIDUES):
         for path in sorted((plan.folder / name).glob("*")):
-            if path not in wanted and not path.name.endswith(".partial"):
+            if path not in wanted and not path.name.startswith("."):  # partial ones, and what desktops and NFS leave
                 yield f"{path} is no part of this data set"

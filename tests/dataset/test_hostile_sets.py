@@ -135,6 +135,75 @@ def test_damaged_files_give_the_right_numbers_or_an_error(folder, tmp_path):
     assert seen["said"] > TIMES / 2 and seen["right"], seen
 
 
+@pytest.fixture(scope="module")
+def other(folder, fair_checkpoint):
+    """Of other proteins, but as many, of the same lengths."""
+    text = (folder.parent / "in.fasta").read_text()
+    reverse = str.maketrans("ACDEFGHIKLMNPQRSTVWYacdefghiklmnpqrstvwy", 2 * "YWVTSRQPNMLKIHGFEDCA")
+    lines = [line if "<" in line else line.translate(reverse) for line in text.splitlines() if line]
+    lines = [
+        f">new-{old[1:]}" if old[:1] == ">" else new
+        for old, new in zip(filter(None, text.splitlines()), lines, strict=True)
+    ]
+    (folder.parent / "other.fasta").write_text("\n".join(lines))
+    options = ["--unit-residues", "300", "--residues", "--unknown", "skip", "--empty", "skip", "--layers", "0", "-1"]
+    arguments = ["embed", folder.parent / "other.fasta", "-o", folder.parent / "other"]
+    assert main([str(argument) for argument in [*arguments, "--model", fair_checkpoint, *options]]) == 0
+    return folder.parent / "other"
+
+
+def _right_or_said(data, right) -> list[str]:
+    """The names of what is an error."""
+    said = []
+    try:
+        ways = _all(data)
+    except DatasetError:  # not even how many proteins there are
+        return ["len"]
+    for name, read in ways.items():
+        try:
+            found = read()
+        except DatasetError:
+            said.append(name)
+        else:
+            assert _same(found, right[name]), name
+    return said
+
+
+@pytest.mark.parametrize("name", ["plan.json", "ids.parquet", "sequences.parquet", "pooled", "residues"])
+def test_a_part_of_another_data_set_is_never_read(folder, other, tmp_path, name):
+    """As a copy over an older data set leaves it that was interrupted: each file is sound."""
+    right = {what: read() for what, read in _all(esm_fast.open(folder)).items()}
+    shutil.copytree(folder, tmp_path / "o")
+    if (other / name).is_dir():
+        shutil.rmtree(tmp_path / "o" / name)
+        shutil.copytree(other / name, tmp_path / "o" / name)
+    else:
+        shutil.copy(other / name, tmp_path / "o" / name)
+    assert _right_or_said(esm_fast.open(tmp_path / "o"), right)
+    assert verify.verify(tmp_path / "o")[1].problems
+
+
+def test_a_data_set_that_is_exchanged_while_it_is_open(folder, other, tmp_path, monkeypatch):
+    right = {what: read() for what, read in _all(esm_fast.open(folder)).items()}
+    shutil.copytree(folder, tmp_path / "o")
+    data = esm_fast.open(tmp_path / "o")
+    shutil.rmtree(tmp_path / "o")
+    shutil.copytree(other, tmp_path / "o")
+    assert _right_or_said(data, right)
+    monkeypatch.chdir(folder.parent)
+    data = esm_fast.open(folder.name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "o").rename(folder.name)  # the same name, in the folder that is the current one now
+    assert _right_or_said(data, right) == []
+
+
+def test_what_desktops_and_network_file_systems_leave_is_no_problem(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "o")
+    for name in (".DS_Store", "pooled/.DS_Store", "pooled/._part-000000.parquet", "residues/.nfs00000001"):
+        (tmp_path / "o" / name).write_bytes(b"x")
+    assert not verify.verify(tmp_path / "o")[1].problems
+
+
 def asked(folder, seed: int) -> str:
     """One hostile argument to one way of reading."""
     rng, data = random.Random(seed), esm_fast.open(folder)
