@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .compression import DamagedStreamError, decompress
+from .compression import DamagedStreamError, Decompressed
 
-_CHUNK_BYTES = 1 << 20
 _SEPARATORS = "\t,;"
 _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 _INDEX = ("", "Unnamed: 0")  # what pandas calls the index that it writes as a column
@@ -84,7 +83,7 @@ def _from(first: str, lines: Iterator[str]) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        stream = io.BufferedReader(_Plain(decompress(file, _CHUNK_BYTES)), _CHUNK_BYTES)
+        stream = io.BufferedReader(Decompressed(file))
         number = 0
         try:
             head = stream.peek(3)[:3]
@@ -107,24 +106,3 @@ def _decoded(stream: io.BufferedReader, encoding: str) -> Iterator[str]:
     for number, line in enumerate(stream):
         text = line.decode("utf-8-sig" if number == 0 else "utf-8")
         yield from io.StringIO(text, newline="")
-
-
-class _Plain(io.RawIOBase):
-    """Pieces of bytes as a stream."""
-
-    def __init__(self, pieces: Iterator[bytes]):
-        self._pieces, self._left = pieces, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return 0
-            self._left = piece
-        taken = self._left[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._left = self._left[len(taken) :]
-        return len(taken)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..sequences.compression import DamagedStreamError, decompress
+from ..sequences.compression import DamagedStreamError, Decompressed
 from .parse import VariantError, parse
 
 PARQUET = b"PAR1"
@@ -21,7 +21,6 @@ _NO_TEXT = {  # first bytes of what people take for a table
 }
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = "\t,;"
-_READ_BYTES = 1 << 20
 
 
 class TableError(ValueError):
@@ -62,7 +61,7 @@ class Table:
     def _text(self) -> Iterator[io.TextIOBase]:
         try:
             with self.path.open("rb") as file:
-                stream = io.BufferedReader(_Pieces(decompress(file, _READ_BYTES)))
+                stream = io.BufferedReader(Decompressed(file))
                 encoding = "utf-16" if stream.peek(2)[:2] in _UTF16 else "utf-8-sig"
                 yield io.TextIOWrapper(stream, encoding=encoding, newline="")
         except UnicodeError as error:
@@ -111,25 +110,6 @@ class Table:
 def _text(cell) -> str:
     """bytes are text, as some programs write it into Parquet."""
     return "" if cell is None else cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)
-
-
-class _Pieces(io.RawIOBase):
-    """An iterator of bytes as a file."""
-
-    def __init__(self, pieces: Iterator[bytes]):
-        self._pieces, self._left = pieces, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._left:
-            if (piece := next(self._pieces, None)) is None:
-                return 0
-            self._left = piece
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
 
 
 def _is_variant(text: str) -> bool:
