@@ -1,10 +1,8 @@
 """esm-fast qualify: proves and times every kernel that could run here; what is right and fastest is then chosen."""
 
 import argparse
-import sys
-import time
 
-from .common import InputError, require_device
+from .common import InputError, Stages, require_device
 from .numbers import above_0, positive
 
 NAME = "qualify"
@@ -57,15 +55,15 @@ def tell(summary, device: str, dtypes: tuple[str, ...], **options) -> None:
     if verdicts.folder() is None:
         raise InputError("ESM_FAST_VERDICTS is off; unset it, or give a folder")
     dtypes = dtypes or (_DTYPES if device.startswith("cuda") else _DTYPES[:2])
-    begin = time.perf_counter()
-    found = qualify(Asked(device, dtypes, **options), note=lambda line: print(line, file=sys.stderr, flush=True))
+    with Stages() as bar:
+        found = qualify(Asked(device, dtypes, **options), note=bar.say, watcher=bar)
     changed = [(key, entry) for key, entry in found.items() if entry["winner"] != entry["default"]]
     failed = [(key, b, o) for key, entry in found.items() for b, o in entry["backends"].items() if o[0] != "proven"]
     where = str(verdicts.path_of(verdicts.identity(device)))
     summary.say(
         *(f"changed   {key}: {entry['winner']} runs, not {entry['default']}" for key, entry in changed),
         *(f"failed    {key}, {backend}: {outcome}, {detail}" for key, backend, (outcome, detail) in failed),
-        f"qualified {len(found)} of op, type and direction in {time.perf_counter() - begin:.0f} s on {device}",
+        f"qualified {len(found)} of op, type and direction on {device}",
         f"chosen    as before for {len(found) - len(changed)}, otherwise for {len(changed)}",
         f"verdicts  {where}",
         device=device,
@@ -74,3 +72,4 @@ def tell(summary, device: str, dtypes: tuple[str, ...], **options) -> None:
         failed=[{"key": str(key), "backend": name, "outcome": list(found)} for key, name, found in failed],
         output=where,
     )
+    summary.time()

@@ -38,6 +38,12 @@ class Stages:
     def update(self, count: int = 1) -> None:
         self._bar.update(count)
 
+    def say(self, line: str) -> None:
+        """On standard error, above the bar."""
+        if sys.stderr is not None:
+            self._bar.write(line, file=sys.stderr)
+            sys.stderr.flush()
+
 
 def human_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):

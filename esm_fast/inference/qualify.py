@@ -39,8 +39,20 @@ class Asked:
     modules: tuple[str, ...] = ()
 
 
-def qualify(asked: Asked, note: Callable[[str], None] = lambda line: None) -> dict[str, dict]:
+class Watcher:
+    """Who is told how far it is; this one does not listen. console.Stages does."""
+
+    def begin(self, stage: str, total: int | None, unit: str) -> None: ...
+
+    def update(self) -> None: ...
+
+
+def qualify(
+    asked: Asked, note: Callable[[str], None] = lambda line: None, watcher: Watcher | None = None
+) -> dict[str, dict]:
     """The verdicts of what is asked, which are also written; those that others wrote of this machine stay.
+
+    note: told each verdict in a line. watcher: told as proving begins, as timing begins, and each kernel of them.
 
     Raises OSError where they cannot be written.
     """
@@ -58,8 +70,9 @@ def qualify(asked: Asked, note: Callable[[str], None] = lambda line: None) -> di
             # What did not return once is not tried again unasked.
             entry["backends"] |= {b: old[b] for b in able if b in old and old[b][0] in (TRYING, "crashed", "hung")}
             kept[str(key)] = entry
-    _prove(asked, machine, kept, note)
-    _compare(asked, machine, kept, note)
+    watcher = watcher or Watcher()
+    _prove(asked, machine, kept, note, watcher)
+    _compare(asked, machine, kept, note, watcher)
     verdicts.update(machine, kept)
     return kept
 
@@ -77,7 +90,7 @@ def _request(key: Key, device: str):
     return registry.request_of(torch.device(device), dtype=dtype, head_dim=key.head_dim or None, grad=key.grad)
 
 
-def _prove(asked: Asked, machine: dict, kept: dict, note) -> None:
+def _prove(asked: Asked, machine: dict, kept: dict, note, watcher: Watcher) -> None:
     tasks = []
     for text, entry in kept.items():
         key = Key.parse(text)
@@ -92,12 +105,14 @@ def _prove(asked: Asked, machine: dict, kept: dict, note) -> None:
         kept[task["key"]]["backends"][task["backend"]] = (TRYING, "")
         verdicts.update(machine, kept)
 
+    watcher.begin("proving", len(tasks), "kernels")
     for task, outcome in run(tasks, asked, trying):
         kept[task["key"]]["backends"][task["backend"]] = tuple(outcome)
         note(f"{task['key']:40} {task['backend']:10} {outcome[0]}: {outcome[1]}")
+        watcher.update()
 
 
-def _compare(asked: Asked, machine: dict, kept: dict, note) -> None:
+def _compare(asked: Asked, machine: dict, kept: dict, note, watcher: Watcher) -> None:
     tasks = []
     for text in kept:
         proven = [b for b, (outcome, _) in kept[text]["backends"].items() if outcome == PROVEN]
@@ -105,7 +120,9 @@ def _compare(asked: Asked, machine: dict, kept: dict, note) -> None:
             kept[text]["winner"] = REFERENCE
         tasks.append({"do": "compare", "backends": proven} | _task(Key.parse(text), asked))
     verdicts.update(machine, kept)
+    watcher.begin("timing", len(tasks), "ops")
     for task, found in run(tasks, asked, lambda task: None):
+        watcher.update()
         entry = kept[task["key"]]
         if isinstance(found, list):  # it died while it was timed: nothing is chosen for its speed
             note(f"{task['key']:40} not timed: {found[0]}, {found[1]}")

@@ -24,8 +24,8 @@ SEQUENCES = [
 
 # Commands that may take long, and show how long; and those that do not, or whose lines come as they work.
 LONG = """embed contacts extract variants convert warmup verify finish search export map prepare finetune predict report
-fit-contacts bench pretrain""".split()  # noqa: SIM905
-SHORT = "fill-mask info kernels completion submit qualify".split()  # noqa: SIM905
+fit-contacts bench pretrain qualify""".split()  # noqa: SIM905
+SHORT = "fill-mask info kernels completion submit".split()  # noqa: SIM905
 
 
 class Bar(tqdm.tqdm):
@@ -104,6 +104,18 @@ def test_commands_of_proteins(capsys, fair_checkpoint, fasta, tmp_path):
     assert {"machine", "backends", "models", "why_not"} <= set(told(capsys, "info"))
     assert told(capsys, "kernels", "--matrix")["rows"][0]["op"]
     assert told(capsys, "warmup", "--model", "random:esm1b_t6_demo", "--device", "cpu")["compiled"] == {}
+
+
+def test_qualify_shows_how_far_it_is(capsys, tmp_path, monkeypatch):
+    """As its children answer; what they do is tested beside the ops."""
+
+    def answered(tasks, asked, trying):
+        yield from ((task, ["proven", "without running"]) for task in tasks)
+
+    monkeypatch.setenv("ESM_FAST_VERDICTS", str(tmp_path))
+    monkeypatch.setattr("esm_fast.inference.qualify.run", answered)
+    found = told(capsys, "qualify", "--device", "cpu", "--dtype", "float32")
+    assert found["qualified"] > 5 and found["failed"] == [] and Path(found["output"]).parent == tmp_path
 
 
 def test_commands_of_data_sets(capsys, fair_checkpoint, fasta, tmp_path):
