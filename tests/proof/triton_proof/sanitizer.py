@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _interpreter
 
+from . import speed
 from .numerics import BFLOAT16, numpy_dtype
 
 NOBODY, MANY = -1, -2
@@ -55,6 +56,7 @@ class _Memory:
         size = storage.nbytes() // self.width
         self.inside = np.zeros(size, bool)
         self.reader, self.writer = (np.full(size, NOBODY, np.int32) for _ in range(2))
+        self.written = False  # by anyone
 
     def admit(self, tensor: torch.Tensor) -> None:
         if tensor.dtype != self.dtype:
@@ -63,6 +65,10 @@ class _Memory:
         if tensor.numel():
             inside = torch.from_numpy(self.inside).as_strided(shape, tensor.stride(), tensor.storage_offset())
             inside.numpy()[...] = True
+
+    def has(self, offsets) -> bool:
+        """Whether all are elements of an argument."""
+        return offsets.max() < len(self.inside) and bool(self.inside[offsets].all())
 
 
 class _Launch:
@@ -81,7 +87,8 @@ class _Launch:
 
     def touch(self, pointers: TensorHandle, mask: TensorHandle, grid_index, *, store: bool) -> None:
         """Checks and records one load or store of one program."""
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].ravel()
+        asked = mask.data if mask.data.shape == pointers.data.shape else np.broadcast_to(mask.data, pointers.data.shape)
+        addresses = pointers.data[asked.astype(bool, copy=False)]
         for owner, own in self._by_owner(addresses) if addresses.size else ():
             if owner < 0:
                 self._fail(OutOfBounds, "an address below every tensor argument", grid_index, store)
@@ -93,8 +100,7 @@ class _Launch:
                 self._fail(Fault, "an element width that is not the tensor's", grid_index, store)
             if astray.any():
                 self._fail(Fault, "a misaligned address", grid_index, store)
-            outside = offsets >= len(memory.inside)
-            if outside.any() or not memory.inside[offsets].all():
+            if not memory.has(offsets):
                 self._fail(OutOfBounds, "an address outside every tensor argument", grid_index, store)
             self._order(memory, offsets, grid_index, store)
             self.requested += offsets.size * memory.width
@@ -110,9 +116,11 @@ class _Launch:
     def _order(self, memory: _Memory, offsets, grid_index, store: bool) -> None:
         """No address may be written by one program and touched by another: their order is not defined."""
         program = np.ravel_multi_index(grid_index, self.grid)
-        writers, readers = memory.writer[offsets], memory.reader[offsets]
-        if ((writers != NOBODY) & (writers != program)).any():
-            self._fail(Race, "what another program writes", grid_index, store)
+        readers = memory.reader[offsets]
+        if memory.written:
+            writers = memory.writer[offsets]
+            if ((writers != NOBODY) & (writers != program)).any():
+                self._fail(Race, "what another program writes", grid_index, store)
         if not store:
             memory.reader[offsets] = np.where((readers == NOBODY) | (readers == program), program, MANY)
             return
@@ -120,7 +128,7 @@ class _Launch:
             self._fail(Race, "what another program reads", grid_index, store)
         if np.unique(offsets).size != offsets.size:
             self._fail(Race, "one address from two lanes", grid_index, store)
-        memory.writer[offsets] = program
+        memory.writer[offsets], memory.written = program, True
 
     def traffic(self) -> Traffic:
         touched = sum(
@@ -137,7 +145,7 @@ class _Launch:
 def _line_in_kernel() -> str:
     """Where in the kernel's source the interpreter is."""
     frame = sys._getframe()
-    while frame.f_code.co_filename.startswith((TRITON, __file__)):
+    while frame.f_code.co_filename.startswith((TRITON, __file__, speed.__file__)):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -228,8 +236,10 @@ def undefined_where_masked(self, pointers, mask, other, *_):
     """The interpreter's load; lanes that are masked off without `other` are undefined, as on a GPU."""
     triton_dtype = pointers.get_element_ty()
     dtype = numpy_dtype(triton_dtype)
-    filling = np.full(pointers.data.shape, undefined(dtype)) if other is None else other.data
-    filling = np.ascontiguousarray(np.broadcast_to(filling, pointers.data.shape)).astype(dtype, copy=False)
+    if other is None:
+        filling = np.full(pointers.data.shape, undefined(dtype), dtype)
+    else:
+        filling = np.ascontiguousarray(np.broadcast_to(other.data, pointers.data.shape)).astype(dtype, copy=False)
     raw = np.dtype(np.uint16) if dtype == BFLOAT16 else dtype  # the C++ side knows NumPy's own types only
     loaded = _interpreter.load(pointers.data, mask.data, filling.view(raw), raw)
     return TensorHandle(loaded.view(dtype), triton_dtype)
