@@ -133,7 +133,9 @@ def test_the_checks_bite(tmp_path):
         text = (folder / file).read_text()
         assert old in text, name
         (folder / file).write_text(text.replace(old, new))
-        program = native(folder, *["-fsanitize=address"] * (name == "rows beyond the tile"), sources=folder)
+        # -Og: compiled in a third of the time of -O1, and as fast.
+        bounds = ["-fsanitize=address"] * (name == "rows beyond the tile")
+        program = native(folder, "-Og", *bounds, sources=folder)
         done = subprocess.run([program], capture_output=True, text=True)
         assert "wrong: " in done.stdout or "AddressSanitizer" in done.stderr or not done.returncode, done.stderr
         return done.returncode == 0
