@@ -51,9 +51,9 @@ def run(task: Task) -> Outcome:
         replace(task.recipe, output=output), open_store(task.recipe.store), Processes(0, 1, torch.device("cpu"))
     )
     # Everyone's first batch: the records, the masks and the weights are ours.
-    first = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0)
+    first = trainer.sources[0].masker.batch(trainer.sources[0].steps.records[trainer.sources[0].steps[0]], 0)
     loss, norm, epoch = PEERS[task.peer](trainer, first)
-    lengths = trainer.masker.lengths(trainer.steps.records)
+    lengths = trainer.sources[0].masker.lengths(trainer.sources[0].steps.records)
     return Outcome(loss, norm, int(lengths.sum()), epoch(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -68,7 +68,7 @@ def ours(trainer: Trainer, first: MaskedBatch) -> Built:
     def epoch() -> float:
         times = {}
         trainer.train(lambda step, entry: times.setdefault(step, time.perf_counter()))
-        return times[trainer.recipe.steps] - times[trainer.steps.per_epoch]
+        return times[trainer.recipe.steps] - times[trainer.sources[0].steps.per_epoch]
 
     return float(loss.detach()), norm, epoch
 
@@ -78,12 +78,14 @@ def sorted_loop(trainer: Trainer, first: MaskedBatch) -> Built:
     model, recipe = hugging_face(trainer), trainer.recipe
     loss, norm = _first(model, first, recipe)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, fused=True)
-    records = trainer.steps.records
-    batches = list(padded_batches(trainer.masker.lengths(records).tolist(), recipe.batch_tokens))
+    records = trainer.sources[0].steps.records
+    batches = list(padded_batches(trainer.sources[0].masker.lengths(records).tolist(), recipe.batch_tokens))
 
     def epoch() -> float:
         for number in range(2):
-            masked = [_padded(trainer.masker.batch(records[batch], number)) for batch in batches]  # not timed
+            masked = [
+                _padded(trainer.sources[0].masker.batch(records[batch], number)) for batch in batches
+            ]  # not timed
             begin = time.perf_counter()
             for inputs in masked:
                 optimizer.zero_grad(set_to_none=True)
@@ -186,4 +188,4 @@ def _norm(model: torch.nn.Module) -> float:
 
 def _spans(trainer: Trainer):
     offsets = trainer.sources[0].store.offsets
-    return ((offsets[record], offsets[record + 1]) for record in trainer.steps.records)
+    return ((offsets[record], offsets[record + 1]) for record in trainer.sources[0].steps.records)

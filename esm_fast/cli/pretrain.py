@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.processes import joined
     from ..train.recipe import read_recipe
     from ..train.running import STOPPED, Stopped
+    from ..train.sources import require_filled, sources_of
     from ..train.store import open_stores
 
     try:
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 raise InputError(
                     "--fast-dev-run makes its first steps, and a fork starts from others; try it without --fork"
                 )
+            require_filled(recipe, sources_of(recipe, open_stores(recipe.store)))  # which the trial's steps do not show
             recipe = _small(recipe, processes.world)
             if processes.first:
                 _remove_earlier(Path(recipe.output))

@@ -26,6 +26,11 @@ class Steps:
     _known: tuple | None = field(default=None, init=False, repr=False)  # the last epoch asked for
 
     @property
+    def least(self) -> int:
+        """Records that every step has."""
+        return int(self.lengths.sum()) // self.per_epoch // int(self.lengths.max())
+
+    @property
     def per_epoch(self) -> int:
         return max(1, -(-int(self.lengths.sum()) // self.step_tokens))
 
@@ -58,8 +63,6 @@ def share(lengths: np.ndarray, ranks: int, batch_tokens: int) -> list[list[np.nd
     Longest first, each into the emptiest batch. A batch is over batch_tokens only where a single sequence is. Where
     most sequences fill a batch alone, some ranks have one batch more than others.
     """
-    if len(lengths) < ranks:
-        raise ValueError(f"{len(lengths)} sequences cannot be shared among {ranks}, each with one at least")
     limit = max(batch_tokens, int(lengths.max()))
     count = max(1, -(-int(lengths.sum()) // (ranks * batch_tokens)))
     while True:

@@ -18,13 +18,12 @@ from ..models.encoder import Encoder
 from ..ops import verdicts
 from ..ops.registry import request_of
 from . import checkpoint
-from .batches import Steps, share
+from .batches import share
 from .checkpoint import CheckpointError
 from .counted import Counted
-from .masking import Masker
+from .masking import MaskedBatch, Masker
 from .meter import Meter
 from .model import MaskedLM, new_model
-from .order import Permuted
 from .processes import Processes
 from .recipe import Recipe, RecipeError, as_dict, initial
 from .report import Log, plot
@@ -32,7 +31,7 @@ from .running import Agreed, Stopped, asked_to_stop, only_run
 from .saving import Saver
 from .schedule import LossScale, cooldown_factor, learning_rate, linear_rate
 from .sharded import Sharded
-from .sources import SORTED, identity_of, require_enough, sources_of
+from .sources import SORTED, identity_of, require_filled, sources_of
 from .store import Store
 from .updates import Replicated
 from .work import Done, Work, ahead, together
@@ -60,6 +59,7 @@ class Trainer:
         self.recipe, self.processes, self.output = recipe, processes, Path(recipe.output)
         self.fork = None if fork is None else Path(fork)
         self.sources = sources_of(recipe, stores)
+        require_filled(recipe, self.sources)
         self.esm = _first_model(recipe).to(processes.device)
         self.esm.recompute = recipe.recompute
         lm = MaskedLM(self.esm)
@@ -155,9 +155,9 @@ class Trainer:
     # ---- one step
 
     def _work(self, step: int) -> Work:
-        work = self._mixed((s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources)
-        require_enough(self.sources, len(work.lengths), step, self.processes.world)
-        return work
+        parts = [(s.steps.of(step), s.steps.epoch_of(step), s.masker) for s in self.sources]
+        work = self._mixed(parts)
+        return work if work.batches else work._replace(batches=[_idle(parts)])
 
     def _mixed(self, parts: Iterable[tuple[np.ndarray, int, Masker]]) -> Work:
         """(records, epoch, masker) of each store. Where one has fewer records than there are processes, they go to
@@ -167,15 +167,6 @@ class Trainer:
             works.append(self._share(records, epoch, masker, first))
             first += len(records) if len(records) < self.processes.world else 0
         return together(works)
-
-    @property
-    def masker(self) -> Masker:
-        """The first store's."""
-        return self.sources[0].masker
-
-    @property
-    def steps(self) -> Steps | Permuted:
-        return self.sources[0].steps
 
     def _share(self, records: np.ndarray, epoch: int, masker: Masker, first: int = 0) -> Work:
         """first: the process that few records begin with."""
@@ -376,6 +367,13 @@ class Trainer:
         if self.scale and "scale" in saved.state:
             self.scale = LossScale(**saved.state["scale"], device=self.processes.device)
         checkpoint.restore(saved, self.parameters, self.updater, saved.state["updates"])
+
+
+def _idle(parts: Iterable[tuple[np.ndarray, int, Masker]]) -> MaskedBatch:
+    """For a process that has no record of a step: a short one without a loss, so that it takes part in every
+    exchange."""
+    records, epoch, masker = next(part for part in parts if len(part[0]))  # `require_filled` saw that there is one
+    return masker.batch(records[[masker.lengths(records).argmin()]], epoch).without_loss()
 
 
 def _first_model(recipe: Recipe) -> Encoder:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..alphabet import MASK
+from ..ops.masked_lm_head import IGNORED
 from ..sequences.batching import PackedBatch, pack
 from .random import ACTION, COUNT, CROP, REPLACEMENT, SELECT, streams, uniform
 from .store import Store
@@ -60,6 +61,9 @@ class MaskedBatch:
         tokens, positions, cu_seqlens = parts
         packed = PackedBatch(tokens, positions, cu_seqlens, batch.max_seqlen, batch.order.pin_memory())
         return MaskedBatch(packed, self.rows.pin_memory(), self.targets.pin_memory())
+
+    def without_loss(self) -> "MaskedBatch":
+        return MaskedBatch(self.batch, self.rows, torch.full_like(self.targets, IGNORED))
 
     def to(self, device) -> "MaskedBatch":
         rows, targets = (t.to(device, non_blocking=True) for t in (self.rows, self.targets))

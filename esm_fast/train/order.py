@@ -68,6 +68,11 @@ class Permuted:
             self.expected = self._sum()
 
     @property
+    def least(self) -> int:
+        """Records that every step has, as far as is known without a walk: of clusters an epoch may have few tokens."""
+        return 0 if self.by_cluster else self.expected // self.per_epoch // (self.limit + 2)
+
+    @property
     def per_epoch(self) -> int:
         return max(1, -(-self.expected // self.step_tokens))
 

@@ -244,24 +244,31 @@ def _pair(name: str, value) -> tuple[float, float]:
     return first, second
 
 
-_EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-_EXPECTED |= {float | None: "a number, or null", str | None: "a text, or null"}
+_NULL = type(None)
+# Type of an entry -> (what YAML may give, what to say).
+_KINDS = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    bool: ((bool,), "true or false"),
+    float | None: ((int, float, _NULL), "a number, or null"),
+    str | None: ((str, _NULL), "a text, or null"),
+}
 
 
 def _typed(name: str, value, kind):
-    wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,), float | None: (int, float, type(None))}
-    wanted[str | None] = (str, type(None))
     if kind == tuple[float, float]:
         return _pair(name, value)
     if kind == str | dict:
         return _store(value)
-    if kind not in wanted:
+    if kind not in _KINDS:
         return value  # a group, read by the caller
     if isinstance(value, str) and float in (kind, *getattr(kind, "__args__", ())):
         with suppress(ValueError):
             value = float(value)
-    if not isinstance(value, wanted[kind]) or (isinstance(value, bool) and kind is not bool):
-        raise RecipeError(f"{name} is {value!r}; expected {_EXPECTED[kind]}")
+    wanted, expected = _KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(f"{name} is {value!r}; expected {expected}")
     try:
         return float(value) if kind is float else value
     except OverflowError:

@@ -64,6 +64,7 @@ class Sharded:
             **options(recipe),
         )
         self._counting, self._next = False, -1
+        self._whole = True  # whether every process has all of `values`: in half precision only after `whole`
 
     def _bucket(self, names: list[str]) -> _Bucket:
         parameters, world = [self.parameters[name] for name in names], self.processes.world
@@ -149,6 +150,7 @@ class Sharded:
     def step(self, rate: torch.Tensor, factor: torch.Tensor | None, bad: torch.Tensor) -> None:
         stepped(self.optimizer, [bucket.own.grad for bucket in self.buckets], rate, factor, bad)
         self._hand_out(self.dtype)
+        self._whole = self.dtype == torch.float32
 
     def _hand_out(self, dtype: torch.dtype) -> None:
         """Starts to give everyone every share, in a type; `arrive` waits."""
@@ -166,9 +168,10 @@ class Sharded:
 
     def whole(self) -> None:
         self.arrive()
-        if self.dtype != torch.float32:
+        if not self._whole:
             self._hand_out(torch.float32)
             self.arrive()
+            self._whole = True
 
     # ---- for checkpoints: whole tensors, as every other way of updating has them
 
@@ -209,6 +212,7 @@ class Sharded:
         self._wanted = []
         for bucket in self.buckets:
             bucket.halves.copy_(bucket.values)
+        self._whole = True
 
 
 class _Gathered(nn.Module):

@@ -69,19 +69,20 @@ def sources_of(recipe: Recipe, stores: Store | Sequence[tuple[Store, float]]) ->
     return [Source(recipe, store, weight / total, number) for number, (store, weight) in enumerate(stores)]
 
 
-def require_enough(sources: Sequence[Source], found: int, step: int, world: int) -> None:
-    """Raises RecipeError where a step, counted from 0, has fewer sequences than processes."""
-    if found >= world:
+def require_filled(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raises RecipeError, before anything is trained, where a step of the run would have no sequence of any store."""
+    if any(source.steps.least for source in sources):
         return
-    most = max(sources, key=lambda source: source.share)
-    # That many give each step enough, whatever the order: an epoch is cut into equal steps, of half of it at least, and
-    # no sequence is longer than a window.
-    enough = math.ceil(2 * world * (most.masker.max_residues + 2) / most.share)
-    few, fewer = ("the only process", "") if world == 1 else (f"{world} processes", ", or use fewer processes")
-    raise RecipeError(
-        f"step_tokens is {most.recipe.step_tokens:,}, and step {step + 1} has {found} sequences for {few}: each needs "
-        f"one; give a whole number from {enough:,}{fewer}"
-    )
+    for step in range(recipe.steps):
+        if not any(len(source.steps.of(step)) for source in sources):
+            most = max(sources, key=lambda source: source.share)
+            # That many give each step one, whatever the order: an epoch is cut into equal steps, of half of it at
+            # least, and no sequence is longer than a window.
+            enough = math.ceil(2 * (most.masker.max_residues + 2) / most.share)
+            raise RecipeError(
+                f"step_tokens is {recipe.step_tokens:,}, and step {step + 1} has no sequence; "
+                f"give a whole number from {enough:,}"
+            )
 
 
 def identity_of(sources: Sequence[Source]) -> str:

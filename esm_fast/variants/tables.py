@@ -139,10 +139,17 @@ ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".csv.gz", ".tsv.gz")
 
 
 class Rows:
-    """Takes rows: called with one; `texts` takes many, of text alone, and is None in Parquet."""
+    """Takes rows: called with one; `texts` takes many, of text alone, and `write` whole lines with `delimiter` between
+    the cells. These are None in Parquet."""
 
-    def __init__(self, one: Callable[[list], None], texts: Callable[[Iterable], None] | None = None):
-        self._one, self.texts = one, texts
+    def __init__(
+        self,
+        one: Callable[[list], None],
+        texts: Callable[[Iterable], None] | None = None,
+        write: Callable[[str], int] | None = None,
+        delimiter: str | None = None,
+    ):
+        self._one, self.texts, self.write, self.delimiter = one, texts, write, delimiter
 
     def __call__(self, row: list) -> None:
         self._one(row)
@@ -167,7 +174,14 @@ def writer(path: Path, name: str, columns: list[str], numbers: set[str], comment
         def add(row: list) -> None:
             table.writerow([number(cell) if isinstance(cell, float) else cell for cell in row])
 
-        yield Rows(add, table.writerows)
+        yield Rows(add, table.writerows, file.write, delimiter)
+
+
+def quoted(cell: str, delimiter: str) -> str:
+    """A cell of text as the table has it."""
+    line = io.StringIO()
+    csv.writer(line, delimiter=delimiter, lineterminator="").writerow([cell])
+    return line.getvalue()
 
 
 def number(value: float) -> str:
@@ -195,7 +209,7 @@ def _parquet_writer(path: Path, columns: list[str], numbers: set[str]):
 
     def flush() -> None:
         arrays = [
-            pa.array([None if isinstance(cell, float) and cell != cell else cell for cell in cells], field.type)
+            pa.array(cells, field.type, from_pandas=True)  # NaN is null
             for cells, field in zip(zip(*waiting, strict=True), schema, strict=True)
         ]
         file.write_table(pa.Table.from_arrays(arrays, schema=schema))

@@ -591,6 +591,29 @@ def test_the_command_predict(esm, task, level, tmp_path, capsys):
     assert "holds no predictor" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["o.csv", "o.tsv"])
+def test_residues_are_written_as_csv_has_them(name, tmp_path):
+    """All lines of a protein at once: names and classes with a delimiter, a quote, a percent sign; missing numbers."""
+    from esm_fast.cli.predictions import table
+
+    classes = (",", '"', "%", "\t")
+    columns = (Target("x", classes), Target("y"))
+    for targets in (Targets("classification", "residue", columns[:1]), Targets("regression", "residue", columns[1:])):
+        outputs = np.random.default_rng(0).normal(size=(40, targets.outputs)).astype(np.float32)
+        for missing in (False, True):
+            outputs[3] = np.nan if missing else outputs[3]
+            with table(tmp_path / name, name, targets) as add:
+                add(['p,"1"\t%s'], np.arange(40) % 20 + 4, outputs, iter(()))
+            with open(tmp_path / name, newline="") as file:
+                header, *rows = csv.reader(file, delimiter="," if name == "o.csv" else "\t", strict=True)
+            assert all(row[:2] == ['p,"1"\t%s', str(n)] for n, row in enumerate(rows, 1)) and len(rows) == 40
+            values = np.array([[float(cell or "nan") for cell in row[3:][-targets.outputs :]] for row in rows])
+            expected = targets.numbers(outputs)[0].reshape(40, -1)
+            np.testing.assert_allclose(values, expected, rtol=1e-8)
+            if targets.task == "classification":
+                assert [row[3] for row in rows] == [classes[k] for k in expected.argmax(1)]
+
+
 def test_a_predictor_of_before_is_read(esm, tmp_path):
     """One column of labels, its targets written flat, without a layer."""
     finetune(esm, examples(LABELS["regression", "sequence"], 60), Settings("regression")).predictor.save(tmp_path)

@@ -1,9 +1,11 @@
 """The training loop: the curve of a plain loop over fair-esm's model, of several processes, and of a run cut off."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -145,7 +147,7 @@ def test_the_curve_and_gradients_of_a_plain_loop_over_fair_esm(store, tmp_path):
 
 def test_rows_that_fill_the_selected_ones_up_count_nothing(store, tmp_path):
     trainer = Trainer(recipe(store, tmp_path), store, ALONE)
-    masked, sizes = trainer.masker.batch(trainer.steps.records[:20], 0), []
+    masked, sizes = trainer.sources[0].masker.batch(trainer.sources[0].steps.records[:20], 0), []
     head = trainer.esm.logits_of
     trainer.esm.logits_of = lambda x, rows, targets: sizes.append(len(rows)) or head(x, rows, targets)
     loss = trainer.model(masked)
@@ -268,7 +270,7 @@ def test_several_stores_share_each_step(store, tmp_path):
 
 
 def test_a_store_may_have_fewer_records_in_a_step_than_there_are_processes(store, tmp_path):
-    """None, even: it is the mixture that has to have enough. All are trained on once, and each process gets some."""
+    """None, even; the mixture too. All are trained on once, and a process without any has a batch without a loss."""
     few = [(store, 0.004), (store, 0.004), (store, 0.004)]
     trainer = Trainer(recipe(store, tmp_path, steps=4), [(store, 1.0), *few], ALONE)
     trainer.train()
@@ -282,18 +284,36 @@ def test_a_store_may_have_fewer_records_in_a_step_than_there_are_processes(store
             expected = sorted(n for source in whole.sources for n in source.steps.of(step).tolist())
             for rank in range(world):
                 trainer.processes = Processes(rank, world, torch.device("cpu"))
-                if len(expected) < world:
-                    with pytest.raises(
-                        ValueError, match=f"step {step + 1} has {len(expected)} sequences for {world} p"
-                    ):
-                        trainer._work(step)
-                else:
-                    works.append(trainer._work(step))
-            got = [batch.batch.order.tolist() for work in works for batch in work.batches]
-            assert not works or sorted(sum(got, [])) == expected
-            covered += bool(works) and all(work.batches for work in works)
-            assert all(work.batches for work in works), (step, world)
+                works.append(trainer._work(step))
+            batches = [batch for work in works for batch in work.batches]
+            idle = [batch for batch in batches if len(batch.targets) and (batch.targets < 0).all()]
+            got = [batch.batch.order.tolist() for batch in batches if not any(batch is one for one in idle)]
+            assert sorted(sum(got, [])) == expected
+            assert len(idle) == max(0, world - len(expected)) and all(work.batches for work in works), (step, world)
+            covered += not idle
         assert covered > 3
+
+
+def test_a_run_whose_steps_would_be_empty_is_refused_before_it_begins(store, tmp_path, monkeypatch):
+    """Whatever the store and the order: a run that begins has a record in every step of it."""
+    refused = 0
+    for many, step_tokens in itertools.product((4_000_000, 0), (20, 40, 48, 60)):  # sorted, computed
+        monkeypatch.setattr(sources, "MANY", many)
+        given, source = recipe(store, tmp_path, step_tokens=step_tokens, steps=200), None
+        try:
+            source = Trainer(given, store, ALONE).sources[0]
+        except RecipeError as error:
+            number = int(re.search(r"step (\d+) has no sequence; give a whole number from 96", str(error))[1])
+            (source,) = sources.sources_of(given, store)
+            assert not len(source.steps.of(number - 1)) and all(len(source.steps.of(n)) for n in range(number - 1))
+            refused += 1
+        else:
+            assert all(len(source.steps.of(step)) for step in range(200))
+    assert 0 < refused < 8
+    assert sources.sources_of(recipe(store, tmp_path, step_tokens=96), store)[0].steps.least
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(as_dict(recipe(store, tmp_path / "o", step_tokens=20, steps=200))))
+    assert main(["pretrain", str(path), "--fast-dev-run"]) == 1 and not (tmp_path / "o").exists()
 
 
 def test_another_run_is_not_continued(store, tmp_path):
@@ -444,6 +464,20 @@ def test_processes_share_a_run(store, tmp_path):
     np.testing.assert_allclose(valid["several"][-2:], valid["alone"], rtol=2e-5)
 
 
+def test_processes_without_a_record_in_a_step(store, tmp_path):
+    """Fewer sequences than processes in most steps: the losses of one process."""
+    values = as_dict(recipe(store, "", step_tokens=70, steps=8, valid_every=8, save_every=4))
+    path = tmp_path / "recipe.yaml"
+    for sharding, steps in (("none", 4), ("zero1", 8)):
+        path.write_text(json.dumps(values | dict(store=str(store.path), sharding=sharding, steps=steps)))
+        launch(3, tmp_path, path, "three")
+    alone = train(store, tmp_path / "alone", step_tokens=70, steps=8, valid_every=8, save_every=4)
+    assert min(len(alone.sources[0].steps.of(step)) for step in range(8)) < 3
+    for name in ("loss", "gradient_norm", "valid_loss"):
+        three, one = (curve(tmp_path / output, name) for output in ("three", "alone"))
+        np.testing.assert_allclose(three[-len(one) :], one, rtol=1e-4)
+
+
 def test_a_signal_to_one_process_stops_and_saves_all(store, tmp_path):
     """Within a step of it, long before they log or save."""
     values = as_dict(recipe(store, tmp_path / "two", log_every=50, valid_every=50, save_every=50, steps=50))
@@ -549,7 +583,10 @@ def test_recomputing_keeps_less_and_changes_no_bit(store, tmp_path, precision):
     for recompute in (False, True):
         output = tmp_path / str(recompute)
         trainer = Trainer(recipe(store, output, recompute=recompute, precision=precision, steps=3), store, ALONE)
-        masked, sizes = trainer.masker.batch(trainer.steps.records[trainer.steps[0]], 0), []
+        masked, sizes = (
+            trainer.sources[0].masker.batch(trainer.sources[0].steps.records[trainer.sources[0].steps[0]], 0),
+            [],
+        )
         rows = len(masked.batch.tokens)
 
         def keep(tensor, rows=rows, sizes=sizes):
@@ -588,16 +625,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(store, tmp_path):
     trainer.esm.layers[0].fc1.weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(FloatingPointError, match="step 3: .*the newest checkpoint, from before it, is .*step_0*2\\. "):
         trainer.train()
-
-
-def test_steps_without_a_sequence_name_the_entry_and_a_number_that_is_enough(store, tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"step_tokens is 10, and step \d+ has 0 .* for the only .*number from"
-    ) as said:
-        train(store, tmp_path, step_tokens=10)
-    enough = int(str(said.value).split()[-1].replace(",", ""))
-    trainer = Trainer(recipe(store, tmp_path, step_tokens=enough), store, ALONE)
-    assert all(len(trainer.steps.of(step)) for step in range(3 * trainer.steps.per_epoch))
 
 
 def test_a_gradient_that_is_not_finite_can_be_skipped(store, tmp_path):
