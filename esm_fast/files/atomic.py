@@ -7,6 +7,7 @@ stands under its own name is whole. Whatever stops on the way leaves a partial f
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -21,6 +22,7 @@ from .partial import remove_leftovers
 __all__ = ["Output", "alone", "atomic", "atomic_folder", "committed", "remove_leftovers", "sync"]
 
 _READ_BYTES = 1 << 20
+_OF_SAFETENSORS = re.compile(r"serializing.*\(os error (\d+)\)")  # what it says of a file that it cannot write
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def atomic(path: Path, *, durable: bool = True, tidy: bool = True) -> Iterator[P
     if tidy:
         remove_leftovers(target.parent, target.name)
     with _temporary(path, target) as (temporary, handle):
-        with _naming(path, of_system=False):
+        with _naming(path):
             yield temporary
         with _naming(path):
             handle.follow(temporary)  # safetensors puts a file of its own there, which nobody else may read
@@ -274,12 +276,19 @@ def _copied_to(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path, *, of_system: bool = True) -> Iterator[None]:
-    """Errors name the file that the user knows, not the temporary one; with `of_system` also those without a name."""
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file that the user knows, not the temporary one. Those without a name are of writing it: whoever
+    reads a file meanwhile names it."""
     try:
         yield
     except OSError as error:
-        nameless = error.filename is None and error.errno and of_system
-        if nameless or str(error.filename).endswith(partial.ENDING):
+        if error.filename is None and error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        if str(error.filename).endswith(partial.ENDING):
             error.filename = str(path)
         raise
+    except Exception as error:
+        found = _OF_SAFETENSORS.search(str(error))
+        if found is None or type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number), str(path)) from None

@@ -1,5 +1,6 @@
 """fair-esm's format: one .pt file a protein, a dictionary of fp32 tensors."""
 
+import io
 import zipfile
 from pathlib import Path
 
@@ -32,7 +33,15 @@ class TorchFolder:
         content = {"label": label} | {key: _tensors(value) for key, value in entries.items()}
         # Not durable: a file cut short is written again by the next run.
         with atomic(self.folder / f"{name}.pt", durable=False, tidy=False) as temporary:
-            torch.save(content, temporary)
+            save(content, temporary)
+
+
+def save(content: dict, path: Path) -> None:
+    """torch's format, written at once: of a full disk torch itself says "iostream error", and it puts the name of the
+    file into it, which is a temporary one."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _tensors(value: np.ndarray | dict[int, np.ndarray]):

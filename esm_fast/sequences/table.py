@@ -96,6 +96,10 @@ def _lines(path: Path) -> Iterator[str]:
             raise TableError(f"{path}: line {number + 1} is not UTF-8; save the table as UTF-8") from None
         except DamagedStreamError as error:
             raise TableError(f"{path}: {error}") from None
+        except OSError as error:
+            if error.errno and error.filename is None:  # or it is taken for the output's
+                error.filename = str(path)
+            raise
 
 
 def _decoded(stream: io.BufferedReader, encoding: str) -> Iterator[str]:

@@ -350,12 +350,13 @@ def _example(where: str, line: int, row: Mapping[str, str], columns: dict) -> Ex
     return Example(names[0], sequences[0], labels, split, place, line, **partner)
 
 
-def _refuse_missing(examples: Sequence[Example], column: str) -> None:
+def _refuse_missing(examples: Sequence[Example], columns: Sequence[str]) -> None:
     """A cell NA or None is a missing value, or two or four residues: of proteins the first, whoever wrote the table."""
-    words = [example for example in examples if example.sequence.lower() in MISSING]
-    if words and np.median([len(example.sequence) for example in examples]) > 2 * max(map(len, MISSING)):
+    found = [(text, at, example) for example in examples for at, text in enumerate(example.proteins)]
+    word, at, example = next((one for one in found if one[0].lower() in MISSING), ("", 0, None))
+    if example is not None and np.median([len(text) for text, *_ in found]) > 2 * max(map(len, MISSING)):
         raise ExamplesError(
-            f"{words[0].place}: {column} is {words[0].sequence!r}, as programs write that there is none; leave it out"
+            f"{example.place}: {columns[at]} is {word!r}, as programs write that there is none; leave it out"
         )
 
 

@@ -68,6 +68,8 @@ class Table:
             raise TableError(f"{self.path}: no table that can be read: {error}; save it as CSV in UTF-8") from None
         except (csv.Error, DamagedStreamError) as error:
             raise TableError(f"{self.path}: no table that can be read: {error}") from None
+        except OSError as error:
+            raise _named(error, self.path) from None
 
     def rows(self) -> Iterator[list[str]]:
         """Raises TableError for a row of another length, and for bytes that are no text."""
@@ -103,8 +105,18 @@ class Table:
     def _parquet_rows(self) -> Iterator[list[str]]:
         file = _parquet(self.path)
         for group in range(file.num_row_groups):
-            columns = [column.to_pylist() for column in file.read_row_group(group).columns]
+            try:
+                columns = [column.to_pylist() for column in file.read_row_group(group).columns]
+            except OSError as error:
+                raise _named(error, self.path) from None
             yield from ([_text(cell) for cell in row] for row in zip(*columns, strict=True))
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """What the system says of a file while it is read tells which it was, and is not taken for the output's."""
+    if error.errno and error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def _text(cell) -> str:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..files.atomic import atomic
+from ..files.fair_esm_pt import save as save_pt
 from ..models.family import REGRESSION
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError
 from .native import metadata_of
@@ -64,7 +65,7 @@ def save(model, weight, bias: float, path: Path, worth: dict) -> None:
     tensors = dict(zip(keys, found, strict=True))
     with atomic(path) as temporary:
         if path.suffix == ".pt":
-            torch.save({"model": tensors}, temporary)
+            save_pt({"model": tensors}, temporary)
             return
         mark = {_MARK: model.embed_tokens.weight[_RESIDUE].detach().float().cpu().clone()}
         save_file(tensors | mark, temporary, {"format": FORMAT, "worth": json.dumps(worth)})

@@ -57,6 +57,9 @@ def test_a_missing_sequence_is_no_peptide(tmp_path, word):
         read_examples(path)
     peptides = read_examples(table(tmp_path, f"sequence,label\nAG,1\n{word},2\nGAA,3\n"))
     assert [example.sequence for example in peptides] == ["AG", word.upper(), "GAA"]
+    pairs = table(tmp_path, f"sequence_a,sequence_b,label\n{PROTEIN},{PROTEIN}A,1\n{PROTEIN},{word},2\n")
+    with pytest.raises(ExamplesError, match="line 3: sequence_b is .*, as programs write that there is none"):
+        read_examples(pairs, pairs=True)
     ids = read_examples(table(tmp_path, f"id,sequence,label\n{word},{PROTEIN},1\n007,{PROTEIN},2\n"))
     assert [example.name for example in ids] == [word, "007"]
 
