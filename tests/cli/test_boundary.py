@@ -4,7 +4,9 @@ import argparse
 import errno
 import io
 import json
+import os
 import random
+import re
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -437,3 +439,43 @@ def test_memory_that_is_full_is_one_line(forks, folder):
         assert "Traceback" not in said[room] and code == ("not enough memory" in said[room]), said[room][-600:]
         Path("o.h5").unlink(missing_ok=True)
     assert "not enough memory" in said[60] and "proteins  1 of 1" in said[8000]
+
+
+WRITTEN = (
+    "embed good.fa -o o.h5",
+    "embed good.fa -o o/",
+    "extract esm1b_t6_demo good.fa o --include mean",
+    "contacts good.fa -o o.npz",
+    "contacts good.fa -o o.h5",
+    "variants one.fa --variants v.csv -o o.csv",
+    "variants one.fa --variants v.csv -o o.csv.gz",
+    "variants one.fa --variants v.csv -o o.parquet",
+    "variants one.fa -o o.html",
+    "report one.fa -o o.html",
+    "convert esm1b_t6_demo o.safetensors",
+    "export ds --to npy -o o.npy",
+    "export ds --to pt -o o",
+    "export ds --to uniprot-h5 -o o.h5",
+    "map ds -o o.html",
+)
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_an_output_that_cannot_be_written_is_named(forks, folder, data_set, line):
+    """Whoever writes it, in Python, C++ or Rust: no file may have more than ten bytes."""
+    (folder / "ds").symlink_to(data_set)
+    Path("one.fa").write_text(">P1\nMKTVRQERLKSIVRILERSK\n")
+    Path("v.csv").write_text("mutant\nM1A\nK2A\n")
+    files = {"ds", "good.fa", "one.fa", "v.csv"}
+    arguments = [str(folder / a) if a in files or a[:2] in ("o", "o.", "o/") else a for a in line.split(" ")]
+    os.mkfifo(folder / "log")
+    log = os.open(folder / "log", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        code = forks.run(arguments, largest=10, log=folder / "log")
+        said = os.read(log, 1 << 16).decode().splitlines()
+    finally:
+        os.close(log)
+    (line,) = [text for text in said if ": error: " in text] or [said]
+    assert (code, "File too large; raise the limit" in line) == (1, True), line
+    assert re.search(rf"error: {folder}/o[./\w]*: ", line), line
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".partial")]

@@ -26,7 +26,8 @@ class Forks:
     def start(self, arguments, **how) -> int:
         """patch: a function of os; at: which of its calls, from 1; how: "kill before", "kill after". Returns a pid.
 
-        streams: {name: how `_break` breaks it}; room: MiB of memory it may take beside what it has.
+        streams: {name: how `_break` breaks it}; room: MiB of memory it may take beside what it has; largest: the most
+        bytes of a file.
         """
         how = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in how.items()}
         return self._ask({"arguments": [str(a) for a in arguments]} | how)
@@ -57,7 +58,9 @@ def _serve() -> None:
         print(answer, flush=True)
 
 
-def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull, streams=None, room=0) -> int:
+def _child(
+    arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os.devnull, streams=None, room=0, largest=0
+) -> int:
     from esm_fast.cli import main
 
     os.environ.update(environ or {})
@@ -72,6 +75,8 @@ def _child(arguments, patch=None, at=0, how="", environ=None, stdin=None, log=os
     if room:
         used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20),) * 2)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if patch:
         setattr(os, patch, _killing(getattr(os, patch), at, how))
     try:
