@@ -9,6 +9,7 @@ A kernel reads memory by address, so nothing is skipped for arguments that were 
 place. A check takes half a microsecond to two an argument.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -251,6 +252,49 @@ class longest(_Number):  # noqa: N801
         return None if value >= there else f"must be at least {there}, the longest sequence's length, is {value}"
 
 
+class Checked(tuple):
+    """Records, such as a model's layers, whose tensors were once found right: whether they still are, in bulk.
+
+    Only what a check read is kept, and all of it is read again, so that no edit passes unseen; it saves the comparison
+    with what is asked of each. tensors: those of all records, in order. even: whether they are contiguous, of one type,
+    and begin where a kernel can load 16 bytes.
+    """
+
+    tensors: list[torch.Tensor]
+    even = False
+    _found: tuple[dict, tuple] | None = None
+
+    @classmethod
+    def of(cls, records, tensors: list[torch.Tensor]) -> "Checked":
+        made = cls(records)
+        made.tensors = tensors
+        return made
+
+    def _facts(self) -> tuple:
+        """All that a check and `opaque` read of tensors of plain classes. A tensor at the same address is on the same
+        device, and is strided, or it would have no address."""
+        tensors, kind = self.tensors, torch.Tensor
+        addresses = list(map(torch._C._data_address, tensors))
+        return (
+            [tensor.dtype for tensor in tensors],
+            [tensor.shape for tensor in tensors],
+            addresses,
+            all(map(kind.is_contiguous, tensors)),
+            any(map(kind.is_neg, tensors)),
+        )
+
+    def remember(self, sizes: dict) -> None:
+        """They were found right for these sizes of symbols."""
+        facts = dtypes, _, addresses, contiguous, negative = self._facts()
+        if negative or not all(addresses):  # which `opaque` tells of
+            return
+        self.even = contiguous and len(set(dtypes)) == 1 and not functools.reduce(operator.or_, addresses) % 16
+        self._found = sizes, facts
+
+    def still_right(self, sizes: dict) -> bool:
+        return self._found is not None and self._found[0] == sizes and self._found[1] == self._facts()
+
+
 class Records(Spec):
     """At least one named tuple of a kind, with a spec for each of its fields, tensors first: a model's layers.
 
@@ -264,9 +308,18 @@ class Records(Spec):
         self._alike = [i for i, name in enumerate(self._tensors) if specs[name].alike]
         first = [specs[name].axes[0] for name in self._tensors]
         self._own_at = [first.index(symbol) for symbol in own]
+        self._symbols = sorted({axis for name in self._tensors for axis in specs[name].axes} - set(own))
         assert list(specs) == list(kind._fields) and self._tensors == list(specs)[: len(self._tensors)]
 
     def problem(self, value, known: Known) -> str | None:
+        if type(value) is Checked and not torch.is_grad_enabled():  # where tensors are asked for nothing more
+            before = {name: known.sizes.get(name) for name in (*self._symbols, "device", "weights")}
+            if value.still_right(before):
+                known.sizes["weights"] = value.tensors[self._alike[0]].dtype
+                return None
+            if self._right(value, known):
+                value.remember(before)
+                return None
         if not isinstance(value, Sequence) or not value:
             return f"must hold at least one {self.noun}, as {self.kind.__name__}"
         for number, record in enumerate(value, start=1):

@@ -222,6 +222,29 @@ def implements(op_name: str, *, backend: str, why_not, **options):
     return decorate
 
 
+_STACKS: dict[str, Callable] = {}
+
+
+def stacks(backend: str) -> Callable[[Callable], Callable]:
+    """Decorates what runs a backend's halves of all layers, one after the other, with the bits that they have alone.
+
+    stack(x, cu_seqlens, max_seqlen, layers, heads, rotary, kept) yields the stream after each layer, each of which may
+    be overwritten once the next is asked for, but not those after layers in `kept`, nor the last.
+    """
+
+    def decorate(stack: Callable) -> Callable:
+        _STACKS[backend] = stack
+        return stack
+
+    return decorate
+
+
+def stack_of(*halves: Kernel) -> Callable | None:
+    """What runs these together; None where they are of several backends, or theirs has nothing for it."""
+    backend, *others = {kernel.backend for kernel in halves}
+    return None if others else _STACKS.get(backend)
+
+
 @functools.cache
 def backends() -> dict[str, str | None]:
     """Every backend's name -> None, or why its library could not be imported. Importing it registers its kernels.

@@ -1,7 +1,8 @@
 """transformer_stack: all layers of a transformer, one after the other; `pre_ln_attention` and `gelu_ffn`, composed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from .pool_moments import pool_moments
 from .pre_ln_attention import _case as attention_case
 from .pre_ln_attention import cost as attention_cost
 from .pre_ln_attention import pre_ln_attention
-from .registry import REFERENCE, Case, Cost, op, select
+from .registry import REFERENCE, Case, Cost, op, select, stack_of
 
 
 class LayerWeights(NamedTuple):
@@ -232,20 +233,26 @@ def stack_call(backend: str | None, **arguments) -> Callable | None:
     if kernel.backend != REFERENCE and backend in (None, kernel.backend):
         return partial(kernel.forward, *arguments.values())
     chosen = {}
-    for layer in arguments["layers"]:
-        key = layer.q_weight.dtype, layer.fc1_weight.dtype
-        if key not in chosen:
-            attention = select("pre_ln_attention", request._replace(dtype=key[0]), backend)
-            chosen[key] = attention, select("gelu_ffn", request._replace(dtype=key[1], head_dim=None), backend)
-    return partial(_by_halves, chosen, backend, **arguments)
+    for key in {(layer.q_weight.dtype, layer.fc1_weight.dtype) for layer in arguments["layers"]}:
+        attention = select("pre_ln_attention", request._replace(dtype=key[0]), backend)
+        chosen[key] = attention, select("gelu_ffn", request._replace(dtype=key[1], head_dim=None), backend)
+    stack = stack_of(*chain.from_iterable(chosen.values())) or partial(_by_halves, chosen)
+    return partial(_through, stack, backend, **arguments)
 
 
-def _by_halves(chosen: dict, backend, x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
-    after, pooled = {}, [None] * len(pools)
-    for number, layer in enumerate(layers, start=1):
+def _by_halves(chosen: dict, x, cu_seqlens, max_seqlen, layers, heads, rotary, kept) -> Iterator[torch.Tensor]:
+    """As `registry.stacks` has it, of any two backends."""
+    for layer in layers:
         attention, ffn = chosen[layer.q_weight.dtype, layer.fc1_weight.dtype]
         x = attention.forward(x, cu_seqlens, max_seqlen, *layer.attention, heads, layer.attn_eps, rotary, False)
         x = ffn.forward(x, *layer.ffn, layer.ffn_eps)
+        yield x
+
+
+def _through(stack: Callable, backend, x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
+    after, pooled = {}, [None] * len(pools)
+    streams = stack(x, cu_seqlens, max_seqlen, layers, heads, rotary, frozenset(return_layers))
+    for number, x in enumerate(streams, start=1):
         if number in return_layers:
             after[number] = x
         for place, wanted in enumerate(pools):

@@ -82,7 +82,7 @@ def _not_here() -> list[str]:
 
 
 @contextlib.contextmanager
-def _first_launches_told() -> Iterator[None]:
+def first_launches_told() -> Iterator[None]:
     """What fails while a CUDA graph is captured says that a kernel's first launch cannot be part of one."""
     try:
         yield
@@ -111,13 +111,13 @@ def implements(op_name: str, *, backward=None, train=None):
     def on_its_device(function):
         @functools.wraps(function)
         def run(*arguments):
-            with torch.cuda.device_of(arguments[0]), _first_launches_told():
+            with torch.cuda.device_of(arguments[0]), first_launches_told():
                 return function(*aligned(arguments))
 
         return run
 
     def backward_of(arguments, kept, grad_outputs):
-        with _first_launches_told():
+        with first_launches_told():
             return backward(aligned(arguments), kept, aligned(grad_outputs))
 
     return lambda forward: registry.implements(

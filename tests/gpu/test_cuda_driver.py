@@ -118,7 +118,7 @@ def test_triton_tells_what_a_capture_does_not_take(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capturing, expected in ((True, "run the same once before the capture"), (False, "^refused$")):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        with pytest.raises(RuntimeError, match=expected), common._first_launches_told():
+        with pytest.raises(RuntimeError, match=expected), common.first_launches_told():
             raise RuntimeError("refused")
 
 

@@ -14,6 +14,8 @@ from esm_fast.ops.gelu_ffn import _case as ffn_case
 from esm_fast.ops.masked_softmax import _case as softmax_case
 from esm_fast.ops.pre_ln_attention import _case as layer_case
 from esm_fast.ops.registry import Case
+from esm_fast.ops.transformer_stack import _case as stack_case
+from esm_fast.ops.transformer_stack import stack_call
 from esm_fast.sequences.batching import PackedBatch, pack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -146,6 +148,25 @@ def test_a_protein_keeps_its_bits_in_any_batch_bfloat16():
         alone = [everything(model, packed([i]), "triton") for i in range(3)]
     for name, x in together.items():
         assert torch.equal(x, torch.cat([one[name] for one in alone])), name
+
+
+def test_all_layers_together_have_the_bits_of_their_halves_bfloat16():
+    """Streams that are kept and pooled on the way included; buffers are used again by every layer."""
+    from esm_fast.kernels.triton import transformer_stack as triton_stack
+
+    pools = [(1, "pool"), (2, "pool_max")]
+    case = stack_case("rotary", [5, 0, 33], 2, 16, 80, 3, (1, 2), True, pools)
+    arguments = case.build(torch.bfloat16, "cpu", 0)
+    with torch.inference_mode():
+        call = stack_call("triton", **arguments)
+        assert call.args[0] is triton_stack.stack
+        x, first, second, *pooled = call()
+        names = ("x", "cu_seqlens", "max_seqlen", "layers", "heads", "rotary")
+        streams = list(triton_stack._by_halves(*(arguments[name] for name in names)))
+        ends, kept = arguments["cu_seqlens"], arguments["pools"]
+        wanted = [OPS[p.op](s, ends, p.rows, backend="triton") for s, p in zip(streams, kept, strict=False)]
+    for got, right in zip([first, second, x, *pooled], [*streams, *wanted], strict=True):
+        assert torch.equal(got, right)
 
 
 def test_a_norm_moves_what_it_must_bfloat16():
