@@ -20,7 +20,9 @@ from esm_fast.sequences.batching import pack
 
 LENGTHS = (103, 187, 264, 351, 460, 683, 1022, 95)
 TINY_LENGTHS = (5, 9)
+SHORT = (300,)  # one protein, which a GPU computes in less time than its host takes to launch hundreds of kernels
 BACKENDS = ("reference", "cutlass", "flash", "triton", "cuda", "xformers")
+SHORTS = ("cutlass", "flash", "triton", "graphs")  # one protein; graphs: CUDA graphs of what the order chooses
 LEAST_COSINE = 0.995  # of any residue's representation with ours on torch alone
 
 
@@ -28,17 +30,18 @@ def peers(place: Place) -> list[str]:
     """Who is compared; a name that cannot run here says so in its row."""
     ours = [f"esm_fast {name}" for name in BACKENDS]
     graphs = [] if place.tiny else [f"graph {name}" for name in BACKENDS[1:]]
+    shorts = [f"short {name}" for name in (SHORTS[-1:] if place.tiny else SHORTS)]
     others = [] if place.tiny else ["compiled reference"]
     others += ["fair-esm"] * bool(find_spec("esm"))
     if find_spec("transformers"):
         others += [f"hf {attention}" for attention in (("sdpa",) if place.tiny else ("sdpa", "flash_attention_2"))]
-    return [*ours, *graphs, *others]
+    return [*ours, *graphs, *shorts, *others]
 
 
 def rows(dtype: str, peer: str, place: Place) -> Iterator[dict]:
     """Of one peer: held to ours on the reference, then timed."""
     size = TINY if place.tiny else Size()
-    lengths = np.array(TINY_LENGTHS if place.tiny else LENGTHS * 4)
+    lengths = np.array(TINY_LENGTHS if place.tiny else SHORT if peer.startswith("short") else LENGTHS * 4)
     ids = np.random.default_rng(0).integers(4, 24, lengths.sum(), dtype=np.uint8)
     state = random_state(size)
     about = {"model": peer, "dtype": dtype, "tokens": int((lengths + 2).sum()), "residues/s": "", "least cosine": ""}
@@ -67,7 +70,7 @@ def _build(peer: str, given: tuple) -> Callable:
     if kind == "hf":
         return _hugging_face(*given, how)
     build = _ours(*given, how)
-    return {"esm_fast": build, "graph": _captured(build), "compiled": _compiled(build)}[kind]
+    return {"esm_fast": build, "short": build, "graph": _captured(build), "compiled": _compiled(build)}[kind]
 
 
 def _compiled(build: Callable) -> Callable:

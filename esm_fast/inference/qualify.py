@@ -21,6 +21,7 @@ from ..ops.registry import REFERENCE
 from ..ops.verdicts import MARGIN, PROVEN, TRYING, Key
 from .qualifying import has_heads, ratio
 
+WHOLE = "transformer_stack"  # the op that others are the parts of
 HEAD_DIM = 64  # ESM-1b's; verdicts of ops with attention are of one size of heads
 
 
@@ -120,8 +121,14 @@ def _compare(asked: Asked, machine: dict, kept: dict, note, watcher: Watcher) ->
             kept[text]["winner"] = REFERENCE
         tasks.append({"do": "compare", "backends": proven} | _task(Key.parse(text), asked))
     verdicts.update(machine, kept)
+    tasks.sort(key=lambda task: task["op"] == WHOLE)  # after the halves of layers, by which they run otherwise
+
+    def choices(task: dict) -> None:
+        if task["op"] == WHOLE and not task["grad"]:
+            task["choices"] = verdicts.changed(kept, but=WHOLE)
+
     watcher.begin("timing", len(tasks), "ops")
-    for task, found in run(tasks, asked, lambda task: None):
+    for task, found in run(tasks, asked, choices):
         watcher.update()
         entry = kept[task["key"]]
         if isinstance(found, list):  # it died while it was timed: nothing is chosen for its speed

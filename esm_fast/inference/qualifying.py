@@ -15,9 +15,9 @@ from functools import partial
 
 import torch
 
-from ..ops import OPS, registry, verify
+from ..ops import OPS, registry, select, stack_call, verdicts, verify
 from ..ops.common import spans
-from ..ops.registry import Case
+from ..ops.registry import REFERENCE, Case
 
 clock = time.perf_counter  # a test has its own
 _ROWS = {"x", "q", "k", "v"}  # arguments with a row for every token
@@ -140,9 +140,17 @@ def compare(task: dict) -> dict[str, list[float]]:
             calls = {n: partial(verify.projected, partial(op, backend=n), arguments, 0) for n in kernels}
         else:
             calls = {n: partial(k.forward, *arguments.values()) for n, k in kernels.items()}
-        for name, seconds in _times(calls, device, not task["grad"]).items():
-            found[name].append(seconds)
+        with verdicts.held(task.get("choices", "")):
+            if "choices" in task and select(op.name, op.request(arguments)).backend == REFERENCE:
+                calls[REFERENCE] = partial(_layers, arguments)
+            for name, seconds in _times(calls, device, not task["grad"]).items():
+                found[name].append(seconds)
     return found
+
+
+def _layers(arguments: dict) -> None:
+    """What runs where nothing runs all layers as one: their halves, by the kernels that are chosen for them."""
+    stack_call(None, **arguments)()
 
 
 def _times(calls: dict, device: str, inference: bool) -> dict[str, float]:

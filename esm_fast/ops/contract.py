@@ -257,11 +257,12 @@ class Checked(tuple):
 
     Only what a check read is kept, and all of it is read again, so that no edit passes unseen; it saves the comparison
     with what is asked of each. tensors: those of all records, in order. even: whether they are contiguous, of one type,
-    and begin where a kernel can load 16 bytes.
+    and begin where a kernel can load 16 bytes. state: another object whenever anything but values was found changed.
     """
 
     tensors: list[torch.Tensor]
     even = False
+    state: object = None
     _found: tuple[dict, tuple] | None = None
 
     @classmethod
@@ -289,7 +290,7 @@ class Checked(tuple):
         if negative or not all(addresses):  # which `opaque` tells of
             return
         self.even = contiguous and len(set(dtypes)) == 1 and not functools.reduce(operator.or_, addresses) % 16
-        self._found = sizes, facts
+        self._found, self.state = (sizes, facts), object()
 
     def still_right(self, sizes: dict) -> bool:
         return self._found is not None and self._found[0] == sizes and self._found[1] == self._facts()

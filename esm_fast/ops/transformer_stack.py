@@ -1,6 +1,6 @@
 """transformer_stack: all layers of a transformer, one after the other; `pre_ln_attention` and `gelu_ffn`, composed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from numbers import Integral
@@ -232,12 +232,18 @@ def stack_call(backend: str | None, **arguments) -> Callable | None:
     kernel = select("transformer_stack", request, backend)
     if kernel.backend != REFERENCE and backend in (None, kernel.backend):
         return partial(kernel.forward, *arguments.values())
+    stack, _ = halves_of(arguments["layers"], request, backend)
+    return partial(_through, stack, backend, **arguments)
+
+
+def halves_of(layers, request, backend: str | None) -> tuple[Callable, Hashable]:
+    """(what runs the layers by the kernels that are chosen for their halves, as `registry.stacks` has it; which)."""
     chosen = {}
-    for key in {(layer.q_weight.dtype, layer.fc1_weight.dtype) for layer in arguments["layers"]}:
+    for key in {(layer.q_weight.dtype, layer.fc1_weight.dtype) for layer in layers}:
         attention = select("pre_ln_attention", request._replace(dtype=key[0]), backend)
         chosen[key] = attention, select("gelu_ffn", request._replace(dtype=key[1], head_dim=None), backend)
-    stack = stack_of(*chain.from_iterable(chosen.values())) or partial(_by_halves, chosen)
-    return partial(_through, stack, backend, **arguments)
+    which = frozenset(chain.from_iterable(chosen.values()))
+    return stack_of(*which) or partial(_by_halves, chosen), which
 
 
 def _by_halves(chosen: dict, x, cu_seqlens, max_seqlen, layers, heads, rotary, kept) -> Iterator[torch.Tensor]:
@@ -250,9 +256,14 @@ def _by_halves(chosen: dict, x, cu_seqlens, max_seqlen, layers, heads, rotary, k
 
 
 def _through(stack: Callable, backend, x, cu_seqlens, max_seqlen, layers, heads, return_layers, rotary, pools):
-    after, pooled = {}, [None] * len(pools)
     streams = stack(x, cu_seqlens, max_seqlen, layers, heads, rotary, frozenset(return_layers))
-    for number, x in enumerate(streams, start=1):
+    return pooled_through(enumerate(streams, start=1), backend, x, cu_seqlens, return_layers, pools)
+
+
+def pooled_through(streams: Iterable, backend, x, cu_seqlens, return_layers, pools):
+    """What the op returns, from (number, stream) of layers as they go by; x: the first one's input."""
+    after, pooled = {}, [None] * len(pools)
+    for number, x in streams:
         if number in return_layers:
             after[number] = x
         for place, wanted in enumerate(pools):

@@ -215,8 +215,13 @@ def current(request) -> str:
     """The choices on a device that differ from the order's, as plans and checkpoints keep them; "" for none."""
     if _held is not None:
         return _text(_held)
-    found = table(request)
-    return _text({key: entry["winner"] for key, entry in found.items() if entry["winner"] != entry["default"]})
+    return changed(table(request))
+
+
+def changed(entries: dict[str, dict], *, but: str = "") -> str:
+    """The choices of entries that differ from the order's, without those of one op."""
+    others = {key: entry for key, entry in entries.items() if Key.parse(key).op != but}
+    return _text({key: entry["winner"] for key, entry in others.items() if entry["winner"] != entry["default"]})
 
 
 def _text(choices: dict[str, str]) -> str:
