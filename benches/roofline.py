@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import roofline_choices
 import torch
 
 from esm_fast.cli.kernels import read_table
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {e.op:18}{e.case:16}{e.microseconds:9.1f} us  {e.bound:9}{e.intensity:10.1f}  {e.warps}")
         limit = model_estimate(found, 2048)
         print(f"  all {LAYERS} layers of ESM-1b at these bounds: at most {limit:,.0f} residues/s")
+        print("\n".join(f"  estimate: {line}" for line in roofline_choices.lines(gpu)))
     if args.plot:
         plot(args.plot, args.dtype)
     return 0

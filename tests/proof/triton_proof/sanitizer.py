@@ -227,7 +227,7 @@ def _set_grid_dim(self, *grid):
     _place(self, *grid)
 
 
-def _load(self, pointers, mask, other, *_how):
+def _load(self, pointers, mask, other, *_how, **_hints):  # descriptors give hints by name
     _current.touch(pointers, mask, self.grid_idx, store=False)
     return undefined_where_masked(self, pointers, mask, other)
 
