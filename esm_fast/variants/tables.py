@@ -47,7 +47,7 @@ class Table:
         self.is_list = not any(cells) or _is_variant(header.strip()) or _is_variant(cells[0])
         self.columns = ["mutant"] if self.is_list else cells
         if self.is_list and header.strip() == "":
-            raise TableError(f"{path}: the file is empty; give one variant a line, or a table with a header")
+            raise TableError(f"{path}: line 1 is empty; give one variant a line, or a table with a header")
 
     def _comments_of(self, text) -> tuple[int, str]:
         """How many lines stand before the header, and the header."""
