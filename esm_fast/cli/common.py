@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from ..console import Stages, check_space, human_bytes, progress  # noqa: F401, the commands'
+from ..files.atomic import is_special
 from ..formats import quantised
 from .numbers import MOST_THREADS, positive
 
@@ -102,7 +103,7 @@ def output_path(text: str, force: bool) -> Path:
         raise InputError(f"{path} is a folder; give the name of a file in it")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
-    if path.exists() and not force:
+    if path.exists() and not force and not is_special(path):  # a device or a pipe, as >(gzip) is, loses nothing
         raise InputError(f"{path} exists; give --force to overwrite it, or another -o")
     return path
 

@@ -19,7 +19,7 @@ from . import partial
 from .checksums import sha256
 from .partial import remove_leftovers
 
-__all__ = ["Output", "alone", "atomic", "atomic_folder", "committed", "remove_leftovers", "sync"]
+__all__ = ["Output", "alone", "atomic", "atomic_folder", "committed", "is_special", "remove_leftovers", "sync"]
 
 _READ_BYTES = 1 << 20
 _OF_SAFETENSORS = re.compile(r"serializing.*\(os error (\d+)\)")  # what it says of a file that it cannot write
@@ -36,7 +36,7 @@ def atomic(path: Path, *, durable: bool = True, tidy: bool = True) -> Iterator[P
         tidy: remove first what earlier runs left of this file; whoever writes many into a folder does that once.
     """
     path = Path(path)
-    if _is_special(path):
+    if is_special(path):
         with _copied_to(path) as temporary:
             yield temporary
         return
@@ -256,7 +256,7 @@ def _mode(target: Path, handle: _Handle) -> int:
     return handle.mode
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """A device or a pipe, or a link to one."""
     try:
         mode = path.stat().st_mode

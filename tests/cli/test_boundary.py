@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_fast import cli
-from esm_fast.cli import main
+from esm_fast.cli import common, main
 from esm_fast.console import boundary
 from esm_fast.console.streams import LINES, Screen, printable
 from esm_fast.files.checksums import digest_of
@@ -479,3 +479,11 @@ def test_an_output_that_cannot_be_written_is_named(forks, folder, data_set, line
     assert (code, "File too large; raise the limit" in line) == (1, True), line
     assert re.search(rf"error: {folder}/o[./\w]*: ", line), line
     assert not [path for path in folder.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_a_pipe_or_a_device_is_written_to_without_force(folder):
+    """Nothing of it is lost; a file would be."""
+    os.mkfifo("o.h5")
+    assert common.output_path("o.h5", force=False) == Path("o.h5") and common.output_path("/dev/null", force=False)
+    with pytest.raises(common.InputError, match="good.fa exists; give --force"):
+        common.output_path("good.fa", force=False)
