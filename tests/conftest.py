@@ -12,6 +12,8 @@ import shutil
 # Torch's threads sleep while they wait: spinning, those of tests that run side by side take the cores from each other,
 # and four fifths of the suite's time. Set before torch is imported; commands that tests run inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# NumPy's and SciPy's cannot be told to: on small matrices they spin for longer than they compute.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
