@@ -165,6 +165,7 @@ class Predictor(nn.Module):
             yield label, of_outputs(array)
 
     def _stream_of_pairs(self, sequences, of_outputs, batch_tokens, policy: Policy) -> Iterator:
+        sequences = list(sequences)
         for number, pair in enumerate(sequences):
             if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise TypeError(f"pair {number} is {pair!r:.80}: a predictor of pairs takes two strings for each")

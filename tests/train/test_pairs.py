@@ -104,7 +104,7 @@ def test_the_solved_head_is_scikit_learns_on_both_proteins(esm, kind, tmp_path):
     one_by_one = [loaded.predict_proba([pair])[0] for pair in tested]
     assert np.array_equal(one_by_one, found)  # neighbours change no bit
     assert np.array_equal(swapped, found) == (kind == "symmetric")
-    assert loaded.predict(tested[:2]) == predictor.predict(tested[:2])
+    assert loaded.predict(iter(tested[:2])) == predictor.predict(tested[:2])
     with pytest.raises(TypeError, match="two strings"):
         loaded.predict(["MKT"])
     assert len(loaded.predict([("MK1T", "MKT"), ("MKT", "MKT")], unknown="x")) == 2
