@@ -51,7 +51,7 @@ def watch(tensor: torch.Tensor) -> Watch | None:
     """From now on; None where a write could go unseen."""
     if not tensor.numel() or tensor.device.type != "cpu":
         return None
-    if torch._C._data_address(tensor) in _mapped.get(tensor.untyped_storage(), ()):
+    if place(tensor) in _mapped.get(tensor.untyped_storage(), ()):
         _bring_in(tensor)
     storage = tensor.untyped_storage()
     if not storage.resizable() or torch._C._storage_Use_Count(storage._cdata) > _OWN_AND_THIS_LOOK:
@@ -64,7 +64,12 @@ def watch(tensor: torch.Tensor) -> Watch | None:
     return _state(tensor, number)
 
 
-# Storage -> addresses of the parameters that were loaded as they lie in a file -> calls in which they were read whole.
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where in its storage it begins; the address that torch gives without a sign of a write is the storage's own."""
+    return torch._C._data_address(tensor), tensor.storage_offset()
+
+
+# Storage -> places of the parameters that were loaded as they lie in a file -> calls in which they were read whole.
 _mapped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _CALLS = 2  # a copy costs as much as several readings: who calls once or twice does not pay it
 
@@ -75,19 +80,19 @@ def lies_in_a_file(module: nn.Module) -> None:
     mapped = MappedFiles()
     for parameter in module.parameters():
         if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and mapped.hold(parameter):
-            _mapped.setdefault(parameter.untyped_storage(), {})[torch._C._data_address(parameter)] = 0
+            _mapped.setdefault(parameter.untyped_storage(), {})[place(parameter)] = 0
 
 
 def _bring_in(parameter: torch.Tensor) -> None:
-    storage, address = parameter.untyped_storage(), torch._C._data_address(parameter)
+    storage, at = parameter.untyped_storage(), place(parameter)
     calls = _mapped[storage]
-    calls[address] += 1
-    if calls[address] <= _CALLS or not parameter.requires_grad:  # a frozen one may itself be behind an array
+    calls[at] += 1
+    if calls[at] <= _CALLS or not parameter.requires_grad:  # a frozen one may itself be behind an array
         return
     if torch._C._storage_Use_Count(storage._cdata) == len(calls) + 1:
         with torch.inference_mode(False):
             parameter.data = parameter.detach().clone()
-        del calls[address]
+        del calls[at]
 
 
 def repack(module: nn.Module) -> nn.Module:
@@ -109,9 +114,9 @@ def _into_own_memory(module: nn.Module) -> None:
     mapped = MappedFiles()
     own = [p for p in module.parameters() if type(p) is nn.Parameter and p.device.type == "cpu"]
     found = [p for p in own if mapped.hold(p)]
-    addresses = Counter(map(torch._C._data_address, found))
+    places = Counter(map(place, found))
     for parameter in found:
-        if addresses[torch._C._data_address(parameter)] == 1:
+        if places[place(parameter)] == 1:
             calls = _mapped.get(parameter.untyped_storage(), {})
-            calls.pop(torch._C._data_address(parameter), None)
+            calls.pop(place(parameter), None)
             parameter.data = parameter.detach().clone()

@@ -179,9 +179,24 @@ def test_parameters_may_be_swapped(loaded, calls, tmp_path):
 
 def test_matrices_of_one_memory_are_prepacked_each():
     square = torch.randn(64, 64)
-    both = prepacking.prepacked(square, square.T, square[:32])
-    for found, wanted in zip(both, (square, square.T, square[:32]), strict=True):
+    views = (square, square.T, square[:32], square[32:], square[16:48])
+    for found, wanted in zip(prepacking.prepacked(*views), views, strict=True):
         assert torch.equal(PrepackedWeight(found).unpack(), wanted)
+
+
+def test_parameters_that_are_parts_of_one_buffer():
+    """As training divides them (`train.sharded`), and others' flat parameters: each has its own values."""
+    model, parts = small(), copy.deepcopy(small())
+    flat = torch.cat([p.detach().flatten() for p in parts.parameters()])
+    pieces = flat.split([p.numel() for p in parts.parameters()])
+    for parameter, piece in zip(parts.parameters(), pieces, strict=True):
+        parameter.data = piece.view_as(parameter)
+    for _ in range(4):
+        parts.load_state_dict(model.state_dict())
+        np.testing.assert_array_equal(embedded(parts), embedded(model))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
 
 
 def test_what_cannot_be_watched():
