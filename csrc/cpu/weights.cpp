@@ -65,13 +65,17 @@ size_t prepacked_size(Type type, int out, int in) {
     return size_t(panels_of(out)) * layout_of(type).panel_size(in);
 }
 
-Weights::Weights(Type type, const void* const* parts, int out, int in) {
-    std::shared_ptr<void> memory = allocate(prepacked_size(type, out, in));
-    prepacked_ = Prepacked{memory.get(), out, in, type};
-    each_panel(prepacked_, static_cast<char*>(memory.get()), [&](int panel, char* to) {
-        layout_of(type).pack(parts, out, in, panel, to);
-    });
-    memory_ = std::move(memory);
+Weights::Weights(Type type, const void* const* parts, int out, int in) : Weights(type, out, in) { pack(parts, 0, out); }
+
+Weights::Weights(Type type, int out, int in)
+    : memory_(allocate(prepacked_size(type, out, in))), prepacked_{memory_.get(), out, in, type} {}
+
+void Weights::pack(const void* const* parts, int first, int last) {
+    const int in = prepacked_.in, rows = last - first;
+    const Layout& layout = layout_of(prepacked_.type);
+    char* begin = static_cast<char*>(const_cast<void*>(prepacked_.data)) + size_t(first / kPanel) * layout.panel_size(in);
+    each_panel(Prepacked{begin, rows, in, prepacked_.type}, begin,
+               [&](int panel, char* to) { layout.pack(parts, rows, in, panel, to); });
 }
 
 Weights::Weights(std::shared_ptr<const void> prepacked, int out, int in, Type type)

@@ -58,14 +58,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--pack stores float32 or bfloat16; give --dtype bfloat16")
     with warnings.catch_warnings(record=True) as caught, Stages() as bar:
         warnings.simplefilter("always")
-        prepack = Prepacking(form, forget=MappedFiles().forget) if args.pack else lambda model, layer: None
-
-        def each(model, layer) -> None:
-            prepack(model, layer)
-            bar.update()
-
+        prepack = Prepacking(form, forget=MappedFiles().forget) if args.pack else None
         bar.begin("reading", checkpoint.config.layers, "layers")
-        model = weights.build(checkpoint, dtype=dtype, backend="cpu" if args.pack else None, prepack=each)
+        backend = "cpu" if args.pack else None
+        model = weights.build(checkpoint, dtype=dtype, backend=backend, prepack=prepack, after=bar.update)
     del checkpoint
     with atomic(out) as temporary, bar:
         bar.begin("writing", 2 * _size(model), "B")

@@ -2,15 +2,15 @@
 
 One file a format, found by its name (`int8.py`), and one in csrc/cpu/formats; float32 and bfloat16 share `plain.py`.
 What they share: `weight.py`, the tensor that stands in a matrix's place; `format.py`, what a format says of itself;
-`model.py`, which prepacks a model; `smoothing.py`, what is done to a layer before it gets 8 bits; `file.py`, which
-saves prepacked weights and maps them.
+`model.py`, which prepacks a model; `original.py`, the matrices that it reads; `smoothing.py`, what is done to a layer
+before it gets 8 bits; `file.py`, which saves prepacked weights and maps them.
 """
 
 import functools
 import importlib
 import pkgutil
 
-_SHARED = ("file", "format", "model", "smoothing", "weight")
+_SHARED = ("file", "format", "model", "original", "smoothing", "weight")
 
 
 def files() -> list[str]:

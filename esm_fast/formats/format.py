@@ -12,7 +12,7 @@ def _runs_anywhere(device: str, backend: str | None, packed) -> None:
     """Where nothing is to be refused before a model is read."""
 
 
-def _as_they_are(model) -> Callable[..., dict[str, torch.Tensor]]:
+def _as_they_are(model, original) -> Callable[..., dict[str, torch.Tensor]]:
     """No factors for any layer."""
     return lambda layer: {}
 
@@ -23,8 +23,9 @@ class Format:
     around: of the model's other tensors. weight: what stands in a matrix's place.
 
     require(device, backend, packed) raises ValueError, before anything is read, where `load` could not run the model.
-    smoothing(model) -> what is called with each of its layers in turn, before that is prepacked. It may change norms
-    and biases, and returns for names of `MATRICES` a factor per input, by which the matrix is multiplied.
+    smoothing(model, original) -> what is called with each of its layers in turn, before that is prepacked. It may
+    change norms and biases, and returns for names of `MATRICES` a factor per input, by which the matrix is multiplied.
+    original: gives the `Original` of a linear layer's matrix.
     """
 
     name: str

@@ -10,10 +10,9 @@ from .. import _C
 from ..ops import contract
 from ..ops.quantize import Quantized, int8_linear, quantize
 from .format import Format
+from .original import Original
 from .smoothing import Smoothing
 from .weight import PrepackedWeight
-
-_AT_ONCE = 1 << 18  # elements of a matrix that are quantised together
 
 
 class Int8Weight(PrepackedWeight):
@@ -27,10 +26,16 @@ class Int8Weight(PrepackedWeight):
 
     @classmethod
     def pack(cls, matrix: torch.Tensor) -> "Int8Weight":
-        """A floating-point matrix on the CPU, quantised in fp32, some rows at a time: it takes copies of them."""
-        rows = max(1, _AT_ONCE // matrix.shape[1])
-        numbers, scales = zip(*(quantize(part.float()) for part in matrix.detach().split(rows)), strict=True)
-        return cls(_C.prepack([torch.cat(numbers), torch.cat(scales)], "int8"))
+        """A floating-point matrix on the CPU, quantised in fp32."""
+        return cls.pack_original(Original(matrix, matrix.dtype))
+
+    @classmethod
+    def pack_original(cls, original: Original, factor: torch.Tensor | None = None) -> "Int8Weight":
+        def rows(first: int, last: int) -> Quantized:
+            part = original.rows(first, last)
+            return quantize((part if factor is None else part * factor).float())
+
+        return cls(_C.prepack_rows(rows, "int8", *original.matrix.shape))
 
     @property
     def beside(self) -> torch.dtype:

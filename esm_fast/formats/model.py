@@ -7,6 +7,7 @@ from ..memory import hand_back
 from ..ops.registry import BackendError, explain, request_of, select
 from . import of_dtype
 from .format import Format
+from .original import Original, keep
 from .weight import MATRICES, matrices_of
 
 
@@ -30,25 +31,34 @@ class Prepacking:
     """Prepacks the layers of a model one by one, each original dropped: for inference on the CPU kernels alone.
 
     `weights.build` takes one and calls it with each layer as it is read, `prepack_model` with those of a whole model.
+    The layer's matrices may be of another type than the model: that of their file, as it is mapped (see `takes`).
 
     Args:
         form: the format, which is not asked again whether it runs here (see `Format.require`); None for the model's
             own dtype.
         insist: whether a model that would not run prepacked here is an error, or keeps its ordinary tensors.
-        forget: is given each original when it is prepacked.
+        forget: is given rows of an original that were used.
     """
 
-    def __init__(self, form: Format | None = None, *, insist: bool = True, forget=lambda tensor: None):
+    def __init__(self, form: Format | None = None, *, insist: bool = True, forget=keep):
         self.form, self.insist, self.forget = form, insist, forget
         self.decided, self.smoothing = False, None
 
-    def __call__(self, model, layer) -> None:
-        """Raises ValueError, at a model's first layer and before anything is changed, saying why it would not run."""
+    def takes(self, model) -> bool:
+        """Whether the matrices of the model's layers are going to be prepacked. Raises as calling it does."""
         if not self.decided:
             self._decide(model)
-        if self.form is not None and not all(isinstance(matrix, self.form.weight) for matrix in matrices_of(layer)):
-            self.smoothing = self.smoothing or self.form.smoothing(model)
-            prepack_layer(layer, self.form, self.smoothing(layer), self.forget)
+        return self.form is not None
+
+    def __call__(self, model, layer) -> None:
+        """Raises ValueError, at a model's first layer and before anything is changed, saying why it would not run."""
+        if self.takes(model) and not all(isinstance(matrix, self.form.weight) for matrix in matrices_of(layer)):
+
+            def original(linear: nn.Linear) -> Original:
+                return Original(linear.weight, model.dtype, self.forget)
+
+            self.smoothing = self.smoothing or self.form.smoothing(model, original)
+            prepack_layer(layer, self.form, self.smoothing(layer), original)
             hand_back()  # or the originals of small layers would stay in the heap between what is kept
 
     def _decide(self, model) -> None:
@@ -61,17 +71,16 @@ class Prepacking:
             model.requires_grad_(False)
 
 
-def prepack_layer(layer, form: Format, factors: dict[str, torch.Tensor], forget=lambda tensor: None) -> None:
+def prepack_layer(layer, form: Format, factors: dict[str, torch.Tensor], original) -> None:
+    """original: of a linear layer."""
     for name in MATRICES:
         linear = layer.get_submodule(name)
-        original = linear.weight
-        if not isinstance(original, form.weight):
-            matrix = original * factors[name] if name in factors else original
-            linear.weight = nn.Parameter(form.weight.pack(matrix), requires_grad=False)
-            forget(original)
+        if not isinstance(linear.weight, form.weight):
+            packed = form.weight.pack_original(original(linear), factors.get(name))
+            linear.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def prepack_model(model, form: Format | None = None, forget=lambda tensor: None) -> None:
+def prepack_model(model, form: Format | None = None, forget=keep) -> None:
     """`Prepacking` of all layers of a model that has its tensors. Raises ValueError; nothing was changed then."""
     prepack = Prepacking(form, forget=forget)
     for layer in model.layers:

@@ -15,6 +15,7 @@ from torch import nn
 from ..ops.common import gelu, layer_norm, spans
 from ..ops.pre_ln_attention import rotate
 from ..sequences.batching import PackedBatch, pack
+from .original import Original
 from .weight import MATRICES, is_prepacked, matrices_of
 
 _PROTEINS, _LENGTH = 4, 128
@@ -46,7 +47,8 @@ class Smoothing:
     """
 
     @torch.no_grad()
-    def __init__(self, model):
+    def __init__(self, model, original=None):
+        self.original = original or (lambda linear: Original(linear.weight, linear.weight.dtype))
         self.heads = model.config.attention_heads
         batch = sample()
         self.spans, self.rotary = spans(batch.cu_seqlens), model.rotary(batch)
@@ -59,20 +61,32 @@ class Smoothing:
         factors = {}
         inner, norm = layer.self_attn, layer.self_attn_layer_norm
         normed, inputs = _normed(self.x, norm), (inner.q_proj, inner.k_proj, inner.v_proj)
-        mixed = self._attend(*(_product(normed, part) for part in inputs))
-        factors |= dict.fromkeys(MATRICES[:3], smooth(norm, inputs, normed))
-        self.x += _product(mixed, inner.out_proj)
+        mixed = self._attend(*(self._product(normed, part) for part in inputs))
+        factors |= dict.fromkeys(MATRICES[:3], self._smooth(norm, inputs, normed))
+        self.x += self._product(mixed, inner.out_proj)
+        del mixed, normed  # before the FFN, which takes most
         norm = layer.final_layer_norm
         normed = _normed(self.x, norm)
         self._add_ffn(normed, layer.fc1, layer.fc2)
-        return factors | {"fc1": smooth(norm, [layer.fc1], normed)}
+        return factors | {"fc1": self._smooth(norm, [layer.fc1], normed)}
 
     def _add_ffn(self, normed: torch.Tensor, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        for start in range(0, fc1.out_features, _HIDDEN_AT_ONCE):
+        outer = self.original(fc2).whole()  # its columns are asked for
+        for start, weight in zip(
+            range(0, fc1.out_features, _HIDDEN_AT_ONCE), self.original(fc1).parts(_HIDDEN_AT_ONCE), strict=True
+        ):
             part = slice(start, start + _HIDDEN_AT_ONCE)
-            hidden = gelu(normed @ fc1.weight[part].double().T + fc1.bias[part].double())
-            self.x += hidden @ fc2.weight[:, part].double().T
+            hidden = gelu(normed @ weight.double().T + fc1.bias[part].double())
+            self.x += hidden @ outer[:, part].double().T
         self.x += fc2.bias.double()
+
+    def _product(self, rows: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        at_once = max(1, _AT_ONCE // linear.weight.shape[1])
+        parts = [rows @ part.double().T for part in self.original(linear).parts(at_once)]
+        return torch.cat(parts, dim=1) + linear.bias.double()
+
+    def _smooth(self, norm: nn.LayerNorm, linears, rows: torch.Tensor) -> torch.Tensor:
+        return smooth(norm, [(linear, self.original(linear)) for linear in linears], rows)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (rows.unflatten(1, (self.heads, -1)) for rows in (q, k, v))
@@ -84,7 +98,8 @@ class Smoothing:
 
 @torch.no_grad()
 def smooth(norm: nn.LayerNorm, linears, rows: torch.Tensor) -> torch.Tensor:
-    """Takes means and factors out of a layer norm; `linears` read it, `rows` (n, width) are some of its results.
+    """Takes means and factors out of a layer norm; `linears`, each with the original of its matrix, read it, `rows`
+    (n, width) are some of its results.
 
     Means go to the biases of `linears`. Returns the factors, for their matrices.
     """
@@ -93,10 +108,13 @@ def smooth(norm: nn.LayerNorm, linears, rows: torch.Tensor) -> torch.Tensor:
     bias = torch.where(mean == 0, norm.bias, (norm.bias.double() - mean).to(norm.bias.dtype))
     mean = norm.bias.double() - bias.double()
     moved = mean.nonzero()[:, 0]
-    for linear in linears:
-        linear.bias.data = (linear.bias + linear.weight[:, moved].double() @ mean[moved]).to(linear.bias.dtype)
-    bounds = [bound.abs() for linear in linears for bound in torch.aminmax(linear.weight, dim=0)]  # without a copy
-    largest = torch.stack(bounds).amax(0).double()
+    for linear, original in linears:
+        columns = torch.cat(list(original.parts(columns=moved))) if len(moved) else mean.new_empty(len(linear.bias), 0)
+        linear.bias.data = (linear.bias + columns.double() @ mean[moved]).to(linear.bias.dtype)
+    largest = torch.zeros_like(mean)
+    for part in (part for _, original in linears for part in original.parts()):
+        for bound in torch.aminmax(part, dim=0):
+            largest = torch.maximum(largest, bound.abs().double())
     size = (rows - mean).square().mean(0).sqrt()
     exponent = (torch.log2(size / largest) / 2).round().nan_to_num(0, 0, 0).clamp(-_EXPONENT, _EXPONENT)
     factor = torch.exp2(exponent).to(norm.weight.dtype)
@@ -112,9 +130,3 @@ def _coarse(values: torch.Tensor) -> torch.Tensor:
 
 def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     return layer_norm(x, norm.weight.double(), norm.bias.double(), norm.eps)
-
-
-def _product(rows: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    at_once = max(1, _AT_ONCE // linear.weight.shape[1])
-    parts = [rows @ part.double().T for part in linear.weight.detach().split(at_once)]
-    return torch.cat(parts, dim=1) + linear.bias.double()

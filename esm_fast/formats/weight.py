@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_any, tree_map
 
 from .. import _C
 from ..ops import contract
+from .original import Original
 
 # Those of torch's dtypes that the CPU kernels have.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,11 +41,26 @@ class PrepackedWeight(torch.Tensor):
     @classmethod
     def pack(cls, matrix: torch.Tensor) -> "PrepackedWeight":
         """A prepacked copy of a float32 or bfloat16 matrix on the CPU."""
-        if matrix.dtype not in NAMES or matrix.device.type != "cpu":
-            kind = f"{str(matrix.dtype).removeprefix('torch.')} on {matrix.device}"
-            raise ValueError(f"prepacked weights are float32 or bfloat16 on the CPU, not {kind}; use packed=False")
+        cls._check(matrix.dtype, matrix.device)
         rows = matrix.detach().contiguous()
         return cls(_C.prepack([rows], NAMES[rows.dtype]))
+
+    @classmethod
+    def pack_original(cls, original: Original, factor: torch.Tensor | None = None) -> "PrepackedWeight":
+        """The same of a matrix as it was read, some rows at a time. factor: one an input, to multiply it by."""
+        cls._check(original.dtype, original.matrix.device)
+
+        def rows(first: int, last: int) -> list[torch.Tensor]:
+            part = original.rows(first, last)
+            return [(part if factor is None else part * factor).contiguous()]
+
+        return cls(_C.prepack_rows(rows, NAMES[original.dtype], *original.matrix.shape))
+
+    @staticmethod
+    def _check(dtype: torch.dtype, device: torch.device) -> None:
+        if dtype not in NAMES or device.type != "cpu":
+            kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+            raise ValueError(f"prepacked weights are float32 or bfloat16 on the CPU, not {kind}; use packed=False")
 
     @property
     def beside(self) -> torch.dtype:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ..formats.weight import PrepackedWeight
+from ..formats.model import Prepacking
+from ..formats.weight import MATRICES, PrepackedWeight
 from ..memory import MappedFiles, without_values
 from ..models.encoder import Encoder
 from ..models.family import of_config
-from ..models.layers import TransformerLayer
 from .checkpoint import CONTACT_KEYS, Checkpoint, CheckpointError, raise_problems, shown
 from .safe import require_dense
+
+_AT_ONCE = 1 << 20  # elements that are converted together
 
 
 class NoRegressionWarning(UserWarning):
@@ -28,7 +30,8 @@ def build(
     *,
     dtype=torch.float32,
     backend=None,
-    prepack: Callable[[Encoder, TransformerLayer], None] | None = None,
+    prepack: Prepacking | None = None,
+    after: Callable[[], None] = lambda: None,
 ) -> Encoder:
     """A model holding a checkpoint's tensors: the very same memory where dtype needs no conversion.
 
@@ -38,7 +41,8 @@ def build(
     Args:
         model_class: of the checkpoint's family; None for the one that knows packed batches only.
         prepack: is given the model and each layer in turn, as soon as that holds its tensors and before the next one
-            is read; what it puts in their place is what is kept.
+            is read; what it puts in their place is what is kept. It gets matrices as they lie in the file.
+        after: is called after each layer.
 
     A missing, extra, mis-shaped or non-finite tensor is a CheckpointError naming it. Without contact regression or
     language-model head the model loads, with a warning unless we wrote the file, and says so when these are asked for.
@@ -60,26 +64,35 @@ def build(
         tensors |= {key: torch.zeros_like(model.get_parameter(key), device="cpu") for key in CONTACT_KEYS}
     expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
     _check_tensors(checkpoint.source, tensors, expected)
-    _fill(model, checkpoint.source, tensors, dtype, prepack)
+    _fill(model, checkpoint.source, tensors, dtype, prepack, after)
     return model
 
 
-def _fill(model: Encoder, source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, prepack) -> None:
+def _fill(model: Encoder, source: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, prepack, after) -> None:
     """Puts the tensors into a model without values, those outside the layers first. Raises CheckpointError."""
     fixed = {key for key, _ in model.named_buffers(remove_duplicate=False)}  # fp32 in a model of any dtype
     groups: dict[str, list[str]] = {"": []} | {f"layers.{number}.": [] for number in range(len(model.layers))}
     for key in tensors:
         groups[".".join(key.split(".")[:2]) + "." if key.startswith("layers.") else ""].append(key)
     convert = _Conversion(dtype, fixed, model.tied())
+    as_read: tuple[str, ...] = ()
     for prefix, keys in groups.items():
-        converted = {key.removeprefix(prefix): convert(key, tensors[key]) for key in keys}
+        converted = {}
+        for key in keys:
+            name = key.removeprefix(prefix)
+            converted[name] = convert(key, tensors[key], name in as_read)
         part = model.get_submodule(prefix.removesuffix("."))
         part.load_state_dict(converted, assign=True, strict=bool(prefix))
         del converted  # or it would keep what prepacking drops
         if not prefix and model.lm_head is not None:
             model.lm_head.weight = model.embed_tokens.weight
-        if prefix and prepack is not None and not convert.problems:
-            prepack(model, part)
+        if prepack is not None and not convert.problems:
+            if prefix:
+                prepack(model, part)
+            elif prepack.takes(model):
+                as_read = tuple(f"{name}.weight" for name in MATRICES)
+        if prefix:
+            after()
     raise_problems(source, convert.problems)
 
 
@@ -125,20 +138,38 @@ class _Conversion:
         self.starts: list[int] = []  # of the checkpoint's own memory that the model has so far, ascending, with ends
         self.ends: list[int] = []
 
-    def __call__(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    def __call__(self, key: str, tensor: torch.Tensor, as_read: bool = False) -> torch.Tensor:
+        """as_read: whether it is only looked at."""
         if isinstance(tensor, PrepackedWeight):
             return tensor
-        dtype, bounds = torch.float32 if key in self.fixed else self.dtype, tensor.aminmax()  # no copy is made
+        dtype = torch.float32 if key in self.fixed else self.dtype
+        plain = tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()
+        made = None if as_read or plain else torch.empty(tensor.shape, dtype=dtype)
+        self._pass(key, tensor, dtype, made, let_go=not plain or as_read)
+        if as_read:
+            return tensor.resolve_neg()
+        if made is not None:
+            return made
+        return tensor if key in self.tied and key not in self.fixed else self._apart(tensor)
+
+    def _pass(
+        self, key: str, tensor: torch.Tensor, dtype: torch.dtype, into: torch.Tensor | None, let_go: bool
+    ) -> None:
+        """Some rows at a time: looks whether they are finite, converts them, and lets the file's pages go."""
+        parts = tensor.split(max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))) if tensor.ndim else [tensor]
+        first, bounds = 0, []
+        for part in parts:
+            bounds += part.aminmax() if part.numel() else ()
+            if into is not None:
+                (into[first : first + len(part)] if tensor.ndim else into).copy_(part)
+            first += len(part) if tensor.ndim else 0
+            if let_go and tensor.is_contiguous():  # from the start: pages that were let go come back with the next ones
+                self.mapped.forget(tensor[:first] if tensor.ndim else tensor)
         if not all(math.isfinite(bound) for bound in bounds):  # NaN propagates
             self.problems.append(f"{key} holds NaN or infinity")
         elif not all(math.isfinite(bound.to(dtype)) for bound in bounds):
             name = str(dtype).removeprefix("torch.")
             self.problems.append(f"{key} holds numbers too large for {name}; choose bfloat16 or float32")
-        converted = tensor.to(dtype).resolve_neg().contiguous()
-        if converted is not tensor:
-            self.mapped.forget(tensor)
-            return converted
-        return tensor if key in self.tied and key not in self.fixed else self._apart(tensor)
 
     def _apart(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy if it shares memory with an earlier one, as a file may have it: training would change both."""

@@ -328,7 +328,7 @@ def test_channels_far_from_zero_cost_no_digits():
     exact, rounded = _with_outliers(), _with_outliers().bfloat16()
     plain = copy.deepcopy(rounded)
     prepack_model(rounded, formats()["int8"])
-    prepack_model(plain, replace(formats()["int8"], smoothing=lambda model: lambda layer: {}))
+    prepack_model(plain, replace(formats()["int8"], smoothing=lambda model, original: lambda layer: {}))
     batch = pack_padded(TOKENS)[0]
     with torch.inference_mode():
         want, got, worse = (m.forward_packed(batch, layers=(6,)).representations[6] for m in (exact, rounded, plain))

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 # As many layers as ESM-2's 3B has, 40 heads and 4 times the width as there; 15B has more, so that one weighs less.
 LAYERS, WIDTH, HEADS = 36, 400, 40
+# Layers so large, and few, that one of them, or a copy of its largest matrix, would show.
+WIDE = (2, 1600, 20)
 ALLOWED = 1.1  # of what is kept
 # What does not grow with the layers' size, about 24 MB: code, what some rows take while they are quantised, and of the
 # file 64 KB around each small tensor. All layers in bf16 before 8 bits would be four times as much more.
@@ -129,6 +131,8 @@ def test_large_models_take_little_more_memory_than_what_is_kept(tmp_path):
     cases = [{"load": {"name_or_path": str(folder), "backend": "cpu"} | options} for options in loads]
     for name, *options in (["i", "--pack", "--dtype", "int8"], ["b", "--dtype", "bfloat16"]):
         cases.append({"command": ["convert", str(folder), str(tmp_path / f"{name}.safetensors"), *options]})
+    wide = write_sharded(tmp_path / "wide", *WIDE)
+    cases += [{"load": {"name_or_path": str(wide), "backend": "cpu"} | options} for options in loads[1:]]
     small = write_sharded(tmp_path / "small", 2, 80, HEADS)
     for case, (kept, peak) in zip(cases, measure(small, cases), strict=True):
         assert peak <= ALLOWED * kept + NOISE, (case, peak / kept)

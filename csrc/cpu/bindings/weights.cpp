@@ -30,6 +30,17 @@ std::unique_ptr<Weights> prepack(const std::vector<Tensor>& parts, const std::st
     return std::make_unique<Weights>(type, begins.data(), out, in);
 }
 
+std::unique_ptr<Weights> prepack_rows(const py::function& rows, const std::string& dtype, int64_t all, int64_t inputs) {
+    const Arguments arguments("prepack_rows");
+    const Type type = type_named(dtype);
+    const int out = arguments.columns(all, "out"), in = arguments.columns(inputs, "in");
+    py::object held;  // until the next rows are asked for
+    return Weights::in_turns(type, out, in, [&](int first, int last) {
+        held = rows(first, last);
+        return addresses<const void*>(arguments, held.cast<std::vector<Tensor>>(), type, last - first, in);
+    });
+}
+
 void unpack(const Weights& weights, const std::vector<Tensor>& parts) {
     const Prepacked& matrix = weights.prepacked();
     const auto begins = addresses<void*>(Arguments("unpack"), parts, matrix.type, matrix.out, matrix.in);
@@ -89,6 +100,7 @@ const Binding binding([](py::module_& module) {
     module.attr("LAYOUT") = kLayout;
     module.attr("GROUP") = kGroup;  // inputs that share a scale in int8 weights
     module.def("prepack", &prepack, "parts"_a, "dtype"_a);
+    module.def("prepack_rows", &prepack_rows, "rows"_a, "dtype"_a, "out"_a, "in_"_a);
     module.def("view_weights", &view, "prepacked"_a, "dtype"_a, "out"_a, "in_"_a);
     module.def("prepacked_size", &size_of, "dtype"_a, "out"_a, "in_"_a);
     module.def("checksums", &checksums_of, "tensors"_a);
