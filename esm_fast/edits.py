@@ -32,7 +32,7 @@ class Watch(NamedTuple):
     """Of a tensor as it was: nobody has written since if it `holds`."""
 
     version: int | None
-    address: int
+    place: tuple[int, int]
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -44,7 +44,7 @@ class Watch(NamedTuple):
 
 def _state(tensor: torch.Tensor, number: int | None) -> Watch:
     version = None if tensor.is_inference() else tensor._version
-    return Watch(version, torch._C._data_address(tensor), tensor.shape, tensor.stride(), tensor.dtype, number)
+    return Watch(version, place(tensor), tensor.shape, tensor.stride(), tensor.dtype, number)
 
 
 def watch(tensor: torch.Tensor) -> Watch | None:

@@ -199,6 +199,13 @@ def test_parameters_that_are_parts_of_one_buffer():
                 parameter.mul_(1.1)
 
 
+def test_a_parameter_that_is_set_to_another_part_of_its_memory():
+    model = small()
+    weight = model.layers[1].fc1.weight
+    weight.data = torch.cat([weight.detach(), weight.detach() * 2])[: len(weight)]
+    require_seen(model, lambda w: setattr(w, "data", w.data.as_strided(w.shape, w.stride(), w.numel())))
+
+
 def test_what_cannot_be_watched():
     for tensor in (torch.from_numpy(np.zeros((2, 2))), torch.zeros(0), torch.zeros(2, device="meta")):
         assert edits.watch(tensor) is None
