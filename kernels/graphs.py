@@ -160,13 +160,14 @@ def _streams(stack: Callable, kept: tuple[int, ...], x, cu_seqlens, max_seqlen, 
 
 def _captured(stack: Callable, kept, sizes, x, cu_seqlens, layers, heads, rotary) -> Graph:
     tokens, sequences, longest = sizes
-    own = Graph(
-        x.new_zeros(tokens, x.shape[1]),
-        cu_seqlens.new_zeros(sequences + 1),
-        None if rotary is None else rotary.new_zeros(2, tokens, rotary.shape[2]),
-        lambda: None,
-        [],
-    )
+    with torch.inference_mode(False):  # or later calls that are in no such mode could not write them
+        own = Graph(
+            torch.zeros(tokens, x.shape[1], dtype=x.dtype, device=x.device),
+            torch.zeros(sequences + 1, dtype=cu_seqlens.dtype, device=x.device),
+            None if rotary is None else torch.zeros(2, tokens, rotary.shape[2], device=x.device),
+            lambda: None,
+            [],
+        )
     _fill(own, x, cu_seqlens, rotary)
 
     def compute() -> list[torch.Tensor]:

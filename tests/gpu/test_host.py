@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 sys.path.append(str(Path(__file__).parents[2] / "benches"))
 
 import host_time  # noqa: E402
-from esm_fast.kernels.triton import common  # noqa: E402
+from esm_fast.kernels.triton import common, launch  # noqa: E402
 from esm_fast.kernels.triton import transformer_stack as stack  # noqa: E402
 from stub_driver import stubbed  # noqa: E402
 
@@ -61,8 +61,11 @@ def run(arguments, found, kept=()):
     return result
 
 
-@pytest.mark.parametrize("rotary", [False, True])
-def test_all_layers_launch_what_their_halves_do(launched, rotary):
+@pytest.mark.parametrize("rotary, release", [(False, launch._KNOWN), (True, "another")])
+def test_all_layers_launch_what_their_halves_do(launched, rotary, release, monkeypatch):
+    """Of a release whose launcher is known, and of another by that launcher's own call."""
+    monkeypatch.setattr(launch, "_KNOWN", release)
+    stack._bound.cache_clear()
     arguments = _case("three", [40, 0, 300], 2, 16, 80, 3, rotary=rotary).build(torch.bfloat16, "cpu", 0)
     tensors = [tensor for layer in arguments["layers"] for tensor in layer[:16]]
     outside = {t.data_ptr() for t in (*tensors, arguments["x"], arguments["cu_seqlens"])}
