@@ -28,8 +28,8 @@ def lines(gpu) -> Iterator[str]:
         f"graph {1e3 * graphed:.2f} ms"
     )
     if gpu.arch in SMS:
-        for name, k, wide in (("fc1", WIDTH, False), ("out", WIDTH, True), ("fc2", HIDDEN, True)):
-            yield f"warp-specialised {name}: a tile {specialised(gpu, k, wide) - 1:.1%} faster at most"
+        for name, k in (("output projection", WIDTH), ("fc2", HIDDEN)):
+            yield f"warp-specialised {name}: a tile {specialised(gpu, k) - 1:.1%} faster at most"
 
 
 def step_flops(length: int, products: int) -> float:
@@ -45,13 +45,9 @@ def short_protein(gpu, length: int = 300) -> tuple[float, float, float]:
     return max(HOST + launches, computed), computed, computed
 
 
-def specialised(gpu, k: int, wide: bool) -> float:
-    """How many times as fast a tile is if its first loads do not wait for the last one's epilogue.
-
-    wide: the epilogue reads and writes the fp32 stream, and one block has the SM: nothing else fills it meanwhile.
-    """
-    if not wide:
-        return 1.0  # two blocks an SM: each fills the other's gaps already
+def specialised(gpu, k: int) -> float:
+    """How many times as fast a tile is if its first loads do not wait for the last one's epilogue, which reads and
+    writes the fp32 stream. One block has the SM: nothing else fills it meanwhile."""
     products = 2 * TILE * TILE * k / (gpu.half / SMS[gpu.arch])
     epilogue = 8 * TILE * TILE / (gpu.bandwidth / SMS[gpu.arch])
     return (products + epilogue + FILL) / (products + epilogue)

@@ -1,8 +1,8 @@
-"""The products behind a norm or an attention as persistent, warp-specialised Triton kernels with TMA loads.
+"""The products into the residual stream as persistent, warp-specialised Triton kernels with TMA loads.
 
 A program keeps an SM and walks over tiles; one warp has the next tiles copied by TMA descriptors while the others
-multiply, so that a tile's first loads do not wait for the last one's epilogue. All else, norms, attention and q, k and
-v, are the kernels of `triton`, and a row's sum over k runs in their order.
+multiply, so that a tile's first loads do not wait for the last one's epilogue. All else is the kernels of `triton`, the
+products with GELU too, of which two blocks fit on an SM; and a row's sum over k runs in their order.
 
 Compiled without spills for sm_90 and sm_100 with Triton 3.9, run in Triton's interpreter, which knows no warps, and on
 no GPU; docs/kernels/triton.md tells what else was tried. So it runs by name, or where `esm-fast qualify` found it right
@@ -21,7 +21,7 @@ from esm_fast.ops.registry import Request
 
 from .triton import common, linear, pre_ln_attention
 from .triton.attention_varlen import attend
-from .triton.common import gelu, precision, spec
+from .triton.common import precision, spec
 from .triton.configs import Config
 from .triton.layer_norm import layer_norm
 from .triton.rotary import rotate
@@ -32,7 +32,6 @@ _CONFIGS = {
     (9, 0): Config(_TILES, 4, 3),
     (10, 0): Config(_TILES, 8, 3),
 }  # with others Triton specialises none, or spills
-_BLOCKS = {((9, 0), "gelu"): 2}  # that an SM holds, where it is not one
 _INTERPRETED = 3  # programs in the interpreter
 _ROW = 16  # bytes that rows are a multiple of, for TMA
 
@@ -54,10 +53,10 @@ def yields(request: Request) -> list[str]:
 
 @triton.jit(do_not_specialize=["m"])
 def linear_tma(
-    A, W, BIAS, RESIDUAL, OUT, m, N: tl.constexpr, K: tl.constexpr, THEN: tl.constexpr, PRECISION: tl.constexpr,
+    A, W, BIAS, RESIDUAL, OUT, m, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As `linear.linear`. What descriptors load beyond the ends is 0."""
+    """The residual stream plus A W^T + bias. What descriptors load beyond the ends is 0."""
     rows_of_a = tl.make_tensor_descriptor(A, [m, K], [K, 1], [BLOCK_M, BLOCK_K])
     rows_of_w = tl.make_tensor_descriptor(W, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     count = tl.cdiv(m, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -70,30 +69,24 @@ def linear_tma(
             out = tl.dot(a, w.T, out, input_precision=PRECISION)
         out = linear.add_bias(out, BIAS, column, N, BLOCK_N)
         at, exist = linear.place(row, column, m, N, BLOCK_M, BLOCK_N)
-        if THEN == "gelu":
-            out = gelu(out)
-        else:
-            out += tl.load(RESIDUAL + at, mask=exist, other=0.0).to(tl.float32)
+        out += tl.load(RESIDUAL + at, mask=exist, other=0.0).to(tl.float32)
         tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=exist)
 
 
-def _product(a, weight, bias, residual, out, then: str):
+def _residual(a, weight, bias, residual):
+    """As `linear.linear_residual`; all contiguous."""
     (m, k), n = a.shape, len(weight)
     if k * a.element_size() % _ROW or not m:  # which descriptors do not take
-        return linear._linear(a, weight, bias, residual, out, then)
-    arch, programs = next(iter(_CONFIGS)), _INTERPRETED
+        return linear.linear_residual(a, weight, bias, residual)
+    arch, programs, out = next(iter(_CONFIGS)), _INTERPRETED, torch.empty_like(residual)
     if a.is_cuda:
         arch = torch.cuda.get_device_capability(a.device)
-        programs = _BLOCKS.get((arch, then), 1) * torch.cuda.get_device_properties(a.device).multi_processor_count
+        programs = torch.cuda.get_device_properties(a.device).multi_processor_count  # a block has one to itself
     config = _CONFIGS[arch]
     grid = (min(linear.tiles(config, m, n), programs),)
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=a.device))
-    linear_tma[grid](a, weight, bias, residual, out, m, n, k, then, precision(), **config.launch)
+    linear_tma[grid](a, weight, bias, residual, out, m, n, k, precision(), **config.launch)
     return out
-
-
-def _residual(a, weight, bias, residual):
-    return _product(a, weight, bias, residual, torch.empty_like(residual), "residual")
 
 
 def _on_its_device(function):
@@ -113,8 +106,7 @@ def ffn(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
     common.require_one_dtype(fc1_weight, fc2_weight)
     x = x.contiguous()
     normed = layer_norm(x, ln_weight.contiguous(), ln_bias.contiguous(), eps, fc1_weight.dtype)
-    hidden = normed.new_empty(len(x), len(fc1_weight))
-    _product(normed, fc1_weight.contiguous(), fc1_bias.contiguous(), hidden, hidden, "gelu")
+    hidden = linear.linear_gelu(normed, fc1_weight.contiguous(), fc1_bias.contiguous())
     return _residual(hidden, fc2_weight.contiguous(), fc2_bias.contiguous(), x)
 
 
@@ -132,18 +124,16 @@ def attention(*values):
 
 
 def compile_specs(capability: int) -> list:
-    """fc1, fc2 and the output projection of ESM-1b."""
-    products = (
-        ("*{0} *{0} *{0} *{0} *{0} i32", dict(N=5120, K=1280, THEN="gelu")),
-        ("*{0} *{0} *{0} *fp32 *fp32 i32", dict(N=1280, K=5120, THEN="residual")),
-        ("*{0} *{0} *{0} *fp32 *fp32 i32", dict(N=1280, K=1280, THEN="residual")),
-    )
-    config = _CONFIGS[divmod(capability, 10)]
+    """fc2 and the output projection of ESM-1b."""
     return [
         spec(
-            linear_tma, types.format(common.NAMES[dtype]), shape | dict(PRECISION="ieee"), config, direction="fwd",
+            linear_tma,
+            "*{0} *{0} *{0} *fp32 *fp32 i32".format(common.NAMES[dtype]),
+            dict(N=1280, K=k, PRECISION="ieee"),
+            _CONFIGS[divmod(capability, 10)],
+            direction="fwd",
             dtype=dtype,
         )
         for dtype in (torch.float16, torch.bfloat16)
-        for types, shape in products
-    ]  # fmt: skip
+        for k in (5120, 1280)
+    ]

@@ -170,7 +170,8 @@ def audit(spec: Spec, capability: int, **extra_options) -> Facts:
         shared=shared,
         spilled=sum(spills) + local,
         tensor_core=sum(bool(re.fullmatch(wanted, name)) for name in instructions),
-        blocks=blocks_per_sm(usage["REG"], shared, spec.num_warps, limits),
+        # Warp specialisation has more warps than were asked for.
+        blocks=blocks_per_sm(usage["REG"], shared, compiled.metadata.num_warps, limits),
     )
 
 

@@ -25,7 +25,8 @@ def test_tma_is_right_and_sums_in_the_same_order_bfloat16(op_name, case):
     with sanitizer.recording() as launches:
         for check in verify.forward(op, kernel(op_name, "tma"), verify.guarded(case), dtype, "cpu"):
             assert check.ok, check
-    assert case.name == "no_rows" or "linear_tma" in {launch.kernel for launch in launches}
+    taken = case.name not in ("no_rows", "odd_hidden")  # rows of 74 bytes
+    assert taken == ("linear_tma" in {launch.kernel for launch in launches})
     values = verify.bound(op, case.build(dtype, "cpu", 0)).values()
     assert torch.equal(kernel(op_name, "tma").forward(*values), kernel(op_name, "triton").forward(*values))
 
