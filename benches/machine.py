@@ -59,7 +59,7 @@ def cpu_flags() -> set[str]:
     return set((fields.get("flags") or fields.get("Features") or "").split())
 
 
-def gemm_peak(dtype: torch.dtype, n: int = 2048, repeats: int = 4) -> float:
+def gemm_peak(dtype: torch.dtype, n: int, repeats: int = 4) -> float:
     """FLOP/s of torch's own n x n matrix product, the best of a few: what the machine gives at this moment."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm

@@ -42,16 +42,18 @@ class Speeds:
 
     torch: dict[str, list[float]]  # torch's own matrix product
     raw: dict[str, list[float]]  # the multiply instruction of our kernels' level, on registers alone
+    n: int  # rows and columns of torch's matrices
 
     @classmethod
-    def of(cls, results: list[Result]) -> "Speeds":
+    def of(cls, results: list[Result], width: int) -> "Speeds":
+        """width: of the model; a toy's product is smaller, as its numbers mean nothing."""
         used = [dtype for dtype in DTYPES if any(result.peer.dtype == dtype for result in results)]
-        return cls({dtype: [] for dtype in used}, {dtype: [] for dtype in used})
+        return cls({dtype: [] for dtype in used}, {dtype: [] for dtype in used}, min(2048, 8 * width))
 
     def take(self, dtype: str) -> None:
-        for measured, measure in ((self.torch, gemm_peak), (self.raw, raw_peak)):
-            if (speed := measure(DTYPES[dtype])) is not None:
-                measured[dtype].append(speed)
+        self.torch[dtype].append(gemm_peak(DTYPES[dtype], self.n))
+        if (speed := raw_peak(DTYPES[dtype])) is not None:
+            self.raw[dtype].append(speed)
 
 
 def compare(setup: Setup, job: Job, names: list[str], rounds: int, warm: bool = False) -> tuple[list[Result], Speeds]:
@@ -60,7 +62,7 @@ def compare(setup: Setup, job: Job, names: list[str], rounds: int, warm: bool = 
     At last ours run once more under clocks.
     """
     results = [Result(peer) for peer in PEERS if peer.name in names]
-    speeds = Speeds.of(results)
+    speeds = Speeds.of(results, setup.size.embed_dim)
     with tqdm(total=len(results) * (1 + rounds), unit="run", smoothing=0) as bar:
         runs, truths = verify(setup, job, results, bar)
         running = [result for result in results if not result.problem]
