@@ -99,6 +99,10 @@ def joined() -> Iterator[Processes]:
         yield Processes(0, 1, device)
         return
     store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # A torchrun that restarts its processes may keep the store, with the addresses of those that are gone: the new
+        # ones waited for them. Of several machines torchrun counts restarts apart, and makes a new store for each.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
     try:
