@@ -522,6 +522,23 @@ def test_shares_of_an_update_in_half_precision(store, tmp_path):
         assert (tensor - two[name]).abs().max() < 0.2 * step, name
 
 
+def test_processes_that_are_restarted_find_each_other(tmp_path):
+    """And not those before them, whose addresses a torchrun on one machine keeps."""
+    (tmp_path / "part.py").write_text("""if True:
+        import os
+        from esm_fast.train.processes import joined
+        with joined() as processes:
+            assert processes.sum(1.0) == [2.0]
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os._exit(3)""")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", port]
+    command = [sys.executable, *launcher, str(tmp_path / "part.py")]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+
+
 def test_the_first_process_leaves_last(tmp_path):
     """Where no torchrun keeps the store, it is in the first process, and others may be held up before they ask it."""
     (tmp_path / "part.py").write_text("""if True:
