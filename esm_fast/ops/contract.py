@@ -275,21 +275,22 @@ class Checked(tuple):
         """All that a check and `opaque` read of tensors of plain classes. A tensor at the same address is on the same
         device, and is strided, or it would have no address."""
         tensors, kind = self.tensors, torch.Tensor
-        addresses = list(map(torch._C._data_address, tensors))
         return (
             [tensor.dtype for tensor in tensors],
             [tensor.shape for tensor in tensors],
-            addresses,
+            list(map(torch._C._data_address, tensors)),  # their storages', which asks for no copy of shared memory
+            list(map(kind.storage_offset, tensors)),
             all(map(kind.is_contiguous, tensors)),
             any(map(kind.is_neg, tensors)),
         )
 
     def remember(self, sizes: dict) -> None:
         """They were found right for these sizes of symbols."""
-        facts = dtypes, _, addresses, contiguous, negative = self._facts()
+        facts = dtypes, _, addresses, offsets, contiguous, negative = self._facts()
         if negative or not all(addresses):  # which `opaque` tells of
             return
-        self.even = contiguous and len(set(dtypes)) == 1 and not functools.reduce(operator.or_, addresses) % 16
+        low = functools.reduce(operator.or_, addresses) | functools.reduce(operator.or_, offsets) * dtypes[0].itemsize
+        self.even = contiguous and len(set(dtypes)) == 1 and not low % 16
         self._found, self.state = (sizes, facts), object()
 
     def still_right(self, sizes: dict) -> bool:

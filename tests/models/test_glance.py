@@ -123,6 +123,19 @@ def test_layers_that_are_as_they_were_are_not_looked_at_again(monkeypatch):
     assert not [known for known in encoder._glances if type(known) is ESM1 and known.config.max_positions == 32]
 
 
+def test_a_weight_in_the_middle_of_a_buffer_is_not_taken_for_aligned():
+    ran = model()
+    outcome(ran)
+    outcome(ran)
+    glance = encoder._glances[ran]
+    assert glance.first(3).even
+    bias = ran.layers[1].fc1.bias
+    for offset in (1, 4):
+        bias.data = torch.cat([torch.zeros(offset), bias.data])[offset:]
+        outcome(ran)
+        assert glance.first(3).even == (offset == 4)
+
+
 def test_gradients_of_weights_are_seen_behind_checked_layers():
     ran = model()
     outcome(ran)
