@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .memory import MappedFiles
+from .memory import MappedFiles, address
 from .ops.contract import PLAIN
 
 # Storage -> the number of the last watch of the one tensor in it. By storages, not by tensors: where anybody has a weak
@@ -32,7 +32,7 @@ class Watch(NamedTuple):
     """Of a tensor as it was: nobody has written since if it `holds`."""
 
     version: int | None
-    place: tuple[int, int]
+    address: int
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -44,14 +44,14 @@ class Watch(NamedTuple):
 
 def _state(tensor: torch.Tensor, number: int | None) -> Watch:
     version = None if tensor.is_inference() else tensor._version
-    return Watch(version, place(tensor), tensor.shape, tensor.stride(), tensor.dtype, number)
+    return Watch(version, address(tensor), tensor.shape, tensor.stride(), tensor.dtype, number)
 
 
 def watch(tensor: torch.Tensor) -> Watch | None:
     """From now on; None where a write could go unseen."""
     if not tensor.numel() or tensor.device.type != "cpu":
         return None
-    if place(tensor) in _mapped.get(tensor.untyped_storage(), ()):
+    if address(tensor) in _mapped.get(tensor.untyped_storage(), ()):
         _bring_in(tensor)
     storage = tensor.untyped_storage()
     if not storage.resizable() or torch._C._storage_Use_Count(storage._cdata) > _OWN_AND_THIS_LOOK:
@@ -64,12 +64,7 @@ def watch(tensor: torch.Tensor) -> Watch | None:
     return _state(tensor, number)
 
 
-def place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where in its storage it begins; the address that torch gives without a sign of a write is the storage's own."""
-    return torch._C._data_address(tensor), tensor.storage_offset()
-
-
-# Storage -> places of the parameters that were loaded as they lie in a file -> calls in which they were read whole.
+# Storage -> addresses of the parameters that were loaded as they lie in a file -> calls in which they were read whole.
 _mapped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _CALLS = 2  # a copy costs as much as several readings: who calls once or twice does not pay it
 
@@ -80,11 +75,11 @@ def lies_in_a_file(module: nn.Module) -> None:
     mapped = MappedFiles()
     for parameter in module.parameters():
         if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and mapped.hold(parameter):
-            _mapped.setdefault(parameter.untyped_storage(), {})[place(parameter)] = 0
+            _mapped.setdefault(parameter.untyped_storage(), {})[address(parameter)] = 0
 
 
 def _bring_in(parameter: torch.Tensor) -> None:
-    storage, at = parameter.untyped_storage(), place(parameter)
+    storage, at = parameter.untyped_storage(), address(parameter)
     calls = _mapped[storage]
     calls[at] += 1
     if calls[at] <= _CALLS or not parameter.requires_grad:  # a frozen one may itself be behind an array
@@ -114,9 +109,9 @@ def _into_own_memory(module: nn.Module) -> None:
     mapped = MappedFiles()
     own = [p for p in module.parameters() if type(p) is nn.Parameter and p.device.type == "cpu"]
     found = [p for p in own if mapped.hold(p)]
-    places = Counter(map(place, found))
+    addresses = Counter(map(address, found))
     for parameter in found:
-        if places[place(parameter)] == 1:
+        if addresses[address(parameter)] == 1:
             calls = _mapped.get(parameter.untyped_storage(), {})
-            calls.pop(place(parameter), None)
+            calls.pop(address(parameter), None)
             parameter.data = parameter.detach().clone()

@@ -27,6 +27,11 @@ class _Uninitialised(TorchFunctionMode):
         return args[0] if args else kwargs["tensor"]
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Of its first element; torch gives that of its storage. Unlike `data_ptr()` no sign of a write, see `edits`."""
+    return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+
+
 class MappedFiles:
     """The file-backed mappings of this process as they are now; elsewhere than on Linux, none."""
 
@@ -41,7 +46,7 @@ class MappedFiles:
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Whether a file is behind a tensor's memory."""
-        start = torch._C._data_address(tensor)
+        start = address(tensor)
         return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
 
     def forget(self, tensor: torch.Tensor) -> None:
@@ -50,7 +55,7 @@ class MappedFiles:
         Only for tensors as they were read: what was written into one since is lost. For tensors in ordinary memory
         nothing happens.
         """
-        self.forget_bytes(torch._C._data_address(tensor), tensor.nbytes)
+        self.forget_bytes(address(tensor), tensor.nbytes)
 
     def forget_bytes(self, start: int, size: int) -> None:
         """The same by address."""

@@ -7,8 +7,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from esm_fast import _C
-from esm_fast.edits import Watch, place, watch
+from esm_fast.edits import Watch, watch
 from esm_fast.formats.weight import PrepackedWeight
+from esm_fast.memory import address
 
 
 class _Prepacked(NamedTuple):
@@ -31,7 +32,7 @@ def _known(matrix: torch.Tensor) -> _Prepacked | None:
 
 
 def _place(matrix: torch.Tensor) -> tuple:
-    return *place(matrix), matrix.shape, matrix.stride(), matrix.dtype
+    return address(matrix), matrix.shape, matrix.stride(), matrix.dtype
 
 
 def prepacked(*weights: torch.Tensor) -> list[_C.Weights]:
