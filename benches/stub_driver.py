@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ int cuLaunchKernelEx(const void *config, void *f, void **arguments, void **extra
 def library() -> ctypes.CDLL:
     """libcuda.so.1 of this process; Triton finds it by that name. Needs a C compiler."""
     folder = Path(tempfile.mkdtemp(prefix="stub_driver"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = folder / "libcuda.so.1"
     (folder / "stub.c").write_text(_C)
     compiler = os.environ.get("CC", "gcc")

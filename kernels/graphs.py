@@ -29,7 +29,6 @@ MOST_TOKENS = 2048
 LIMIT = 16  # graphs
 _MOST_KEPT = 4  # streams that a graph gives beside the last one: they lie in its memory
 _STEP = 64  # tokens are a multiple of it, and the longest sequence no shorter: rows to spare are one sequence
-_TENSORS = 16  # of a layer
 
 
 def why_not(request: Request) -> list[str]:
@@ -48,23 +47,30 @@ class Cuda:
     device = "cuda"
 
     def __init__(self):
-        self._pools: dict[Hashable, tuple] = {}
+        self._places: dict[Hashable, tuple] = {}  # of a device's stream: a pool, and a stream to capture
 
-    def busy(self) -> bool:
+    def busy(self, device: torch.device) -> bool:
         """Whether a graph is being captured, or torch would compute something else now than it captured."""
-        return torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda")
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda")
 
     def stream(self, device: torch.device) -> Hashable:
         return torch.cuda.current_stream(device).cuda_stream
 
     def capture(self, compute: Callable[[], list], device: torch.device) -> tuple[Callable[[], None], list]:
-        """(replay, what compute returned, which each replay writes again). Graphs of a stream share their memory."""
-        where = device, self.stream(device)
-        pool = self._pools.setdefault(where, torch.cuda.graph_pool_handle())
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            found = compute()
+        """(replay, what compute returned, which each replay writes again). Graphs of a stream share their memory.
+
+        torch's own stream for captures is of one device, whichever asked first, and all users' streams would share the
+        workspaces of its products. Where a capture fails, torch may leave that stream the current one.
+        """
+        where, now = (device, self.stream(device)), torch.cuda.current_stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(now):
+            if where not in self._places:
+                self._places[where] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            pool, own = self._places[where]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=own, capture_error_mode="thread_local"):  # it synchronizes
+                found = compute()
         return graph.replay, found
 
 
@@ -147,9 +153,9 @@ def _addresses(layers) -> Hashable:
     """What a graph has of weights: where they lie and what they are, but not their values."""
     if type(layers) is Checked and layers.even and not torch.is_grad_enabled():  # so they were compared in this call
         return layers.state
-    tensors = [tensor for layer in layers for tensor in layer[:_TENSORS]]
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
     facts = ((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
-    return tuple(facts), tuple(layer[_TENSORS:] for layer in layers)
+    return tuple(facts), tuple(layer.numbers for layer in layers)
 
 
 def _streams(stack: Callable, kept: tuple[int, ...], x, cu_seqlens, max_seqlen, layers, heads, rotary) -> list:
@@ -164,7 +170,7 @@ def _captured(stack: Callable, kept, sizes, x, cu_seqlens, layers, heads, rotary
         own = Graph(
             torch.zeros(tokens, x.shape[1], dtype=x.dtype, device=x.device),
             torch.zeros(sequences + 1, dtype=cu_seqlens.dtype, device=x.device),
-            None if rotary is None else torch.zeros(2, tokens, rotary.shape[2], device=x.device),
+            None if rotary is None else torch.zeros(2, tokens, rotary.shape[2], dtype=rotary.dtype, device=x.device),
             lambda: None,
             [],
         )
@@ -188,7 +194,7 @@ def transformer_stack(x, cu_seqlens, max_seqlen, layers, heads, return_layers, r
     def eagerly(x, cu_seqlens, rotary) -> list[torch.Tensor]:
         return _streams(stack, kept, x, cu_seqlens, max_seqlen, layers, heads, rotary)
 
-    if not len(x) or len(x) > MOST_TOKENS or len(kept) > _MOST_KEPT or _cuda.busy():
+    if not len(x) or len(x) > MOST_TOKENS or len(kept) > _MOST_KEPT or _cuda.busy(x.device):
         found = eagerly(x, cu_seqlens, rotary)
     else:
         sizes = bucket(len(x), len(cu_seqlens) - 1, max_seqlen)

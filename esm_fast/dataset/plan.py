@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import weights
 from ..files.checked_json import DamagedError, read_json
 from ..files.checksums import digest_of, sha256
 from ..files.shapes import Maybe, Names, ShapeError, count, digest, require
@@ -53,7 +52,7 @@ def require_planned(plan: Plan, table: str) -> None:
     one leaves it, each page may be sound. Large files are read once, and remembered as models are."""
     path = plan.folder / table
     try:
-        found = (sha256 if path.stat().st_size < _SMALL else weights.sha256)(path)
+        found = sha256(path) if path.stat().st_size < _SMALL else _remembered(path)
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing") from None
     if found != plan.files[table]:
@@ -61,6 +60,12 @@ def require_planned(plan: Plan, table: str) -> None:
             f"{path} is damaged, or of another data set: its SHA-256 is not the one in {layout.PLAN}. Copy the data "
             "set again, or remove this file and run the same embed command again"
         )
+
+
+def _remembered(path: Path) -> str:
+    from .. import weights  # which imports torch: small tables do without
+
+    return weights.sha256(path)
 
 
 def read_run(folder: Path) -> dict | None:

@@ -14,11 +14,11 @@ from torch import nn
 
 from .. import ops
 from ..ops.contract import PLAIN, Checked
+from .layers import PROJECTIONS
 
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NUMBERS = itemgetter("num_heads", "head_dim", "embed_dim", "scaling")
 _PARAMETERS, _PAIR, _EPS = itemgetter("_parameters"), itemgetter("weight", "bias"), itemgetter("eps")
-_HALF = ("q_proj", "k_proj", "v_proj", "out_proj")
 _PARTS = 8  # of a layer, each with a weight and a bias
 
 
@@ -58,10 +58,10 @@ class Glance:
         if not set(map(type, tensors)) <= PLAIN:
             return None
         if eps != self._eps or not all(map(is_, tensors, self._tensors)):
-            self._tensors, self._eps, self._firsts = tensors, eps, {}
-            self._weights = [
-                ops.LayerWeights(*own, *both) for own, *both in zip(_of_layers(tensors), *eps, strict=True)
-            ]
+            own = zip(_of_layers(tensors), *eps, strict=True)
+            self._weights = [ops.LayerWeights(*values, *both) for values, *both in own]
+            # Last: another thread that finds these equal takes the weights.
+            self._firsts, self._tensors, self._eps = {}, tensors, eps
         return self._weights
 
     def first(self, depth: int) -> Checked:
@@ -75,7 +75,7 @@ def _parts(layer: nn.Module, inner: nn.Module) -> list[nn.Module]:
     """In the order of `ops.LayerWeights`."""
     own, projections = layer._modules, inner._modules
     first, second = own["self_attn_layer_norm"], own["final_layer_norm"]
-    return [first, *(projections[name] for name in _HALF), second, own["fc1"], own["fc2"]]
+    return [first, *(projections[name] for name in PROJECTIONS), second, own["fc1"], own["fc2"]]
 
 
 def _of_layers(tensors: list) -> list[list]:

@@ -104,7 +104,7 @@ class TransformerLayer(nn.Module):
         size = attention.embed_dim // self.heads
         require_numbers(attention, f"{path}.self_attn", num_heads=self.heads, head_dim=size, scaling=size**-0.5)
         plain = [is_plain(own["self_attn_layer_norm"], LayerNorm, f"{path}.self_attn_layer_norm")]
-        for name in _PROJECTIONS:
+        for name in PROJECTIONS:
             plain.append(is_plain(attention._modules[name], nn.Linear, f"{path}.self_attn.{name}"))
         ffn = [is_plain(own["final_layer_norm"], LayerNorm, f"{path}.final_layer_norm")]
         ffn += [is_plain(own[name], nn.Linear, f"{path}.{name}") for name in ("fc1", "fc2")]
@@ -122,7 +122,7 @@ class TransformerLayer(nn.Module):
 
     def _attention_weights(self) -> list[torch.Tensor]:
         inner = self._modules["self_attn"]._modules  # by way of attributes it would take ten times as long
-        parts = [self._modules["self_attn_layer_norm"], *(inner[name] for name in _PROJECTIONS)]
+        parts = [self._modules["self_attn_layer_norm"], *(inner[name] for name in PROJECTIONS)]
         return [part._parameters[name] for part in parts for name in ("weight", "bias")]
 
     def _ffn_weights(self) -> list[torch.Tensor]:
@@ -200,7 +200,7 @@ class TransformerLayer(nn.Module):
         return x + self.fc2(_cast(hidden, self.fc2)), maps
 
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # as `ops.pre_ln_attention` takes them
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # as `ops.pre_ln_attention` takes them
 
 
 def _cast(x: torch.Tensor, part: nn.Module) -> torch.Tensor:

@@ -53,6 +53,14 @@ class LayerWeights(NamedTuple):
     def ffn(self) -> tuple[torch.Tensor, ...]:
         return self[10:16]
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self[:16]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return self[16:]
+
 
 POOLS = {"pool": pool, "pool_max": pool_max, "pool_moments": pool_moments}
 

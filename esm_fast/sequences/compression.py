@@ -5,6 +5,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import BinaryIO
 
@@ -75,6 +76,17 @@ def _members(pieces: Iterator[bytes], kind: str, new_decoder: Callable, limit: i
                 data, more = getattr(decoder, "unconsumed_tail", b""), len(plain) == limit
     if decoder is not None:
         raise DamagedStreamError(f"the {kind} stream is cut short")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """What the system says of a stream while it is read tells which it was, and is not taken for the output's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = name
+        raise
 
 
 class Decompressed(io.RawIOBase):

@@ -11,7 +11,7 @@ import numpy as np
 
 from esm_fast import _C
 
-from .compression import DamagedStreamError, decompress
+from .compression import DamagedStreamError, decompress, named
 from .names import identifier
 
 CHUNK_BYTES = 1 << 20
@@ -66,14 +66,14 @@ def read_fasta(
     file cut just between two members is whole to any reader), where text stands before the first '>', where a record is
     too large, and where there is no record; OSError where the source cannot be read.
     """
-    with _open(source) as (name, stream), _named(name):
+    with _open(source) as (name, stream), named(name):
         first, last = 0, "no record is complete"
         try:
             for headers, lines, residues, offsets in _parse(stream, name, chunk_bytes, max_record):
-                named = [h.strip() or f"seqnum{line - 1:09d}" for h, line in zip(headers, lines, strict=True)]
-                yield Records(named, lines, residues, offsets, first, name)
-                first += len(named)
-                last = f"the last complete record is {first} (line {lines[-1]}, {identifier(named[-1])!r})"
+                labels = [h.strip() or f"seqnum{line - 1:09d}" for h, line in zip(headers, lines, strict=True)]
+                yield Records(labels, lines, residues, offsets, first, name)
+                first += len(labels)
+                last = f"the last complete record is {first} (line {lines[-1]}, {identifier(labels[-1])!r})"
         except DamagedStreamError as error:
             raise FastaError(f"{name}: {error}; {last}") from error.__cause__
         if not first:
@@ -117,17 +117,6 @@ def standard_input() -> BinaryIO:
     """Its bytes. Raises FastaError where it was closed."""
     require_standard_input()
     return getattr(sys.stdin, "buffer", sys.stdin)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """What the system says of a stream while it is read tells which it was, and is not taken for the output's."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and error.filename is None:
-            error.filename = name
-        raise
 
 
 def _parse(stream: BinaryIO, name: str, chunk_bytes: int, max_record: int) -> Iterator[tuple]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .compression import DamagedStreamError, Decompressed
+from .compression import DamagedStreamError, Decompressed, named
 
 _SEPARATORS = "\t,;"
 _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
@@ -82,7 +82,7 @@ def _from(first: str, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
+    with path.open("rb") as file, named(str(path)):
         stream = io.BufferedReader(Decompressed(file))
         number = 0
         try:
@@ -96,10 +96,6 @@ def _lines(path: Path) -> Iterator[str]:
             raise TableError(f"{path}: line {number + 1} is not UTF-8; save the table as UTF-8") from None
         except DamagedStreamError as error:
             raise TableError(f"{path}: {error}") from None
-        except OSError as error:
-            if error.errno and error.filename is None:  # or it is taken for the output's
-                error.filename = str(path)
-            raise
 
 
 def _decoded(stream: io.BufferedReader, encoding: str) -> Iterator[str]:

@@ -62,15 +62,14 @@ class Permuted:
     _total_of: tuple = field(default=(None, 0), init=False, repr=False)  # epoch, its tokens
 
     def __post_init__(self):
-        if self.by_cluster:
-            self.expected = self._mean_total()
-        else:
-            self.expected = self._sum()
+        # Tokens of an epoch, in the mean and at least.
+        self.expected, self.fewest = self._by_cluster() if self.by_cluster else 2 * (self._sum(),)
 
     @property
     def least(self) -> int:
-        """Records that every step has, as far as is known without a walk: of clusters an epoch may have few tokens."""
-        return 0 if self.by_cluster else self.expected // self.per_epoch // (self.limit + 2)
+        """Records that every step has, as far as is known without a walk: none begins in a step's share of an epoch's
+        tokens only where one is longer than that share."""
+        return self.fewest // self.per_epoch // (self.limit + 2)
 
     @property
     def per_epoch(self) -> int:
@@ -140,11 +139,13 @@ class Permuted:
             total += int(tokens[store.valid[start : start + _CHUNK] == 0].sum())
         return total
 
-    def _mean_total(self) -> int:
-        """Tokens that an epoch has in the mean."""
-        clusters, total = self.store.clusters, 0.0
+    def _by_cluster(self) -> tuple[int, int]:
+        """Tokens that an epoch has in the mean, and with the shortest of each cluster."""
+        clusters, total, fewest = self.store.clusters, 0.0, 0
         for start in range(0, len(clusters) - 1, _CHUNK):
             bounds = clusters[start : start + _CHUNK + 1]
             tokens = self.store.tokens_of(self.store.members[bounds[0] : bounds[-1]], self.limit)
-            total += float((np.add.reduceat(tokens, bounds[:-1] - bounds[0]) / np.diff(bounds)).sum())
-        return round(total)
+            begins = bounds[:-1] - bounds[0]
+            total += float((np.add.reduceat(tokens, begins) / np.diff(bounds)).sum())
+            fewest += int(np.minimum.reduceat(tokens, begins).sum())
+        return round(total), fewest

@@ -59,6 +59,11 @@ def proteins_of(
     return kept, tokens, np.array(index, dtype=np.int64).reshape(-1, 2)
 
 
+def hashed(seed: int, name: str) -> bytes:
+    """What orders proteins and clusters by chance, each by itself: others that come or go leave its place."""
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+
 class Held:
     """Which proteins (or clusters) each part holds out, and its pairs: all that have such a protein and are in no part
     before.
@@ -74,7 +79,7 @@ class Held:
             for group in dict.fromkeys(groups_of(example)):
                 members[group].append(number)
         most = -(-len(examples) // count)
-        order = sorted(members, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
+        order = sorted(members, key=lambda group: hashed(seed, group))
         left = [group for group in order if len(members[group]) <= most]
         self.numbers = np.full(len(examples), -1)
         self.touched = np.zeros((parts, len(examples)), dtype=bool)

@@ -1,6 +1,5 @@
 """Which examples are for training, which are held out: random, by cluster, in folds; and what leaks between them."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,7 +57,7 @@ def folds(examples: Sequence[Example], count: int, *, seed: int, stratify: bool,
     stratum = {name: _stratum(members) if stratify else "" for name, members in groups.items()}
     size = Counter(stratum.values())
     fold, dealt = {}, 0
-    for name in sorted(groups, key=lambda name: (stratum[name], _hash(seed, name))):
+    for name in sorted(groups, key=lambda name: (stratum[name], pairs.hashed(seed, name))):
         if size[stratum[name]] < _FEW:
             fold[name] = 2
         else:
@@ -102,10 +101,6 @@ def _groups(clusters: Mapping[str, str] | None) -> Callable[[Example], list[str]
 
 def _stratum(members: list[Example]) -> str:
     return next(iter(members[0].labels.values()))
-
-
-def _hash(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
 def warnings_of(examples: Sequence[Example], *, kind: str = "") -> list[str]:

@@ -33,7 +33,7 @@ class Group:
 def _whole(text: str) -> int:
     """A whole number, also as a program writes it that took its column for one of floats: 17.0."""
     number = float(text)
-    if not number.is_integer():
+    if "_" in text or not number.is_integer():  # 1_7, which Python reads as 17
         raise ValueError(text)
     return int(number)
 
@@ -105,7 +105,7 @@ class Collection:
             raise VariantError("not understood" if mutated.strip() else "empty", str(error)) from None
         try:
             start = None if start is None else _whole(start)
-        except (ValueError, OverflowError):
+        except ValueError:
             raise VariantError("not understood", f"{PAIRS[2]} is {shown(start)!r}, and no whole number") from None
         group = self.groups.setdefault(f"pairs of {wild_type}", Group("wt_seq", wild_type, pairs=True))
         group.rows.append(number)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..sequences.compression import DamagedStreamError, Decompressed
+from ..sequences.compression import DamagedStreamError, Decompressed, named
 from .parse import VariantError, parse
 
 PARQUET = b"PAR1"
@@ -47,7 +47,7 @@ class Table:
         self.is_list = not any(cells) or _is_variant(header.strip()) or _is_variant(cells[0])
         self.columns = ["mutant"] if self.is_list else cells
         if self.is_list and header.strip() == "":
-            raise TableError(f"{path}: line 1 is empty; give one variant a line, or a table with a header")
+            raise TableError(f"{path}: the file is empty, or line 1; give one variant a line, or a table with a header")
 
     def _comments_of(self, text) -> tuple[int, str]:
         """How many lines stand before the header, and the header."""
@@ -60,7 +60,7 @@ class Table:
     @contextmanager
     def _text(self) -> Iterator[io.TextIOBase]:
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb") as file, named(str(self.path)):
                 stream = io.BufferedReader(Decompressed(file))
                 encoding = "utf-16" if stream.peek(2)[:2] in _UTF16 else "utf-8-sig"
                 yield io.TextIOWrapper(stream, encoding=encoding, newline="")
@@ -68,8 +68,6 @@ class Table:
             raise TableError(f"{self.path}: no table that can be read: {error}; save it as CSV in UTF-8") from None
         except (csv.Error, DamagedStreamError) as error:
             raise TableError(f"{self.path}: no table that can be read: {error}") from None
-        except OSError as error:
-            raise _named(error, self.path) from None
 
     def rows(self) -> Iterator[list[str]]:
         """Raises TableError for a row of another length, and for bytes that are no text."""
@@ -105,18 +103,9 @@ class Table:
     def _parquet_rows(self) -> Iterator[list[str]]:
         file = _parquet(self.path)
         for group in range(file.num_row_groups):
-            try:
+            with named(str(self.path)):
                 columns = [column.to_pylist() for column in file.read_row_group(group).columns]
-            except OSError as error:
-                raise _named(error, self.path) from None
             yield from ([_text(cell) for cell in row] for row in zip(*columns, strict=True))
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    """What the system says of a file while it is read tells which it was, and is not taken for the output's."""
-    if error.errno and error.filename is None:
-        error.filename = str(path)
-    return error
 
 
 def _text(cell) -> str:

@@ -35,7 +35,7 @@ def watched() -> bool:
 class Bound:
     """A kernel with its constants, on one device, for arguments of the same types that begin at 16 bytes.
 
-    Called with the grid's three sizes, the stream, and the kernel's arguments that are no constants, in their order.
+    Called with the grid's two sizes, the stream, and the kernel's arguments that are no constants, in their order.
     """
 
     def __init__(self, kernel, constants: dict[str, Any], config: Config, device: object):
@@ -49,6 +49,7 @@ class Bound:
         compiled = self._kernel[(x, y)](*arguments, *self._constants, **self._options)
         # The interpreter compiles nothing, and what is compiled for another machine is not launched.
         if compiled is not None and isinstance(self._device, int):
+            self._compiled = compiled  # which unloads its module when it goes
             self.launch = _again(compiled, self._constants)
 
     launch: Callable[..., None] = first

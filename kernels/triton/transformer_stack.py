@@ -29,8 +29,6 @@ from .pre_ln_attention import pre_ln_attention, qkv_projection
 from .rotary import _CONFIG as ROTARY
 from .rotary import _TOKENS, rotary
 
-_TENSORS = 16  # of a layer: 10 of its attention block, 6 of its feed-forward block
-
 
 class Sizes(NamedTuple):
     width: int
@@ -111,7 +109,7 @@ def _sizes(given: list[torch.Tensor], layers, heads: int) -> Sizes | None:
         return None
     tensors = given
     if not (type(layers) is Checked and layers.even):
-        of_layers = list(chain.from_iterable([layer[:_TENSORS] for layer in layers]))
+        of_layers = list(chain.from_iterable([layer.tensors for layer in layers]))
         if {tensor.dtype for tensor in of_layers} != {fc1.dtype}:
             return None
         tensors = given + of_layers
@@ -145,13 +143,13 @@ def _launched(sizes: Sizes, x, cu_seqlens, max_seqlen, layers, turns, kept) -> I
     queries, scale = of_one * (len(cu_seqlens) - 1), (width // heads) ** -0.5
     for number, layer in enumerate(layers, start=1):
         ln, ln_bias, wq, bq, wk, bk, wv, bv, wo, bo, ln2, ln2_bias, w1, b1, w2, b2, eps, eps2 = layer
-        norm.launch(norms, 1, stream, x, ln, ln_bias, normed, n, eps)
+        norm.launch(norms, 1, stream, x, ln, ln_bias, normed, n, float(eps))
         qkv.launch(projections, 3, stream, normed, wq, wk, wv, bq, bk, bv, projected, n)
         if turns is not None:
             turn.launch(tokens, heads, stream, q, k, turns, n)
         attend.launch(queries, heads, stream, q, k, v, mixed, lse, cu_seqlens, n, of_one, scale)
         out.launch(wide, 1, stream, mixed, wo, bo, x, between, n)
-        norm.launch(norms, 1, stream, between, ln2, ln2_bias, normed, n, eps2)
+        norm.launch(norms, 1, stream, between, ln2, ln2_bias, normed, n, float(eps2))
         fc1.launch(inners, 1, stream, normed, w1, b1, inner, inner, n)
         x = spare.pop() if spare else torch.empty_like(x)
         fc2.launch(wide, 1, stream, inner, w2, b2, between, x, n)

@@ -594,6 +594,7 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
 
 def test_version_and_help_do_not_import_torch():
     assert not {"torch", "numpy"} & imported("[command.module() for command in commands()]")
+    assert "torch" not in imported("import esm_fast.dataset.reader")
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"esm-fast {esm_fast.__version__}\n")
 

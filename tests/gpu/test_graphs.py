@@ -34,7 +34,7 @@ class Toy(graphs.Cuda):
         super().__init__()
         self.busy_now, self.broken, self.now, self.log = False, None, 0, []
 
-    def busy(self):
+    def busy(self, device):
         return self.busy_now
 
     def stream(self, device):
@@ -161,7 +161,12 @@ def test_weights_edited_in_place_count_and_moved_ones_are_captured_again(toy):
     with torch.inference_mode(False):
         weight.data.mul_(2)
     assert not equal(run(), before) and right()
-    for edit in (lambda: 2 * weight.data, lambda: weight.data.clone()):
+    for edit in (
+        lambda: 2 * weight.data,
+        lambda: torch.cat([weight.data, 3 * weight.data])[: len(weight)],
+        lambda: weight.data.as_strided(weight.shape, weight.stride(), weight.numel()),  # the other part of that memory
+        lambda: weight.data.clone(),
+    ):
         weight.data = edit()
         assert right() and run(3) and right() and toy.log[-1] == "replay"
         captures, then = toy.log.count("capture"), captures
@@ -187,6 +192,49 @@ def test_what_cannot_be_captured_runs_without_and_says_so_once(toy):
         assert equal(*both(given([9])))
     toy.broken = None
     assert equal(*both(given([80]))) and equal(*both(given([80]))) and toy.log == ["capture", "capture", "replay"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_capture_is_on_a_stream_of_the_device_and_leaves_the_callers_current(monkeypatch, broken):
+    """torch's own stream for captures is of whichever device asked first, and stays current where a capture fails."""
+    log, current = [], ["caller"]
+
+    class Entered:
+        def __init__(self, name, *, leaves=True):
+            self.name, self.leaves = name, leaves
+
+        def __enter__(self):
+            self.before = current[0]
+            current[0] = self.name
+
+        def __exit__(self, *_):
+            if not self.leaves:
+                raise RuntimeError("capture_end")
+            current[0] = self.before
+
+    def graph(graph, *, pool, stream, capture_error_mode):
+        log.append((pool, stream, capture_error_mode))
+        return Entered(stream, leaves=not broken)
+
+    for name, value in {
+        "current_stream": lambda device: type("Stream", (), {"cuda_stream": 5, "name": current[0]}),
+        "device": lambda device: log.append(device) or Entered(current[0]),
+        "stream": lambda stream: Entered(stream.name),
+        "Stream": lambda device: f"capture on {device}",
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: type("CUDAGraph", (), {"replay": None}),
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    cuda, device = graphs.Cuda(), torch.device("cuda", 1)
+    for _ in range(2):
+        if broken:
+            with pytest.raises(RuntimeError, match="capture_end"):
+                cuda.capture(list, device)
+        else:
+            assert cuda.capture(lambda: [current[0]], device)[1] == ["capture on cuda:1"]
+        assert current == ["caller"]
+    assert log == [device, ("pool", "capture on cuda:1", "thread_local")] * 2
 
 
 @pytest.mark.parametrize("change", [{"x": 2049}, {"x": 0}, {"kept": 5}])

@@ -41,8 +41,8 @@ def note(x, y, z, stream, kernel, *rest):
 @pytest.fixture
 def launched(cache, monkeypatch):
     """Every launch: (kernel, grid, what it was given but for tensors, where these are)."""
-    if common.interpreted() or not shutil.which("gcc"):
-        pytest.skip("needs a compiler's launches")
+    if common.interpreted() or not shutil.which("gcc") or torch.cuda.is_available():
+        pytest.skip("needs a compiler's launches, and no other driver in this process")
     monkeypatch.setenv("TRITON_CACHE_DIR", cache)
     with stubbed(ARCH, note), torch.inference_mode():
         yield FOUND
@@ -67,7 +67,7 @@ def test_all_layers_launch_what_their_halves_do(launched, rotary, release, monke
     monkeypatch.setattr(launch, "_KNOWN", release)
     stack._bound.cache_clear()
     arguments = _case("three", [40, 0, 300], 2, 16, 80, 3, rotary=rotary).build(torch.bfloat16, "cpu", 0)
-    tensors = [tensor for layer in arguments["layers"] for tensor in layer[:16]]
+    tensors = [tensor for layer in arguments["layers"] for tensor in layer.tensors]
     outside = {t.data_ptr() for t in (*tensors, arguments["x"], arguments["cu_seqlens"])}
     list(stack.stack(*(arguments[n] for n in ("x", "cu_seqlens", "max_seqlen", "layers", "heads", "rotary")), ()))
     (together, streams), (halves, _) = run(arguments, launched)  # all bound by now
@@ -83,8 +83,7 @@ def test_all_layers_launch_what_their_halves_do(launched, rotary, release, monke
 def test_streams_that_are_kept_are_not_written_again(launched):
     arguments = _case("four", [40, 30], 2, 16, 80, 4).build(torch.bfloat16, "cpu", 0)
     (_, streams), _ = run(arguments, launched, kept=(1, 3))
-    assert streams[1] is streams[2 - 1] and streams[0] is not streams[1]
-    assert streams[2] is streams[1] and streams[3] is not streams[2]
+    assert streams[2] is streams[1] and len({id(streams[number]) for number in (0, 2, 3)}) == 3
 
 
 def uneven(layer, how):
