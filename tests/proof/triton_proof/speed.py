@@ -80,12 +80,12 @@ def _broadcast_once(self, left, right):
 def _broadcast_to(self, operand, type):
     if operand.type is type:
         return operand
-    return self.make_tensor(self.builder.create_broadcast(operand.handle, [*type.shape]), type)
+    return self.tensor(self.builder.create_broadcast(operand.handle, [*type.shape]), type)
 
 
 def _splat_to(self, scalar, block_type):
     type = block_type.with_element_ty(scalar.type)
-    return self.make_tensor(self.builder.create_splat(type, scalar.handle), type)
+    return self.tensor(self.builder.create_splat(type, scalar.handle), type)
 
 
 def _checked_unless_equal(self, left, right, *pointers, **rules):
