@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from esm_fast.ops.contract import Checked
+from esm_fast.ops.checked import Checked
 from esm_fast.ops.registry import Request, implements, request_of
 from esm_fast.ops.transformer_stack import halves_of, pooled_through
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops.contract import PLAIN, Checked
+from ..ops.checked import Checked
+from ..ops.contract import PLAIN
 from .layers import PROJECTIONS
 
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

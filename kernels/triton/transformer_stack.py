@@ -13,8 +13,8 @@ import torch
 from triton import cdiv
 
 from esm_fast.ops import registry
+from esm_fast.ops.checked import Checked
 from esm_fast.ops.common import ALIGNMENT
-from esm_fast.ops.contract import Checked
 
 from . import common, launch
 from .attention_varlen import attention_forward

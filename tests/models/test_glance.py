@@ -10,7 +10,7 @@ from torch import nn
 from esm_fast import ops
 from esm_fast.models import encoder
 from esm_fast.models.esm1 import ESM1, Config
-from esm_fast.ops.contract import Checked
+from esm_fast.ops.checked import Checked
 from esm_fast.sequences.batching import pack
 
 LENGTHS = np.array([9, 4])

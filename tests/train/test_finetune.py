@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from predictors import CONFIG, LETTERS, proteins
 from torchrun import run_processes
 
 import esm_fast
@@ -21,7 +22,7 @@ from esm_fast.inference.embed import embed
 from esm_fast.inference.outputs import Batch, Given
 from esm_fast.inference.windows import Segment
 from esm_fast.models import esm2
-from esm_fast.models.esm1 import ESM1, Config
+from esm_fast.models.esm1 import ESM1
 from esm_fast.sequences.fasta import FastaError
 from esm_fast.train import adapters, metrics
 from esm_fast.train.begun import Begun, BegunError
@@ -35,27 +36,9 @@ from esm_fast.train.ridge import Ridge
 from esm_fast.train.splits import folds, warnings_of, with_splits
 from esm_fast.train.targets import Target, Targets
 
-CONFIG = Config(2, 32, 64, 2, max_positions=64)
 ROTARY = esm2.Config(2, 32, 64, 2)
-LETTERS = "LAGVSERTIDPKQNFYMHWC"
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # models this small are slower on two
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(metrics, "_RESAMPLES", 20)
-
-
-@pytest.fixture
-def esm():
-    """Small weights: the last layer still shows which residue stands where."""
-    return new_model(CONFIG, seed=0, std=0.05)
-
-
-def proteins(count, seed=0):
-    generator = np.random.default_rng(seed)
-    return ["".join(generator.choice(list(LETTERS), generator.integers(4, 40))) for _ in range(count)]
+pytestmark = pytest.mark.usefixtures("one_thread", "few_resamples")  # models this small are slower on two
 
 
 def examples(label_of, count=120):

@@ -13,38 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from predictors import proteins
 from torchrun import run_processes
 
 import esm_fast
 from esm_fast.cli import main
 from esm_fast.inference.embed import embed
-from esm_fast.models.esm1 import Config
-from esm_fast.train import metrics, splits
+from esm_fast.train import splits
 from esm_fast.train.begun import Begun
 from esm_fast.train.examples import Columns, Example, ExamplesError, read_examples
 from esm_fast.train.finetune import Settings, finetune
-from esm_fast.train.model import new_model
 from esm_fast.train.predictor import load_predictor
 
-CONFIG = Config(2, 32, 64, 2, max_positions=64)
-LETTERS = "LAGVSERTIDPKQNFYMHWC"
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(metrics, "_RESAMPLES", 20)
-
-
-@pytest.fixture
-def esm():
-    return new_model(CONFIG, seed=0, std=0.05)
-
-
-def proteins(count, seed=0):
-    generator = np.random.default_rng(seed)
-    return ["".join(generator.choice(list(LETTERS), generator.integers(4, 40))) for _ in range(count)]
+pytestmark = pytest.mark.usefixtures("one_thread", "few_resamples")
 
 
 def pairs_of(label_of, count=160, different=60, split=True):
